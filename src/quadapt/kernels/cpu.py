@@ -1,0 +1,270 @@
+"""The kernels for the CPU: numba, one pass over the packed bytes, rows shared out over threads.
+
+Tensors are handed over as addresses. Turning a parameter into a NumPy array would make its storage non-resizable, which FSDP2
+needs it to be. The signatures are those of `reference.py`, whose results these equal: codes exactly, weights bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, types
+from torch import Tensor
+
+from quadapt.kernels import reference
+from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, decode16, pointer
+from quadapt.kernels.threads import over_rows
+
+_KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+_u8, _f32 = pointer(types.uint8), pointer(types.float32)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compile on first use, and keep the machine code on disk where some cache folder can be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba found no folder to write to
+        return njit(nogil=True)(function)
+
+
+@_jit
+def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    """Decode `runs` runs of 16 codes that share one scale and offset."""
+    size = 4 if kind == FP32 else 2
+    for _ in range(runs):
+        if lookup:
+            if kind == BF16:
+                decode16(BF16, 1, source, bits, scale, offset, table, target)
+            elif kind == FP16:
+                decode16(FP16, 1, source, bits, scale, offset, table, target)
+            else:
+                decode16(FP32, 1, source, bits, scale, offset, table, target)
+        elif kind == BF16:
+            decode16(BF16, 0, source, bits, scale, offset, table, target)
+        elif kind == FP16:
+            decode16(FP16, 0, source, bits, scale, offset, table, target)
+        else:
+            decode16(FP32, 0, source, bits, scale, offset, table, target)
+        source += 2 * bits
+        target += LANES * size
+
+
+@_jit
+def _decode_rows(kind, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, E501
+    """Rows `first` to `last`. The vector step reads ahead, so runs at the very end, and broken runs, are copied out first."""
+    size = 4 if kind == FP32 else 2
+    groups = -(-columns // group)
+    scale, offset = numba.carray(_f32(scales), (rows, groups)), numba.carray(_f32(offsets), (rows, groups))
+    bytes_in, bytes_out = numba.carray(_u8(packed), (rows, row_bytes)), numba.carray(_u8(target), (rows, columns * size))
+    spare_in, spare_out = np.zeros(32, np.uint8), np.zeros(64, np.uint8)
+    for row in range(first, last):
+        for k in range(groups):
+            start = k * group
+            count = min(group, columns - start)
+            at = start * bits // 8
+            shift = offset[row, k] if shifted else np.float32(0)
+            left = (rows - row) * row_bytes - at
+            safe = min(count // LANES, max(0, (left - 8 + bits) // (2 * bits)))
+            _decode_run(kind, lookup, packed + row * row_bytes + at, safe, bits, scale[row, k], shift, table,
+                        target + (row * columns + start) * size)
+            for i in range(safe * LANES, count, LANES):
+                here = (start + i) * bits // 8
+                spare_in[:] = 0
+                for j in range(min(2 * bits, row_bytes - here)):
+                    spare_in[j] = bytes_in[row, here + j]
+                _decode_run(kind, lookup, spare_in.ctypes.data, 1, bits, scale[row, k], shift, table, spare_out.ctypes.data)
+                for j in range(min(LANES, count - i) * size):
+                    bytes_out[row, (start + i) * size + j] = spare_out[j]
+
+
+@_jit
+def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last, group):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    """Eight-bit tables have too many levels for one register: look up one by one."""
+    columns = weight.shape[1]
+    codes = numba.carray(_u8(packed), weight.shape)
+    for row in range(first, last):
+        for start in range(0, columns, group):
+            scale, offset = scales[row, start // group], offsets[row, start // group] if shifted else np.float32(0)
+            for i in range(start, min(start + group, columns)):
+                weight[row, i] = levels[codes[row, i]] * scale + offset
+
+
+@_jit
+def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    """Nearest code of each weight, then eight codes into `bits` bytes. Without thresholds the levels are 0 .. 2**bits - 1."""
+    columns = weight.shape[1]
+    top = np.float32(2**bits - 1)
+    codes = np.zeros(columns + 8, np.uint8)
+    value = np.zeros(group, np.float32)
+    for row in range(first, last):
+        for start in range(0, columns, group):
+            count = min(group, columns - start)
+            scale, offset = scales[row, start // group], offsets[row, start // group] if shifted else np.float32(0)
+            for i in range(count):
+                value[i] = (weight[row, start + i] - offset) / scale
+            if len(mids) == 0:
+                for i in range(count):
+                    codes[start + i] = np.uint8(min(max(np.rint(value[i]), np.float32(0)), top))
+            else:
+                for i in range(count):
+                    codes[start + i] = 0
+                for t in range(len(mids)):
+                    for i in range(count):
+                        codes[start + i] += np.uint8(value[i] > mids[t])
+        for j in range(-(-columns // 8)):
+            word = np.uint64(0)
+            for i in range(8):
+                word |= np.uint64(codes[8 * j + i]) << np.uint64(i * bits)
+            for b in range(min(bits, packed.shape[1] - j * bits)):
+                packed[row, j * bits + b] = np.uint8((word >> np.uint64(8 * b)) & np.uint64(255))
+
+
+@_jit
+def _range_rows(weight, group, low, high, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    columns = weight.shape[1]
+    for row in range(first, last):
+        for start in range(0, columns, group):
+            smallest = largest = weight[row, start]
+            bad = np.float32(0)
+            for i in range(start, min(start + group, columns)):
+                value = weight[row, i]
+                smallest = min(smallest, value)
+                largest = max(largest, value)
+                bad += value - value  # stays zero unless some weight is NaN or infinite
+            low[row, start // group] = smallest + bad
+            high[row, start // group] = largest + bad
+
+
+@_jit
+def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, error, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    columns = weight.shape[1]
+    top = np.float32(2**bits - 1)
+    for row in range(first, last):
+        for start in range(0, columns, group):
+            scale, offset = scales[row, start // group], offsets[row, start // group] if shifted else np.float32(0)
+            total = np.float32(0)
+            for i in range(start, min(start + group, columns)):
+                value = (weight[row, i] - offset) / scale
+                if len(mids) == 0:
+                    value = min(max(np.rint(value), np.float32(0)), top)
+                else:
+                    code = 0
+                    for t in range(len(mids)):
+                        code += value > mids[t]
+                    value = levels[code]
+                miss = value * scale + offset - weight[row, i]
+                total += miss * miss
+            error[row, start // group] = total
+
+
+@_jit
+def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits, codes, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    """GPTQ's inner loop over a few columns: round one, hand its error on to those after it. Leaves the errors in `weight`."""
+    columns = weight.shape[1]
+    top = 2**bits - 1
+    for row in range(first, last):
+        scale, offset = scales[row], offsets[row] if shifted else scales[row] * 0
+        for i in range(columns):
+            value = (weight[row, i] - offset) / scale
+            if len(mids) == 0:
+                level = min(max(np.rint(value), 0), top)
+                code = np.uint8(level)
+            else:
+                code = np.uint8(0)
+                for t in range(len(mids)):
+                    code += np.uint8(value > mids[t])
+                level = levels[code]
+            codes[row, i] = code
+            miss = (weight[row, i] - (level * scale + offset)) / upper[i, i]
+            weight[row, i] = miss
+            for j in range(i + 1, columns):
+                weight[row, j] -= miss * upper[i, j]
+
+
+def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,  # noqa: PLR0913
+               group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """As `reference.dequantize`, bit for bit."""
+    if dtype not in _KINDS or (group_size % LANES and group_size < columns):
+        return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
+    rows = packed.shape[0]
+    scales, shifts = scales.contiguous(), (scales if offsets is None else offsets).contiguous()
+    if levels is not None and len(levels) > LANES:
+        weight = torch.empty(rows, columns)
+        packed = packed.contiguous()
+        arrays = (packed.data_ptr(), _numpy(scales), _numpy(shifts), offsets is not None, _numpy(levels), weight.numpy())
+        over_rows(lambda first, last: _decode_bytes(*arrays, first, last, group_size), rows, columns)
+        return weight.to(dtype)
+    weight = torch.empty(rows, columns, dtype=dtype)
+    packed = packed.contiguous()
+    table = scales if levels is None else torch.nn.functional.pad(levels, (0, LANES - len(levels)))
+    over_rows(
+        lambda first, last: _decode_rows(
+            _KINDS[dtype], levels is not None, packed.data_ptr(), rows, packed.shape[1], scales.data_ptr(), shifts.data_ptr(),
+            offsets is not None, table.data_ptr(), weight.data_ptr(), first, last, columns, bits, group_size),
+        rows, columns)
+    return weight
+
+
+def encode(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
+           group_size: int) -> Tensor:
+    """As `reference.encode`."""
+    if scales.dtype != torch.float32:
+        return reference.encode(weight, scales, offsets, levels, bits, group_size)
+    rows, columns = weight.shape
+    packed = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8)
+    grid = (*_grid(weight, scales, offsets, levels)[:5], bits, group_size, packed.numpy())
+    over_rows(lambda first, last: _encode_rows(*grid, first, last), rows, columns)
+    return packed
+
+
+def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """As `reference.group_range`; NaN where a group holds a weight that is not finite."""
+    if weight.dtype == torch.float64:
+        return reference.group_range(weight, group_size)
+    rows, columns = weight.shape
+    low, high = torch.empty(2, rows, -(-columns // group_size))
+    arrays = (_numpy(weight.float()), group_size, low.numpy(), high.numpy())
+    over_rows(lambda first, last: _range_rows(*arrays, first, last), rows, columns)
+    return low, high
+
+
+def group_error(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
+                group_size: int) -> Tensor:
+    """As `reference.group_error`."""
+    if scales.dtype != torch.float32:
+        return reference.group_error(weight, scales, offsets, levels, bits, group_size)
+    error = torch.empty_like(scales)
+    grid = (*_grid(weight, scales, offsets, levels), bits, group_size, error.numpy())
+    over_rows(lambda first, last: _error_rows(*grid, first, last), *weight.shape)
+    return error
+
+
+def compensate(weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None,
+               bits: int) -> Tensor:
+    """As `reference.compensate`: codes; the errors are left in `weight`, which must be contiguous."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    mids = reference.midpoints(levels) if levels is not None else scales[:0]
+    arrays = [_numpy(t.to(weight.dtype)) for t in (upper, scales, scales if offsets is None else offsets)]
+    tables = [_numpy(t.to(weight.dtype)) for t in (mids, mids if levels is None else levels)]
+    over_rows(
+        lambda first, last: _compensate_rows(weight.numpy(), *arrays, offsets is not None, *tables, bits, codes.numpy(),
+                                             first, last),
+        weight.shape[0], weight.shape[1] ** 2)
+    return codes
+
+
+def _grid(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None) -> tuple[Any, ...]:
+    """Weight, scales, offsets, whether there are any, thresholds, levels: as the compiled loops take them."""
+    mids = scales[0, :0] if levels is None else reference.midpoints(levels)
+    shifts = scales if offsets is None else offsets
+    arrays = [_numpy(t) for t in (weight.float(), scales, shifts)]
+    return (*arrays, offsets is not None, _numpy(mids), _numpy(mids if levels is None else levels))
+
+
+def _numpy(tensor: Tensor) -> Any:
+    """A NumPy view of a temporary (a parameter only ever passes as an address, see above)."""
+    return tensor.detach().contiguous().numpy()

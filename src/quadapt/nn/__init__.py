@@ -1,0 +1,1 @@
+"""Modules: the quantized linear layer, the adapters that train over it, and how an adapter starts."""

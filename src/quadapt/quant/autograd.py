@@ -1,0 +1,87 @@
+"""The product with a quantized matrix, differentiable, without ever keeping the dense matrix.
+
+Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored form itself
+(which exists anyway) and, where offsets are trained, the inputs pooled over groups: `1 / group_size` of the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quadapt.kernels import pool
+from quadapt.quant.weight import Layout, QuantWeight, decode
+
+
+class Move(Protocol):
+    """How trained parameters move the offsets of a quantized matrix during training (hashable; holds no tensors).
+
+    It is called in forward and again in backward, so that what it computes need not be kept.
+    """
+
+    def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:
+        """Offsets `[out, groups]` to compute with: those that a merge would store, rounded to their stored dtype."""
+
+    def gradients(self, weight: QuantWeight, params: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of `params`, given that of the offsets (straight through their rounding)."""
+
+
+class QuantMatmul(torch.autograd.Function):
+    """`x @ W.T` for `x [..., in]`, with `W` dequantized on the fly to the dtype of `x`.
+
+    Gradients reach `x` and, through `move`, the trained parameters. Codes and scales are fixed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, move: Move | None, *tensors: Tensor) -> Tensor:  # noqa: D102
+        weight, params = _split(layout, tensors)
+        if layout.permuted:
+            x = _to_stored_order(x, weight.tensors["perm"])
+        trains = move is not None and any(param.requires_grad for param in params)
+        ctx.layout, ctx.move, ctx.trains = layout, move, trains
+        ctx.save_for_backward(*tensors, *([pool(x, layout.format.width(layout.columns))] if trains else []))
+        return torch.nn.functional.linear(x, _dense(weight, move, params, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # noqa: D102
+        layout, move, saved = ctx.layout, ctx.move, ctx.saved_tensors
+        tensors = saved[:-1] if ctx.trains else saved
+        weight, params = _split(layout, tensors)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ _dense(weight, move, params, dy.dtype)
+            if layout.permuted:
+                dx = dx[..., weight.tensors["perm"].long()]
+        moved: tuple[Tensor | None, ...] = (None,) * len(params)
+        if ctx.trains:
+            pooled = saved[-1].flatten(0, -2)
+            moved = move.gradients(weight, params, dy.flatten(0, -2).to(pooled.dtype).T @ pooled)
+        return dx, None, None, *((None,) * len(layout.shapes)), *moved
+
+
+def _split(layout: Layout, tensors: tuple[Tensor, ...]) -> tuple[QuantWeight, tuple[Tensor, ...]]:
+    count = len(layout.shapes)
+    return QuantWeight(layout, dict(zip(layout.shapes, tensors, strict=False))), tensors[count:]
+
+
+def _dense(weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    offsets = weight.offsets if move is None else move.offsets(weight, params)
+    return decode(weight.layout, weight.packed, weight.scales, offsets, dtype)
+
+
+def _to_stored_order(x: Tensor, perm: Tensor) -> Tensor:
+    return torch.empty_like(x).index_copy_(-1, perm.long(), x)
+
+
+def quant_matmul(x: Tensor, weight: QuantWeight, move: Move | None = None, params: tuple[Tensor, ...] = ()) -> Tensor:
+    """`x @ W.T`: `x [..., in]` in float16, bfloat16, float32 (or float64, on the reference kernels) to `[..., out]`.
+
+    Args:
+        x: Inputs; their dtype is that of the product.
+        weight: The quantized matrix; `move` and `params` say what training changes about it.
+        move: None to use the weight as it is stored.
+        params: Trained parameters, given to `move`.
+    """
+    return QuantMatmul.apply(x, weight.layout, move, *(weight.tensors[name] for name in weight.layout.shapes), *params)

@@ -1,0 +1,115 @@
+"""The grid: which values a weight may take.
+
+    W[o, i] = scales[o, g] * levels[codes[o, i]] + offsets[o, g],    g = perm[i] // group_size
+
+Integers have the levels 0, 1, .. 2**bits - 1. NormalFloat has quantiles of the normal distribution between -1 and 1. A
+:class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is `storage.py`'s affair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from quadapt.errors import ConfigError
+
+Levels = Literal["int", "nf", "nf-sym"]
+Zero = Literal["none", "integer", "float"]
+
+WHOLE_ROW = -1
+"""`group_size` that gives each row a single scale."""
+
+_DELTA = 0.9677083
+"""Outermost quantile of NF4 (QLoRA's code: 1 - (1/30 + 1/32) / 2); the same for every width, as in LQ-LoRA and IR-QLoRA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What one weight matrix may hold."""
+
+    levels: Levels = "int"
+    """int: evenly spaced. nf: NormalFloat (nf2 is then {-1, 0, 0.34, 1}, as in LoftQ). nf-sym: symmetric nf2, as in IR-QLoRA."""
+
+    bits: int = 4
+    """Width of a code: 2, 3, 4 or 8."""
+
+    group_size: int = 32
+    """Inputs of a row that share a scale: a multiple of 16 from 16 to 256, or -1 for the whole row."""
+
+    zero: Zero = ""  # type: ignore[assignment]  # filled in below
+    """none: symmetric. integer: the offset is a whole number of steps. float: the offset is free (for int the group's minimum).
+    Default: float for int, none for nf and nf-sym."""
+
+    def __post_init__(self) -> None:
+        if not self.zero:
+            object.__setattr__(self, "zero", "float" if self.levels == "int" else "none")
+        if self.bits not in (2, 3, 4, 8):
+            raise ConfigError(f"bits={self.bits} is not supported. Use 2, 3, 4 or 8")
+        if self.levels not in ("int", "nf", "nf-sym"):
+            raise ConfigError(f"levels={self.levels!r} is unknown. Use int, nf or nf-sym")
+        if self.levels == "nf-sym" and self.bits != 2:
+            raise ConfigError(f"levels='nf-sym' is defined for bits=2 alone, not bits={self.bits}. Use levels='nf'")
+        if self.group_size != WHOLE_ROW and (self.group_size % 16 or not 16 <= self.group_size <= 256):
+            raise ConfigError(f"group_size={self.group_size} is not a multiple of 16 from 16 to 256. Use 32, 64 or 128, "
+                              "or -1 for the whole row")
+        if self.zero not in ("none", "integer", "float"):
+            raise ConfigError(f"zero={self.zero!r} is unknown. Use none, integer or float")
+        if self.zero == "integer" and self.levels != "int":
+            raise ConfigError(f"zero='integer' has no meaning for levels={self.levels!r}. Use none or float")
+
+    @property
+    def name(self) -> str:
+        """Short name in reports: `int4-g32`, `nf2-sym-g64`, `int8-sym-row`."""
+        kind = {"int": f"int{self.bits}", "nf": f"nf{self.bits}", "nf-sym": "nf2-sym"}[self.levels]
+        zero = {"int": {"none": "-sym", "integer": "-zp", "float": ""}, "nf": {"none": "", "float": "-shift"}}
+        row = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
+        return f"{kind}{zero[self.levels[:3].rstrip('-')][self.zero]}-{row}"
+
+    def width(self, columns: int) -> int:
+        """Inputs in a full group of a row of `columns` inputs."""
+        return columns if self.group_size == WHOLE_ROW else min(self.group_size, columns)
+
+    def groups(self, columns: int) -> int:
+        """Groups in a row of `columns` inputs; the last may be shorter."""
+        return -(-columns // self.width(columns))
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a packed row of `columns` inputs."""
+        return -(-columns * self.bits // 8)
+
+    def table(self, like: Tensor) -> Tensor | None:
+        """The levels as float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""
+        if self.levels == "int":
+            return None
+        return _table(self.bits, self.levels == "nf-sym", like.device)
+
+
+@cache
+def _table(bits: int, symmetric: bool, device: torch.device) -> Tensor:
+    return torch.tensor(normal_levels(bits, symmetric=symmetric), device=device)
+
+
+@cache
+def normal_levels(bits: int, *, symmetric: bool = False) -> tuple[float, ...]:
+    """NormalFloat levels from -1 to 1.
+
+    Args:
+        bits: Number of levels is `2**bits`.
+        symmetric: The midpoints of one more quantile than levels, without an exact zero (IR-QLoRA's nf2); otherwise the
+            asymmetric rule of QLoRA, which has one more positive level than negative ones, and a zero.
+
+    Source: QLoRA (arXiv 2305.14314) §3 eq. 4 as in its code; IR-QLoRA (arXiv 2402.05445) for nf2 and nf3.
+    """
+    if symmetric:
+        edges = norm.ppf(torch.linspace(1 - _DELTA, _DELTA, 2**bits + 1, dtype=torch.float64).numpy())
+        values = (edges[1:] + edges[:-1]) / 2
+        return tuple((values / values.max()).tolist())
+    half = 2 ** (bits - 1)
+    negative = norm.ppf(torch.linspace(1 - _DELTA, 0.5, half, dtype=torch.float64).numpy())[:-1]
+    positive = norm.ppf(torch.linspace(0.5, _DELTA, half + 1, dtype=torch.float64).numpy())
+    return tuple(float(value / norm.ppf(_DELTA)) for value in (*negative, *positive))

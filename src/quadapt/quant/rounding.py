@@ -1,0 +1,185 @@
+"""Rounding: from a weight matrix to codes, scales and offsets.
+
+`Nearest` looks at the weights alone; `GPTQ` (gptq.py) also at second moments of the inputs. Both are frozen dataclasses whose
+fields are their settings, called as `rounding(weight, layout, statistics)`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from quadapt.errors import ConfigError, ShapeError
+from quadapt.kernels import kernels_for
+from quadapt.kernels.reference import rows_per_chunk
+from quadapt.quant import storage as stored
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+Statistics = Mapping[str, Tensor]
+"""What calibration gathered for a layer, by name: `second_moment` float `[in, in]`."""
+
+CodeAgainst = Literal["stored", "exact"]
+
+
+class Rounding(ABC):
+    """How weights become codes."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the statistics that it reads."""
+
+    def check(self, layout: Layout) -> None:
+        """Raise ConfigError if this rounding cannot serve a layout."""
+        layout.storage.check(layout.format)
+
+    @abstractmethod
+    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics) -> QuantWeight:
+        """Quantize `weight` (any float dtype, `[out, in]`, not modified).
+
+        Raises:
+            ShapeError: The weight has NaN or infinite values, or does not fit its layout.
+            CalibrationError: Statistics are missing or unusable.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest(Rounding):
+    """Each weight to the nearest level of its group."""
+
+    range: Literal["minmax", "mse"] = "minmax"
+    """minmax: the levels span the group. mse: the span is shrunk to the one of least squared error (100 candidates)."""
+
+    code_against: CodeAgainst = "stored"
+    """Compute codes with the scales and offsets as stored (rounded), or with the exact ones as QLoRA does."""
+
+    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006, D102
+        self.check(layout)
+        if tuple(weight.shape) != (layout.out, layout.columns):
+            raise ShapeError(f"the weight is {tuple(weight.shape)}, its layout {(layout.out, layout.columns)}")
+        chunks = row_chunks(weight)
+        exact = [find_grid(weight[rows], layout, self.range) for rows in chunks]
+        scales = torch.cat([scale for scale, _ in exact])
+        offsets = None if exact[0][1] is None else torch.cat([offset for _, offset in exact if offset is not None])
+        grid = QuantWeight.build(layout, codes_of_zero(layout, weight), scales, offsets)
+        if self.code_against == "stored":
+            scales, shift = grid.scales, grid.offsets
+        else:
+            shift = implied_offsets(layout, scales, offsets)
+        packed = torch.cat([_encode(weight[rows], layout, scales[rows], None if shift is None else shift[rows])
+                            for rows in chunks])
+        return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
+
+
+def codes_of_zero(layout: Layout, like: Tensor) -> Tensor:
+    """Packed codes, all zero: a place holder while only scales and offsets matter."""
+    return torch.zeros(layout.shapes["weight"], dtype=torch.uint8, device=like.device)
+
+
+def row_chunks(weight: Tensor) -> list[slice]:
+    """Slices of rows, each small enough that float32 temporaries of its size are cheap."""
+    step = rows_per_chunk(weight.shape[1])
+    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
+
+
+def _encode(part: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    width = layout.format.width(layout.columns)
+    return kernels_for(part.device).encode(as_float(part), scales, offsets, layout.format.table(part), layout.format.bits, width)
+
+
+def as_float(weight: Tensor) -> Tensor:
+    """Float32, but float64 stays: references run in it."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets for some rows (or columns that form whole groups), before they are rounded to their stored dtype.
+
+    Args:
+        weight: Float `[rows, in]`.
+        layout: Its format decides the kind of grid.
+        range_: minmax or mse, see :class:`Nearest`.
+
+    Returns:
+        Scales and offsets, `[rows, groups]`. For `zero="integer"` the latter are zero-points in steps (as they are stored); for
+        `zero="none"` None.
+    """
+    width = layout.format.width(weight.shape[1])
+    weight = as_float(weight)
+    low, high = kernels_for(weight.device).group_range(weight, width)
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        count = int((~torch.isfinite(weight)).sum())
+        raise ShapeError(f"{count} of {weight.numel()} weights are NaN or infinite. Repair the model before quantizing it")
+    scales, offsets = _grid(low, high, layout)
+    _check_underflow(scales, layout.storage)
+    if range_ == "minmax":
+        return scales, offsets
+    best = torch.full_like(scales, torch.inf)
+    kept, kept_offsets = scales, offsets
+    for shrink in (1 - 0.8 * step / 100 for step in range(100)):
+        tried, tried_offsets = snap(layout.storage, *_grid(low * shrink, high * shrink, layout))
+        error = kernels_for(weight.device).group_error(
+            weight, tried, implied_offsets(layout, tried, tried_offsets), layout.format.table(weight), layout.format.bits, width)
+        better = error < best
+        best = torch.where(better, error, best)
+        kept = torch.where(better, tried, kept)
+        if kept_offsets is not None and tried_offsets is not None:
+            kept_offsets = torch.where(better, tried_offsets, kept_offsets)
+    return kept, kept_offsets
+
+
+def _grid(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The grid that spans `low` to `high`. A group without extent gets scale 1, so that nothing divides by zero."""
+    bits, zero = layout.format.bits, layout.format.zero
+    if layout.format.levels != "int":
+        middle = (high + low) / 2 if zero == "float" else torch.zeros_like(low)
+        return _positive(torch.maximum(high - middle, middle - low)), middle if zero == "float" else None
+    if zero == "float":  # QA-LoRA's textbook form (methods reference E1): the offset is the smallest weight
+        return _positive((high - low) / (2**bits - 1)), low
+    if zero == "integer":  # GPTQ's form (E2): the range contains zero, and zero is a level
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = _positive((high - low) / (2**bits - 1))
+        return scales, (-low / scales).round().clamp(0, 2**bits - 1)
+    half = 2 ** (bits - 1)  # levels -half .. half - 1 about zero; neither tail is clipped
+    return _positive(torch.maximum(-low / half, high / (half - 1))), None
+
+
+def _positive(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor | None:
+    """Offsets in units of weights, from what is stored for them (zero-points, nothing) and the scales."""
+    if offsets is None:
+        return None if layout.format.levels != "int" else -scales * 2 ** (layout.format.bits - 1)
+    return -scales * offsets if layout.format.zero == "integer" else offsets
+
+
+def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Round scales and offsets to their stored dtype. Double-quantized ones stay: their codes depend on the whole matrix."""
+    def rounded(values: Tensor, kind: str) -> Tensor:
+        return values.float().to(stored.FLOATS[kind]).to(values.dtype) if kind in stored.FLOATS else values
+
+    return rounded(scales, storage.scales), None if offsets is None else rounded(offsets, storage.offsets)
+
+
+class ScaleUnderflow(ShapeError):
+    """Scales are too small (or too large) for fp16; the layer needs fp32 scales."""
+
+
+def _check_underflow(scales: Tensor, storage: Storage) -> None:
+    """Raise ScaleUnderflow where fp16 would change a scale by more than 1/64: below 32 of its smallest steps, or above its top."""
+    if storage.scales == "fp16":
+        worst = [float(scales.min()), float(scales.max())]
+        if worst[0] < 32 * 2.0**-24 or worst[1] > torch.finfo(torch.float16).max:
+            raise ScaleUnderflow(f"scales from {worst[0]:.1e} to {worst[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is unknown. Use {', '.join(allowed)}")

@@ -1,0 +1,183 @@
+"""The one stored form of a quantized weight matrix.
+
+    W[o, i] = scales[o, g] * levels[codes[o, i]] + offsets[o, g],    g = perm[i] // group_size
+
+The product is rounded to float32 before the sum, and the sum once to the dtype asked for: this order of operations is part of the
+form, and every kernel keeps it. Offsets are additive floats for integers and NormalFloat alike, so that one merge rule
+(`offsets += scaling * B @ A`) serves both; zero-points in units of codes would need a subtraction and a division, and could not
+carry NormalFloat.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from quadapt import kernels
+from quadapt.errors import ShapeError
+from quadapt.quant import storage as stored
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Everything about a quantized matrix but its tensors: hashable, and small enough for a checkpoint's config."""
+
+    format: Format
+    """The grid."""
+
+    storage: Storage
+    """How scales and offsets are held."""
+
+    out: int
+    """Rows (output features)."""
+
+    columns: int
+    """Columns (input features)."""
+
+    permuted: bool = False
+    """Whether an input permutation is stored (imported act-order models)."""
+
+    def __post_init__(self) -> None:
+        if self.out < 1 or self.columns < 1:
+            raise ShapeError(f"a weight of {self.out} rows and {self.columns} columns cannot be quantized. Skip the layer")
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+        return self.format.groups(self.columns)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the stored form, in a fixed order; all are uint8 but `perm`, which is int32.
+
+        Eight-bit codes have a third axis of one: a loader that does not know this form must fail on the shape of `weight`, and
+        at eight bits only that axis tells it from the dense matrix.
+        """
+        row = self.format.row_bytes(self.columns)
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.out, row, 1) if self.format.bits == 8 else (self.out, row)}
+        for name, kind in (("scales", self.storage.scales), ("offsets", self.storage.offsets)):
+            for suffix, shape in stored.stored_shapes(kind, self.out, self.groups).items():
+                shapes[name + suffix] = shape
+        if self.permuted:
+            shapes["perm"] = (self.columns,)
+        return shapes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight: every stored byte, second-level constants and permutation included."""
+        sizes = {name: torch.Size(shape).numel() * (4 if name == "perm" else 1) for name, shape in self.shapes.items()}
+        return 8 * sum(sizes.values()) / (self.out * self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantWeight:
+    """A quantized weight matrix: a layout and its tensors.
+
+    The tensors are never changed in place; what changes a weight returns a new one.
+    """
+
+    layout: Layout
+    """Format, storage and shape."""
+
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    """`weight`: packed codes, uint8 `[out, ceil(in * bits / 8)]`, stored in group order. `scales`, `offsets` and their
+    second-level constants: bytes of floats, see `storage.py`. `perm`: int32 `[in]`, the position of each input in the row."""
+
+    def __post_init__(self) -> None:
+        want = self.layout.shapes
+        have = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if want != have:
+            raise ShapeError(f"tensors {have} do not fit {self.layout.format.name}: expected {want}")
+
+    @staticmethod
+    def build(layout: Layout, packed: Tensor, scales: Tensor, offsets: Tensor | None, perm: Tensor | None = None) -> QuantWeight:
+        """Store packed codes, scales and (for `zero="integer"`: as zero-points; else as offsets) `[out, groups]` floats."""
+        tensors = {"weight": packed.view(layout.shapes["weight"])}
+        for name, kind, values in (("scales", layout.storage.scales, scales), ("offsets", layout.storage.offsets, offsets)):
+            if values is not None:
+                for suffix, tensor in stored.encode(values, kind, centre=name == "scales").items():
+                    tensors[name + suffix] = tensor
+        if perm is not None:
+            tensors["perm"] = perm.to(torch.int32)
+        return QuantWeight(layout, tensors)
+
+    @property
+    def format(self) -> Format:
+        """The grid."""
+        return self.layout.format
+
+    def _stored(self, name: str, kind: str) -> dict[str, Tensor]:
+        return {suffix: self.tensors[name + suffix] for suffix in stored.suffixes(kind)}
+
+    @property
+    def scales(self) -> Tensor:
+        """Float32 `[out, groups]`."""
+        return stored.decode(self._stored("scales", self.layout.storage.scales), self.layout.storage.scales)
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Float32 `[out, groups]`: stored, or what the format implies; None where it is zero (NormalFloat without a shift)."""
+        kind = self.layout.storage.offsets
+        if kind == "absent":
+            return None if self.format.levels != "int" else -self.scales * 2 ** (self.format.bits - 1)
+        values = stored.decode(self._stored("offsets", kind), kind)
+        return -self.scales * values if kind == "integer" else values
+
+    @property
+    def packed(self) -> Tensor:
+        """Packed codes, uint8 `[out, ceil(in * bits / 8)]`."""
+        return self.tensors["weight"].flatten(1)
+
+    def codes(self) -> Tensor:
+        """Codes of each weight, uint8 `[out, in]`, inputs in the layer's own order."""
+        return self._in_order(kernels.unpack(self.packed, self.format.bits, self.layout.columns))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight matrix, `[out, in]`, inputs in the layer's own order."""
+        return self._in_order(decode(self.layout, self.packed, self.scales, self.offsets, dtype))
+
+    def _in_order(self, columns: Tensor) -> Tensor:
+        return columns[:, self.tensors["perm"].long()] if self.layout.permuted else columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
+
+    def with_offsets(self, offsets: Tensor, kind: stored.Offsets) -> QuantWeight:
+        """The same codes and scales over other offsets (float32 `[out, groups]`), stored as `kind` (fp16 or fp32)."""
+        layout = replace(self.layout, format=replace(self.format, zero="float"),
+                         storage=replace(self.layout.storage, offsets=kind))
+        kept = {name: tensor for name, tensor in self.tensors.items() if name in layout.shapes and name != "offsets"}
+        moved = {"offsets" + suffix: tensor for suffix, tensor in stored.encode(offsets, kind, centre=False).items()}
+        return QuantWeight(layout, {name: {**kept, **moved}[name] for name in layout.shapes})
+
+    def digest(self) -> str:
+        """SHA-256 over layout and bytes: two weights with equal digests are the same model."""
+        state = hashlib.sha256(json.dumps(asdict(self.layout), sort_keys=True).encode())
+        for name in self.layout.shapes:
+            state.update(name.encode())
+            hash_tensor(state, self.tensors[name])
+        return state.hexdigest()
+
+
+def hash_tensor(state: hashlib._Hash, tensor: Tensor) -> None:
+    """Feed the bytes of a tensor to a hash. (Through an address: `.numpy()` would pin a parameter's storage, see cpu.py.)"""
+    tensor = tensor.detach().contiguous().cpu()
+    if tensor.numel():
+        state.update((ctypes.c_char * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr()))
+
+
+def decode(layout: Layout, packed: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Dequantize, inputs in stored order, with scales and offsets that may be other than the stored ones (training)."""
+    table = layout.format.table(packed)
+    width = layout.format.width(layout.columns)
+    return kernels.dequantize(packed, scales, offsets, table, layout.format.bits, width, layout.columns, dtype)
