@@ -213,7 +213,7 @@ def in_split(events: str, split: Split) -> bool:
 def _tell(rng: random.Random, remarks: float) -> tuple[_World, str, str]:
     world = _world(rng)
     events, told = [], []
-    for _ in range(rng.randint(6, 9)):
+    for _ in range(rng.randint(2, 8)):
         events.append(_step(rng, world))
         told.append(events[-1])
         if rng.random() < remarks:

@@ -32,7 +32,7 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 @_jit
-def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):
     """Decode `runs` runs of 16 codes that share one scale and offset."""
     size = 4 if kind == FP32 else 2
     for _ in range(runs):
@@ -54,7 +54,7 @@ def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):
 
 
 @_jit
-def _decode_rows(kind, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, E501
+def _decode_rows(kind, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group):  # noqa: E501
     """Rows `first` to `last`. The vector step reads ahead, so runs at the very end, and broken runs, are copied out first."""
     size = 4 if kind == FP32 else 2
     groups = -(-columns // group)
@@ -82,7 +82,7 @@ def _decode_rows(kind, lookup, packed, rows, row_bytes, scales, offsets, shifted
 
 
 @_jit
-def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last, group):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last, group):
     """Eight-bit tables have too many levels for one register: look up one by one."""
     columns = weight.shape[1]
     codes = numba.carray(_u8(packed), weight.shape)
@@ -94,7 +94,7 @@ def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last,
 
 
 @_jit
-def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, first, last):
     """Nearest code of each weight, then eight codes into `bits` bytes. Without thresholds the levels are 0 .. 2**bits - 1."""
     columns = weight.shape[1]
     top = np.float32(2**bits - 1)
@@ -124,7 +124,7 @@ def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, fi
 
 
 @_jit
-def _range_rows(weight, group, low, high, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+def _range_rows(weight, group, low, high, first, last):
     columns = weight.shape[1]
     for row in range(first, last):
         for start in range(0, columns, group):
@@ -140,7 +140,7 @@ def _range_rows(weight, group, low, high, first, last):  # type: ignore[no-untyp
 
 
 @_jit
-def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, error, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, error, first, last):
     columns = weight.shape[1]
     top = np.float32(2**bits - 1)
     for row in range(first, last):
@@ -162,7 +162,7 @@ def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, err
 
 
 @_jit
-def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits, codes, first, last):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits, codes, first, last):
     """GPTQ's inner loop over a few columns: round one, hand its error on to those after it. Leaves the errors in `weight`."""
     columns = weight.shape[1]
     top = 2**bits - 1
@@ -185,7 +185,7 @@ def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits
                 weight[row, j] -= miss * upper[i, j]
 
 
-def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,  # noqa: PLR0913
+def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
                group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
     """As `reference.dequantize`, bit for bit."""
     if dtype not in _KINDS or (group_size % LANES and group_size < columns):

@@ -87,7 +87,7 @@ def _narrow(builder: Any, value: Any, kind: int) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def decode16(typingctx: Any, kind: Any, lookup: Any, source: Any, bits: Any, scale: Any, offset: Any, table: Any,  # noqa: PLR0913
+def decode16(typingctx: Any, kind: Any, lookup: Any, source: Any, bits: Any, scale: Any, offset: Any, table: Any,
              target: Any) -> Any:
     """Write 16 weights `scale * level + offset` at address `target`.
 

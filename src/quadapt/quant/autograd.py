@@ -35,25 +35,22 @@ class QuantMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, move: Move | None, *tensors: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, layout: Layout, move: Move | None, *tensors: Tensor) -> Tensor:
         weight, params = _split(layout, tensors)
-        if layout.permuted:
-            x = _to_stored_order(x, weight.tensors["perm"])
+        x = weight.stored_order(x)
         trains = move is not None and any(param.requires_grad for param in params)
         ctx.layout, ctx.move, ctx.trains = layout, move, trains
         ctx.save_for_backward(*tensors, *([pool(x, layout.format.width(layout.columns))] if trains else []))
         return torch.nn.functional.linear(x, _dense(weight, move, params, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # noqa: D102
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         layout, move, saved = ctx.layout, ctx.move, ctx.saved_tensors
         tensors = saved[:-1] if ctx.trains else saved
         weight, params = _split(layout, tensors)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ _dense(weight, move, params, dy.dtype)
-            if layout.permuted:
-                dx = dx[..., weight.tensors["perm"].long()]
+            dx = weight.layer_order(dy @ _dense(weight, move, params, dy.dtype))
         moved: tuple[Tensor | None, ...] = (None,) * len(params)
         if ctx.trains:
             pooled = saved[-1].flatten(0, -2)
@@ -69,10 +66,6 @@ def _split(layout: Layout, tensors: tuple[Tensor, ...]) -> tuple[QuantWeight, tu
 def _dense(weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     offsets = weight.offsets if move is None else move.offsets(weight, params)
     return decode(weight.layout, weight.packed, weight.scales, offsets, dtype)
-
-
-def _to_stored_order(x: Tensor, perm: Tensor) -> Tensor:
-    return torch.empty_like(x).index_copy_(-1, perm.long(), x)
 
 
 def quant_matmul(x: Tensor, weight: QuantWeight, move: Move | None = None, params: tuple[Tensor, ...] = ()) -> Tensor:

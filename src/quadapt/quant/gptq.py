@@ -49,7 +49,7 @@ class GPTQ(Rounding):
     true_sequential: bool = True
     """Within a block too, calibrate each layer on the already quantized layers before it (k, q, v; then o; then gate, up; ..)."""
 
-    def check(self, layout: Layout) -> None:  # noqa: D102
+    def check(self, layout: Layout) -> None:
         super().check(layout)
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
@@ -57,7 +57,7 @@ class GPTQ(Rounding):
             raise ConfigError("GPTQ chooses scales as it goes, double quantization needs them all at once. "
                               "Use static_groups=True, or fp16 scales and offsets")
 
-    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics) -> QuantWeight:  # noqa: D102
+    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics) -> QuantWeight:
         self.check(layout)
         if "second_moment" not in statistics:
             raise CalibrationError("GPTQ needs second moments of the layer's inputs. Give calibration data (--calibration-data)")

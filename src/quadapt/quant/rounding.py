@@ -57,7 +57,7 @@ class Nearest(Rounding):
     code_against: CodeAgainst = "stored"
     """Compute codes with the scales and offsets as stored (rounded), or with the exact ones as QLoRA does."""
 
-    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006, D102
+    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)
         if tuple(weight.shape) != (layout.out, layout.columns):
             raise ShapeError(f"the weight is {tuple(weight.shape)}, its layout {(layout.out, layout.columns)}")

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Layout:
         """Groups in a row."""
         return self.format.groups(self.columns)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the stored form, in a fixed order; all are uint8 but `perm`, which is int32.
 
@@ -138,14 +139,21 @@ class QuantWeight:
 
     def codes(self) -> Tensor:
         """Codes of each weight, uint8 `[out, in]`, inputs in the layer's own order."""
-        return self._in_order(kernels.unpack(self.packed, self.format.bits, self.layout.columns))
+        return self.layer_order(kernels.unpack(self.packed, self.format.bits, self.layout.columns))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight matrix, `[out, in]`, inputs in the layer's own order."""
-        return self._in_order(decode(self.layout, self.packed, self.scales, self.offsets, dtype))
+        return self.layer_order(decode(self.layout, self.packed, self.scales, self.offsets, dtype))
 
-    def _in_order(self, columns: Tensor) -> Tensor:
-        return columns[:, self.tensors["perm"].long()] if self.layout.permuted else columns
+    def layer_order(self, columns: Tensor) -> Tensor:
+        """Bring columns `[.., in]` from stored order into the layer's own."""
+        return columns[..., self.tensors["perm"].long()] if self.layout.permuted else columns
+
+    def stored_order(self, columns: Tensor) -> Tensor:
+        """Bring columns (or inputs) `[.., in]` into the order in which codes are stored."""
+        if not self.layout.permuted:
+            return columns
+        return torch.empty_like(columns).index_copy(-1, self.tensors["perm"].long(), columns)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,94 @@
+"""`quantization_config` of a checkpoint: what each quantized layer is, and why the others are not quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quadapt.errors import CheckpointError, ConfigError
+from quadapt.model.quantize import Plan
+from quadapt.quant.format import Format
+from quadapt.quant.rounding import Nearest
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout
+
+VERSION = 1
+"""Of the stored form; a checkpoint of a later version is refused."""
+
+
+class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Either a wish (quantize on loading, to nearest), or what a checkpoint holds.
+
+    Args:
+        bits: Wish: width of a code.
+        group_size: Wish: inputs that share a scale, -1 for whole rows.
+        levels: Wish: int, nf or nf-sym.
+        zero: Wish: none, integer or float; by default float for int, none for nf.
+        scales: Wish: fp16, fp32 or double.
+        range: Wish: minmax or mse.
+        skip: Wish: layers to leave as they are.
+        schemes: Content: formats and storages, each with the layers that have it.
+        left: Content: why each other matrix is not quantized.
+        made: Content: how it was made (method, rounding, calibration), for people to read.
+        fingerprint: Content: SHA-256 of the quantized layers; adapters name their base by it.
+        version: Of the stored form.
+        quant_method: Always "quadapt".
+    """
+
+    def __init__(self, *, bits: int = 4, group_size: int = 32, levels: str = "int", zero: str = "", scales: str = "",  # noqa: PLR0913
+                 range: str = "minmax", skip: Sequence[str] = (), schemes: Sequence[Mapping[str, Any]] = (),
+                 left: Mapping[str, str] | None = None, made: Mapping[str, Any] | None = None, fingerprint: str = "",
+                 version: int = VERSION, quant_method: str = "quadapt") -> None:
+        if version > VERSION:
+            raise CheckpointError(f"the checkpoint has version {version} of the stored form, this quadapt reads up to {VERSION}. "
+                                  "Upgrade quadapt")
+        self.quant_method, self.version = "quadapt", version
+        if schemes:
+            self.schemes, self.left, self.made, self.fingerprint = list(schemes), dict(left or {}), dict(made or {}), fingerprint
+        else:
+            self.bits, self.group_size, self.levels, self.zero = bits, group_size, levels, zero
+            self.scales, self.range, self.skip = scales, range, list(skip)
+            self.plan()  # a wrong wish fails here, not layer by layer
+
+    def plan(self) -> Plan:
+        """The wish, as a plan."""
+        format = Format(levels=self.levels, bits=self.bits, group_size=self.group_size, zero=self.zero)  # type: ignore[arg-type]
+        storage = Storage.default(format)
+        if self.scales:
+            offsets = storage.offsets if storage.offsets not in ("fp16", "fp32") else self.scales
+            storage = Storage(scales=self.scales, offsets=offsets)  # type: ignore[arg-type]
+        rounding = Nearest(range=self.range)  # type: ignore[arg-type]
+        return Plan(format=format, storage=storage, rounding=rounding)
+
+    @staticmethod
+    def of(layouts: Mapping[str, Layout], *, left: Mapping[str, str], made: Mapping[str, Any], fingerprint: str) -> QuadaptConfig:
+        """The config of a checkpoint that holds these layers."""
+        schemes: dict[tuple[Format, Storage, bool], list[str]] = {}
+        for name, layout in layouts.items():
+            schemes.setdefault((layout.format, layout.storage, layout.permuted), []).append(name)
+        if not schemes:
+            raise ConfigError("the model has no quantized layer")
+        return QuadaptConfig(
+            schemes=[{"format": asdict(format), "storage": asdict(storage), "permuted": permuted, "layers": names}
+                     for (format, storage, permuted), names in schemes.items()],
+            left=left, made=made, fingerprint=fingerprint)
+
+    @property
+    def holds(self) -> bool:
+        """Whether this describes a checkpoint; otherwise it is a wish."""
+        return hasattr(self, "schemes")
+
+    def layout(self, scheme: Mapping[str, Any], out: int, columns: int) -> Layout:
+        """Layout of a layer of one of `schemes`.
+
+        Raises:
+            CheckpointError: The entry is damaged.
+        """
+        try:
+            return Layout(format=Format(**scheme["format"]), storage=Storage(**scheme["storage"]), out=out, columns=columns,
+                          permuted=scheme["permuted"])
+        except (TypeError, KeyError, ConfigError) as error:
+            raise CheckpointError(f"quantization_config: a scheme is damaged ({error}). Restore config.json") from error

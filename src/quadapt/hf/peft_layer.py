@@ -1,0 +1,207 @@
+"""The one PEFT layer: every adapter of ours, and stock LoRA, over a :class:`QuantLinear`.
+
+PEFT sees an ordinary LoRA adapter (`peft_type` is LORA), so saving, loading, `load_adapter` and resuming are its own. Which adapter
+of ours it is, with its settings and the fingerprint of its base, stands in `adapter_config.json` under `auto_mapping`, the one
+field that PEFT keeps without reading it (as long as `task_type` is set).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from quadapt.errors import ConfigError, locate
+from quadapt.nn.adapters import Adapter, LoRA, adapter_from
+from quadapt.nn.adapters.base import MergedForm
+from quadapt.nn.quant_linear import QuantLinear, autocast
+from quadapt.quant.autograd import quant_matmul
+from quadapt.quant.weight import QuantWeight
+
+KEY = "quadapt"
+"""Key of our entry in `auto_mapping`."""
+
+
+def lora_config(adapter: Adapter, *, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | str = "all-linear",
+                base_fingerprint: str = "") -> LoraConfig:
+    """A PEFT config for one of our adapters.
+
+    Args:
+        adapter: What trains.
+        rank: Rank of the adapter.
+        alpha: The adapter is multiplied by `alpha / rank`.
+        dropout: On the adapter's input.
+        target_modules: As in PEFT.
+        base_fingerprint: Of the quantized base; merging into another is refused.
+    """
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM",
+                      auto_mapping={KEY: {**adapter.identity(), "base_fingerprint": base_fingerprint}})
+
+
+def identity_of(config: LoraConfig) -> dict[str, Any]:
+    """Our entry in a PEFT config; that of stock LoRA if there is none."""
+    return dict((config.auto_mapping or {}).get(KEY) or {"kind": LoRA.kind})
+
+
+def adapter_of(config: LoraConfig) -> Adapter:
+    """The adapter that a PEFT config asks for: ours where it names one, else LoRA.
+
+    Raises:
+        ConfigError: It asks for a variant of LoRA that has no meaning over codes.
+    """
+    for option, advice in (("use_dora", "DoRA rescales the dense weight"), ("use_qalora", "use quadapt's qa-lora, which merges"),
+                           ("alora_invocation_tokens", "activated LoRA is not supported")):
+        if getattr(config, option, None):
+            raise ConfigError(f"LoraConfig.{option}: {advice}. Leave it unset")
+    if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+        raise ConfigError(f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
+                          "layer no longer has. Use True or 'gaussian'")
+    return adapter_from({name: value for name, value in identity_of(config).items() if name != "base_fingerprint"})
+
+
+class QuantLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
+    """Adapters over a quantized linear layer.
+
+    Args:
+        base_layer: The quantized layer.
+        adapter_name: PEFT's name of the first adapter.
+        config: Its configuration.
+        r: Its rank.
+        lora_alpha: Its alpha.
+        kwargs: What PEFT passes on to `LoraLayer`.
+    """
+
+    def __init__(self, base_layer: QuantLinear, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: float = 1,
+                 **kwargs: Any) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.fan_in_fan_out = False
+        self.adapters: dict[str, Adapter] = {}
+        self._unmerged: list[QuantWeight] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter (PEFT's hook)."""
+        adapter = adapter_of(config)
+        with locate(kwargs.get("target_name") or "layer"):
+            adapter.check(self.quant.layout, r, config.lora_dropout)
+        self.adapters[adapter_name] = adapter
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        inputs = adapter.inputs(self.quant.layout)
+        if inputs != self.in_features:
+            old = self.lora_A[adapter_name].weight
+            shape = nn.Linear(inputs, r, bias=False, device=old.device, dtype=old.dtype)
+            self.lora_A[adapter_name] = shape.requires_grad_(old.requires_grad)
+        if config.init_lora_weights is True and self.lora_A[adapter_name].weight.device.type != "meta":
+            adapter.reset(self.lora_A[adapter_name].weight.data, self.lora_B[adapter_name].weight.data)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter (PEFT's hook)."""
+        super().delete_adapter(adapter_name)
+        self.adapters.pop(adapter_name, None)
+
+    @property
+    def quant(self) -> QuantLinear:
+        """The quantized layer below."""
+        layer = self.get_base_layer()
+        assert isinstance(layer, QuantLinear)
+        return layer
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """`lora_A` and `lora_B` of an adapter."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with all active adapters."""
+        self._check_forward_args(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ConfigError("adapter_names: a batch that mixes adapters is not supported over quantized layers. "
+                              "Run one batch per adapter")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters or self.merged else [name for name in self.active_adapters if name in self.adapters]
+        x = autocast(x)
+        weight = self.quant.quant_weight
+        inside = [name for name in active if self.adapters[name].merged_form]
+        move = MergedForm(tuple((self.adapters[name], float(self.scaling[name])) for name in inside)) if inside else None
+        y = quant_matmul(x, weight, move, tuple(factor for name in inside for factor in self.factors(name)))
+        for name in active:
+            y = self.adapters[name].side(self.lora_dropout[name](x), y, weight, *self.factors(name), self.scaling[name])
+            if self.lora_bias[name]:
+                y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
+        return self.quant.with_bias(y)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the quantized weight; codes do not move.
+
+        Raises:
+            MergeError: An adapter cannot merge into codes. Nothing has been merged then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.adapters]
+        before = weight = self.quant.quant_weight
+        for name in names:
+            weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
+        if names:
+            self._unmerged.append(before)
+            self.quant.quant_weight = weight
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the weight from before the merges."""
+        if self._unmerged:
+            self.quant.quant_weight = self._unmerged[0]
+        self._unmerged.clear()
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the dense weight, float32 `[out, in]`."""
+        A, B = self.adapters[adapter].as_lora(self.quant.quant_weight, *self.factors(adapter))
+        return self.scaling[adapter] * (B.float() @ A.float())
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+
+def register() -> None:
+    """Make PEFT put our layer over quantized layers: one guarded wrapper, since PEFT has no public registry of layers."""
+    stock: Callable[..., nn.Module] = LoraModel._create_new_module
+    if getattr(stock, "_quadapt", False):
+        return
+
+    def create(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, QuantLinear):
+            kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
+            return QuantLoraLinear(target, adapter_name, lora_config, **kwargs)
+        return stock(lora_config, adapter_name, target, **kwargs)
+
+    create._quadapt = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, QuantLoraLinear]:
+    """The layers of a model that carry adapters over a quantized weight, by their name in the base model."""
+    prefix = "base_model.model."
+    return {name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, QuantLoraLinear)}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model alone."""
+    layers = list(adapted_layers(model).values())
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

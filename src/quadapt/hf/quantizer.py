@@ -1,0 +1,154 @@
+"""transformers' side of the stored form: `AutoModelForCausalLM.from_pretrained` loads and saves quantized checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.config import QuadaptConfig
+from quadapt.model.quantize import fingerprint, quantize_layer, quantized_layers
+from quadapt.model.select import select
+from quadapt.nn.quant_linear import QuantLinear
+from quadapt.quant.weight import Layout
+
+
+class QuadaptQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps linear layers for quantized ones before weights are loaded, and checks afterwards that all of them were."""
+
+    quantization_config: QuadaptConfig
+    requires_calibration = False
+
+    def is_serializable(self) -> bool:
+        """A quantized model saves as it is."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train over the frozen codes."""
+        return True
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of the checkpoint is a float weight to be quantized on loading."""
+        if self.pre_quantized:
+            return False
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, QuantLinear) and name == "weight"
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per element, for `device_map="auto"`."""
+        if self.param_needs_quantization(model, param_name):
+            return float(self.quantization_config.bits) / 8
+        return float(super().param_element_size(model, param_name, param))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """How a float weight is quantized on loading."""
+        return _QuantizeOnLoading(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            selection = select(model, skip=config.skip)
+            self._left = selection.left
+            for name, linear in selection.chosen.items():
+                self._swap(model, name, config.plan().layout(name, linear.out_features, linear.in_features), dtype, wish=True)
+            return
+        for scheme in config.schemes:
+            for name in scheme["layers"]:
+                linear = _linear(model, name)
+                self._swap(model, name, config.layout(scheme, linear.out_features, linear.in_features), dtype, wish=False)
+
+    def _swap(self, model: nn.Module, name: str, layout: Layout, dtype: torch.dtype | None, *, wish: bool) -> None:
+        layer = QuantLinear(layout, bias=_linear(model, name).bias is not None, device="meta", dtype=dtype)
+        if wish:  # the loader hands the float tensor over only if the model has a float tensor of that name and shape
+            dense = torch.empty(layout.out, layout.columns, dtype=dtype, device="meta")
+            layer.weight = nn.Parameter(dense, requires_grad=False)
+        model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        layers = quantized_layers(model)
+        for name, layer in layers.items():
+            for tensor_name in layer.layout.shapes:
+                if not getattr(layer.get_parameter(tensor_name), "_is_hf_initialized", False):
+                    raise CheckpointError(f"{name}.{tensor_name}: is not in the checkpoint. The download is incomplete, "
+                                          "or config.json belongs to another model")
+            for parameter in layer.parameters():
+                parameter.requires_grad_(False)  # the loader makes float tensors trainable
+        if not self.pre_quantized:
+            adopt(model, left=self._left, made={"rounding": "nearest", "range": self.quantization_config.range})
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, layer in quantized_layers(model).items():
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            dense.weight = nn.Parameter(layer.quant_weight.dequantize(dtype or torch.float32), requires_grad=False)
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+            model.set_submodule(name, dense)
+        return model
+
+
+class _QuantizeOnLoading(ConversionOps):  # type: ignore[misc]
+    def __init__(self, config: QuadaptConfig) -> None:
+        self.config = config
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+        weight = next(iter(input_dict.values()))
+        weight = weight[0] if isinstance(weight, list) else weight
+        name = full_layer_name.rpartition(".")[0]
+        quantized, _ = quantize_layer(name, weight, self.config.plan(), {})
+        _linear(model, name).__dict__["layout"] = quantized.layout
+        layer = model.get_submodule(name)
+        for tensor_name, tensor in quantized.tensors.items():  # what the loader will compare shapes with
+            if tensor_name != "weight":
+                layer.register_parameter(tensor_name, nn.Parameter(tensor.to("meta"), requires_grad=False))
+        return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in quantized.tensors.items()}
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(f"{name}: the checkpoint says that this layer is quantized, but {type(model).__name__} has no linear "
+                              "layer of that name. config.json belongs to another model")
+    return module
+
+
+def adopt(model: nn.Module, *, left: Mapping[str, str], made: Mapping[str, Any]) -> nn.Module:
+    """Make a model whose layers have been quantized in place known to transformers as quantized, so that it saves as such."""
+    weights = {name: layer.quant_weight for name, layer in quantized_layers(model).items()}
+    config = QuadaptConfig.of({name: weight.layout for name, weight in weights.items()}, left=left, made=made,
+                              fingerprint=fingerprint(weights))
+    model.hf_quantizer = QuadaptQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.config.quantization_config = config  # type: ignore[union-attr, assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    return model
+
+
+def base_config(model: nn.Module) -> QuadaptConfig:
+    """The quantization config of a quantized model.
+
+    Raises:
+        ConfigError: The model is not quantized by quadapt.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not isinstance(config, QuadaptConfig):
+        raise ConfigError(f"{type(model).__name__} is not quantized by quadapt. Quantize it first (quadapt quantize)")
+    return config
+
+
+def register() -> None:
+    """Make transformers know the quantizer, once."""
+    if "quadapt" not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config("quadapt")(QuadaptConfig)
+        register_quantizer("quadapt")(QuadaptQuantizer)

@@ -1,0 +1,102 @@
+"""What an adapter is: which parameters train over a quantized matrix, and what they do to it.
+
+An :class:`Adapter` is a frozen dataclass without tensors; a layer keeps the parameters and hands them over. So one PEFT layer
+serves every adapter, and an adapter's settings are its identity on disk.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from quadapt.errors import MergeError
+from quadapt.quant.weight import Layout, QuantWeight
+
+Exactness = Literal["exact", "equivalent", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(ABC):
+    """Trained parameters `lora_A`, `lora_B` over a quantized matrix, and `scaling` (alpha / rank)."""
+
+    kind: ClassVar[str]
+    """Name on disk and in `ADAPTERS`."""
+
+    def check(self, layout: Layout, rank: int, dropout: float) -> None:  # noqa: B027 - most adapters accept anything
+        """Raise ConfigError or ShapeError if this adapter cannot train over `layout`."""
+
+    @abstractmethod
+    def inputs(self, layout: Layout) -> int:
+        """Inputs of `lora_A` `[rank, inputs]`; `lora_B` is `[out, rank]`."""
+
+    @abstractmethod
+    def reset(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Initialize the parameters in place, as the method's paper or authors do."""
+
+    @property
+    def exactness(self) -> Exactness:
+        """What a merge promises: exact (bit for bit), equivalent (but for rounding), none (it cannot merge)."""
+        return "none"
+
+    @property
+    def merged_form(self) -> bool:
+        """Whether training computes with the merged matrix itself; otherwise the adapter is a side branch."""
+        return False
+
+    def merge(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> QuantWeight:
+        """The adapted matrix, quantized, without moving a code.
+
+        Raises:
+            MergeError: This adapter changes weights within a group, which codes cannot follow.
+        """
+        raise MergeError(f"a {self.kind} adapter changes weights within a group, which the codes of {weight.format.name} cannot "
+                         "follow. Serve base + adapter (export --format lora), train with --method qa-lora, "
+                         "or accept the loss and requantize (merge --requantize)")
+
+    def offset_gradients(self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float,
+                         gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `lora_A` and `lora_B`, given that of the merged offsets `[out, groups]` (straight through rounding)."""
+        raise AssertionError(f"{self.kind} does not move offsets")
+
+    def side(self, x: Tensor, y: Tensor, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """`y` plus what a side branch adds to the layer's output for (dropped-out) inputs `x`."""
+        return y
+
+    @abstractmethod
+    def as_lora(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`A [rank, in]` and `B [out, rank]` of the ordinary LoRA that does the same, at the same scaling."""
+
+    def identity(self) -> dict[str, object]:
+        """Kind and settings, as they are saved."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class MergedForm:
+    """Adapters trained in the merged form, as the product with the matrix sees them: it computes with what they merge to."""
+
+    parts: tuple[tuple[Adapter, float], ...]
+    """Adapters with their scaling, in the order in which a merge would apply them."""
+
+    def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:
+        """Offsets of the merged matrix. `params` has `lora_A` and `lora_B` of each part."""
+        for at, (adapter, scaling) in enumerate(self.parts):
+            weight = adapter.merge(weight, *params[2 * at : 2 * at + 2], scaling)
+        return weight.offsets
+
+    def gradients(self, weight: QuantWeight, params: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+        """Each part adds to the offsets, so each sees the same gradient."""
+        pairs = (adapter.offset_gradients(weight.layout, *params[2 * at : 2 * at + 2], scaling, gradient)
+                 for at, (adapter, scaling) in enumerate(self.parts))
+        return tuple(tensor for pair in pairs for tensor in pair)
+
+
+def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """`y + scaling * x A^T B^T` in the dtype of `y`; parameters are cast, inputs and outputs are not."""
+    hidden = torch.nn.functional.linear(x, lora_A.to(x.dtype))
+    rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), lora_B.to(y.dtype).T, alpha=scaling)
+    return rows.view(y.shape)
