@@ -182,7 +182,11 @@ def _remark(rng: random.Random, world: _World) -> str:
     """A sentence that reveals a part of the state."""
     facts = _facts(world)
     kind = rng.choice(sorted({fact[0] for fact in facts}))
-    _, subject, now, answer = rng.choice([fact for fact in facts if fact[0] == kind])
+    return _reveal(rng, rng.choice([fact for fact in facts if fact[0] == kind]))
+
+
+def _reveal(rng: random.Random, fact: tuple[str, str, str, str]) -> str:
+    kind, subject, now, answer = fact
     z = rng.choice(["Somebody", "Nobody"])
     return rng.choice(REMARKS[kind]).format(s=subject, now=now, a=answer, z=z)
 
@@ -201,7 +205,7 @@ def _ask(rng: random.Random, world: _World, text: str) -> tuple[Question, ...]:
 
 
 def _world(rng: random.Random) -> _World:
-    return _World(rng.sample(NAMES, 3), rng.sample(OBJECTS, 2), rng.sample(PLACES, 4))
+    return _World(rng.sample(NAMES, rng.choice([2, 3])), rng.sample(OBJECTS, rng.choice([1, 2])), rng.sample(PLACES, rng.choice([3, 4])))
 
 
 def in_split(events: str, split: Split) -> bool:
@@ -213,11 +217,15 @@ def in_split(events: str, split: Split) -> bool:
 def _tell(rng: random.Random, remarks: float) -> tuple[_World, str, str]:
     world = _world(rng)
     events, told = [], []
-    for _ in range(rng.randint(2, 8)):
+    for _ in range(rng.randint(3, 8)):
         events.append(_step(rng, world))
         told.append(events[-1])
         if rng.random() < remarks:
             told.append(_remark(rng, world))
+    if remarks:
+        facts = _facts(world)
+        rng.shuffle(facts)
+        told += [_reveal(rng, fact) for fact in facts]
     opening = rng.choice(OPENINGS)
     return world, " ".join([opening, *events]), " ".join([opening, *told])
 
@@ -236,7 +244,7 @@ def narratives(seed: int, n: int, split: Split = "train") -> Iterator[str]:
     """Yield `n` stories told with remarks that reveal the state, as plain text."""
     rng = random.Random(f"narratives {split} {seed}")
     while n:
-        _, events, told = _tell(rng, 0.6)
+        _, events, told = _tell(rng, 0.3)
         if in_split(events, split):
             n -= 1
             yield told

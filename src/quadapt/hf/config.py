@@ -30,7 +30,7 @@ class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scales: Wish: fp16, fp32 or double.
         range: Wish: minmax or mse.
         skip: Wish: layers to leave as they are.
-        schemes: Content: formats and storages, each with the layers that have it.
+        schemes: Content: formats and storages, each with the layers (and their shapes) that have it.
         left: Content: why each other matrix is not quantized.
         made: Content: how it was made (method, rounding, calibration), for people to read.
         fingerprint: Content: SHA-256 of the quantized layers; adapters name their base by it.
@@ -66,14 +66,15 @@ class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @staticmethod
     def of(layouts: Mapping[str, Layout], *, left: Mapping[str, str], made: Mapping[str, Any], fingerprint: str) -> QuadaptConfig:
         """The config of a checkpoint that holds these layers."""
-        schemes: dict[tuple[Format, Storage, bool], list[str]] = {}
+        schemes: dict[tuple[Format, Storage, bool], dict[str, list[int]]] = {}
         for name, layout in layouts.items():
-            schemes.setdefault((layout.format, layout.storage, layout.permuted), []).append(name)
+            kind = (layout.format, layout.storage, layout.permuted)
+            schemes.setdefault(kind, {})[name] = [layout.out, layout.columns]
         if not schemes:
             raise ConfigError("the model has no quantized layer")
         return QuadaptConfig(
-            schemes=[{"format": asdict(format), "storage": asdict(storage), "permuted": permuted, "layers": names}
-                     for (format, storage, permuted), names in schemes.items()],
+            schemes=[{"format": asdict(format), "storage": asdict(storage), "permuted": permuted, "layers": layers}
+                     for (format, storage, permuted), layers in schemes.items()],
             left=left, made=made, fingerprint=fingerprint)
 
     @property
@@ -81,14 +82,16 @@ class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Whether this describes a checkpoint; otherwise it is a wish."""
         return hasattr(self, "schemes")
 
-    def layout(self, scheme: Mapping[str, Any], out: int, columns: int) -> Layout:
-        """Layout of a layer of one of `schemes`.
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Layout of every quantized layer, by name.
 
         Raises:
-            CheckpointError: The entry is damaged.
+            CheckpointError: An entry is damaged.
         """
         try:
-            return Layout(format=Format(**scheme["format"]), storage=Storage(**scheme["storage"]), out=out, columns=columns,
-                          permuted=scheme["permuted"])
-        except (TypeError, KeyError, ConfigError) as error:
-            raise CheckpointError(f"quantization_config: a scheme is damaged ({error}). Restore config.json") from error
+            return {name: Layout(format=Format(**scheme["format"]), storage=Storage(**scheme["storage"]), out=out,
+                                 columns=columns, permuted=scheme["permuted"])
+                    for scheme in self.schemes for name, (out, columns) in scheme["layers"].items()}
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"quantization_config is damaged ({error}). Restore config.json") from error

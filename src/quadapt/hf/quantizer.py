@@ -60,10 +60,12 @@ class QuadaptQuantizer(HfQuantizer):  # type: ignore[misc]
             for name, linear in selection.chosen.items():
                 self._swap(model, name, config.plan().layout(name, linear.out_features, linear.in_features), dtype, wish=True)
             return
-        for scheme in config.schemes:
-            for name in scheme["layers"]:
-                linear = _linear(model, name)
-                self._swap(model, name, config.layout(scheme, linear.out_features, linear.in_features), dtype, wish=False)
+        for name, layout in config.layouts.items():
+            linear = _linear(model, name)
+            if (linear.out_features, linear.in_features) != (layout.out, layout.columns):
+                raise CheckpointError(f"{name}: is {linear.out_features} x {linear.in_features} in the model, {layout.out} x "
+                                      f"{layout.columns} in quantization_config. config.json belongs to another model")
+            self._swap(model, name, layout, dtype, wish=False)
 
     def _swap(self, model: nn.Module, name: str, layout: Layout, dtype: torch.dtype | None, *, wish: bool) -> None:
         layer = QuantLinear(layout, bias=_linear(model, name).bias is not None, device="meta", dtype=dtype)

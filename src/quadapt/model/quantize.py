@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -86,9 +86,13 @@ class Plan:
     rounding: Rounding
     """From weights to codes."""
 
+    layers: Mapping[str, tuple[Format, Storage]] = field(default_factory=dict)
+    """Layers that have a grid and storage of their own, by name."""
+
     def layout(self, name: str, out: int, columns: int) -> Layout:
         """Layout of the layer `name`."""
-        return Layout(format=self.format, storage=self.storage, out=out, columns=columns)
+        format, storage = self.layers.get(name, (self.format, self.storage))
+        return Layout(format=format, storage=storage, out=out, columns=columns)
 
     @property
     def needs_data(self) -> bool:

@@ -1,0 +1,58 @@
+"""Finished blocks on disk, so that quantizing can be stopped at any point and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from quadapt.model.quantize import LayerRow
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+
+class BlockFiles:
+    """A :class:`quadapt.model.quantize.Keeper` that keeps each block in a file and hands back tensors mapped from it.
+
+    Args:
+        folder: Made if it does not exist. A damaged or half-written file counts as missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def _file(self, unit: str) -> Path:
+        return self.folder / f"{unit.replace(' ', '_')}.safetensors"
+
+    def find(self, unit: str) -> tuple[dict[str, QuantWeight], list[LayerRow]] | None:
+        """The block, if an earlier run finished it."""
+        try:
+            return self._read(self._file(unit))
+        except (OSError, SafetensorError):
+            return None
+
+    def keep(self, unit: str, weights: dict[str, QuantWeight], rows: list[LayerRow]) -> dict[str, QuantWeight]:
+        """Write the block under a temporary name, rename, and map it back: the copy in memory can go."""
+        target = self._file(unit)
+        tensors = {f"{name}.{part}": tensor.cpu() for name, weight in weights.items() for part, tensor in weight.tensors.items()}
+        layouts = {name: asdict(weight.layout) for name, weight in weights.items()}
+        about = {"layouts": json.dumps(layouts), "rows": json.dumps([asdict(row) for row in rows])}
+        temporary = target.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata=about)
+        os.replace(temporary, target)
+        return self._read(target)[0]
+
+    def _read(self, path: Path) -> tuple[dict[str, QuantWeight], list[LayerRow]]:
+        weights = {}
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            for name, fields in json.loads(about["layouts"]).items():
+                layout = Layout(**{**fields, "format": Format(**fields["format"]), "storage": Storage(**fields["storage"])})
+                weights[name] = QuantWeight(layout, {part: file.get_tensor(f"{name}.{part}") for part in layout.shapes})
+        return weights, [LayerRow(**row) for row in json.loads(about["rows"])]

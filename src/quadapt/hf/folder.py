@@ -1,0 +1,234 @@
+"""The folders that quadapt writes, and how any of them is loaded.
+
+Beside what transformers and PEFT write stands `quadapt.json`: what the folder is, where its base is, how it was made, what it
+measured, and the digests that `inspect --verify` checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from quadapt.errors import CheckpointError, QuadaptError, locate
+from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.quantizer import base_config
+from quadapt.hf.verify import other_digests
+from quadapt.hf.workspace import write_json
+from quadapt.model.quantize import quantized_layers
+
+Kind = Literal["model", "quantized", "adapter"]
+
+NOTE = "quadapt.json"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder (or hub name) that holds a model or an adapter."""
+
+    name: str
+    """Path or hub name, as given."""
+
+    kind: Kind
+    """model: dense. quantized: by quadapt, merged or not. adapter: over a base that lies elsewhere."""
+
+    note: Mapping[str, Any]
+    """Content of `quadapt.json`; empty if there is none."""
+
+    @property
+    def path(self) -> Path:
+        """As a path."""
+        return Path(self.name)
+
+
+def open_folder(name: str) -> Folder:
+    """Look at a folder without loading it.
+
+    Raises:
+        CheckpointError: It does not exist, holds no model, or has a damaged file.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            near = difflib.get_close_matches(path.name, [item.name for item in path.parent.glob("*")] if path.parent.exists() else [])
+            hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+            raise CheckpointError(f"{name!r} does not exist.{hint}")
+        return Folder(name, "model", {})  # a hub name: transformers will say if there is no such model
+    if path.is_file():
+        raise CheckpointError(f"{name!r} is a file. Give the folder that holds config.json or adapter_config.json")
+    adapter, model = (path / "adapter_config.json").exists(), (path / "config.json").exists()
+    if not adapter and not model:
+        partial = path.with_name(path.name + ".partial")
+        hint = f" An unfinished run lies in {str(partial)!r}: give its command again" if partial.exists() else ""
+        raise CheckpointError(f"{name!r} has neither config.json nor adapter_config.json: it is not a model folder.{hint}")
+    _check_files(path)
+    note = read_json(path / NOTE) if (path / NOTE).exists() else {}
+    config = read_json(path / "config.json") if model and not adapter else {}
+    quantized = (config.get("quantization_config") or {}).get("quant_method") == "quadapt"
+    return Folder(str(path), "adapter" if adapter else "quantized" if quantized else "model", note)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}). Copy it again from its source") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object. It is foreign, or damaged")
+    return value
+
+
+def _check_files(path: Path) -> None:
+    """Raise CheckpointError if a weight file is truncated, or a shard of the index is missing."""
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: is damaged or truncated ({error}). Copy it again from its source") from error
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+            if not (path / shard).exists():
+                raise CheckpointError(f"{path}: {shard} is missing, though the index names it. Copy it from its source")
+
+
+def find_base(folder: Folder, given: str | None = None) -> str:
+    """Where the base of an adapter is: where told, or beside the adapter as recorded, or where it was when it was made.
+
+    Raises:
+        CheckpointError: None of these exists.
+    """
+    if given:
+        return given
+    base = folder.note.get("base", {})
+    tried = []
+    for candidate in (folder.path / base["relative"] if base.get("relative") else None, base.get("absolute")):
+        if candidate and Path(candidate).exists():
+            return os.path.normpath(candidate)
+        if candidate:
+            tried.append(str(candidate))
+    named = base.get("hub") or read_json(folder.path / "adapter_config.json").get("base_model_name_or_path")
+    if named and (Path(named).exists() or (not tried and named.count("/") <= 1 and not named.startswith("/"))):
+        return str(named)
+    raise CheckpointError(f"{folder.name}: its base is neither at {' nor at '.join(repr(item) for item in [*tried, named] if item)}. "
+                          "Say where it is with --base")
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
+    """Load a model, dense or quantized, in evaluation mode with nothing trainable.
+
+    Weights stay mapped from their file where they need no cast.
+
+    Raises:
+        CheckpointError: It cannot be loaded; the message says why.
+    """
+    from transformers import AutoModelForCausalLM
+
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = reading(name, AutoModelForCausalLM.from_pretrained, name, dtype=wanted, device_map=None if device == "cpu" else device,
+                    trust_remote_code=trust_remote_code)
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a folder or hub name."""
+    from transformers import AutoTokenizer
+
+    return reading(name, AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
+
+
+def reading(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call one of transformers' loaders; what it raises for bad input becomes a CheckpointError."""
+    try:
+        return load(*args, **kwargs)
+    except QuadaptError as error:
+        with locate(name):
+            raise error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{name!r} cannot be loaded: {reason[:500]}") from error
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "cpu", base: str | None = None,
+         trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
+
+    Args:
+        name: Folder of a dense or quantized model, of an adapter (its base is found and loaded too), or a GGUF file.
+        dtype: Of the computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
+        device: As in torch.
+        base: Where an adapter's base is, if it is not where it was.
+        trust_remote_code: Run code that comes with a model.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or belongs to another base.
+    """
+    if name.endswith(".gguf"):
+        return _load_gguf(Path(name), dtype, device)
+    folder = open_folder(name)
+    if folder.kind != "adapter":
+        return (load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+                load_tokenizer(folder.name, trust_remote_code=trust_remote_code))
+    where = find_base(folder, base)
+    model = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    check_base(folder, model)
+    reading(folder.name, model.load_adapter, folder.name)
+    model.eval()
+    holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
+    return model, load_tokenizer(holder, trust_remote_code=trust_remote_code)
+
+
+def check_base(folder: Folder, model: nn.Module) -> None:
+    """Raise CheckpointError if an adapter was trained over another base than `model`."""
+    from peft import PeftConfig
+
+    from quadapt.hf.peft_layer import identity_of
+
+    config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
+    wanted = identity_of(config).get("base_fingerprint")
+    if wanted and wanted != base_config(model).fingerprint:
+        raise CheckpointError(f"{folder.name}: this adapter was trained over another base (fingerprint {str(wanted)[:12]}, this one "
+                              f"has {base_config(model).fingerprint[:12]}). Give its own base with --base")
+
+
+def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r} does not exist")
+    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    model = reading(str(path), AutoModelForCausalLM.from_pretrained, str(path.parent), gguf_file=path.name, dtype=wanted)
+    return model.eval().to(device), reading(str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name)
+
+
+def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping[str, Any]) -> None:
+    """Write a quantized model: transformers' files, the tokenizer, a model card, and `quadapt.json` with digests of every tensor.
+
+    The folder should be one in the making, see `Workspace`.
+    """
+    config = base_config(model)
+    model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    layers = {name: layer.quant_weight.digest() for name, layer in quantized_layers(model).items()}
+    write_json(folder / NOTE, {**note, "digests": {"layers": layers, "tensors": other_digests(folder, config)}})
+    (folder / "README.md").write_text(_card(config, note), encoding="utf-8")
+
+
+def _card(config: QuadaptConfig, note: Mapping[str, Any]) -> str:
+    formats = ", ".join(sorted({layout.format.name for layout in config.layouts.values()}))
+    return (f"---\nlibrary_name: quadapt\ntags: [quantized, quadapt]\n---\n\n# A quantized model ({formats})\n\n"
+            "Written by [quadapt](https://pypi.org/project/quadapt). Load it with `quadapt.load(folder)`, or with transformers "
+            "after `import quadapt`; without that import transformers cannot read the weights.\n\n"
+            f"```json\n{json.dumps({key: note[key] for key in ('made', 'bits_per_weight') if key in note}, indent=2)}\n```\n")

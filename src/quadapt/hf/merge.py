@@ -1,0 +1,229 @@
+"""Merge adapters into a quantized model, and certify what the merge did.
+
+* **exact**: trained in the merged form, and the logits on the probe are equal bit for bit in the named dtype.
+* **equivalent**: the adapter was a side branch; the merge rounds its offsets, and the certificate says how much of what the adapter
+  does was lost.
+* **lossy**: the adapted weights were quantized anew, by name (`requantize`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quadapt.errors import ConfigError, MergeError, locate
+from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off
+from quadapt.hf.quantizer import adopt, base_config
+from quadapt.model.quantize import Plan, quantize_layer, quantize_model
+from quadapt.quant.rounding import Rounding
+from quadapt.quant.weight import QuantWeight
+
+Verdict = Literal["exact", "equivalent", "lossy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedLayer:
+    """What the merge did to one layer."""
+
+    name: str
+    """Full name."""
+
+    difference: float
+    """Largest difference between a merged and an adapted weight, in quantization steps of its group."""
+
+    codes_changed: int
+    """Codes that are not those of the base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What a merge kept, measured."""
+
+    verdict: Verdict
+    """exact, equivalent or lossy."""
+
+    dtype: str
+    """Dtype in which the probe was run; the verdict holds for it."""
+
+    probe: str
+    """What the models were compared on."""
+
+    logits_equal: bool
+    """Whether all logits are equal bit for bit."""
+
+    effect_lost: float
+    """`||merged - adapted|| / ||adapted - base||` over the logits: the share of what the adapter does that the merge lost."""
+
+    kl: float
+    """Mean KL divergence of the merged model's predictions from the adapted one's, in nats."""
+
+    argmax_changed: float
+    """Share of positions where the likeliest token changed."""
+
+    perplexity_before: float
+    """Of the adapted model on the probe (meaningless on random tokens)."""
+
+    perplexity_after: float
+    """Of the merged model on the probe."""
+
+    layers: tuple[MergedLayer, ...]
+    """Layer by layer."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        worst = max(self.layers, key=lambda layer: layer.difference)
+        return (f"{self.verdict}: {'logits bit-equal' if self.logits_equal else f'{self.effect_lost:.2%} of the effect lost'} in "
+                f"{self.dtype} on {self.probe}; largest weight difference {worst.difference:.2g} steps, "
+                f"{sum(layer.codes_changed for layer in self.layers)} codes changed, KL {self.kl:.1e}")
+
+
+def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> Tensor:
+    """Token ids `[sequences, length]` from a fixed seed: enough to tell equal from unequal."""
+    return torch.randint(0, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+
+
+def merge(model: nn.Module, *, probe: Tensor | None = None, probe_name: str = "", requantize: Rounding | None = None,
+          batches: Sequence[Tensor] = (), progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> tuple[nn.Module, Certificate]:
+    """Merge all active adapters of a PEFT model into its quantized base.
+
+    Args:
+        model: A `PeftModel` over a quantized model; it is used up.
+        probe: Token ids `[sequences, length]` to compare the models on; by default random ones.
+        probe_name: What they are, for the certificate.
+        requantize: Quantize the adapted weights anew where adapters cannot merge. Never done unasked.
+        batches: Token ids to calibrate the requantization on, if it needs any.
+        progress: Wraps the list of layers.
+
+    Returns:
+        The merged model, an ordinary transformers model, and the certificate.
+
+    Raises:
+        MergeError: There is no adapter, or it cannot merge and `requantize` is None. The model is unchanged then.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise MergeError(f"{type(model).__name__} has no adapter over a quantized layer, so there is nothing to merge")
+    if requantize is None:
+        _check_mergeable(layers)
+    model.eval()
+    if probe is None:
+        probe, probe_name = random_probe(model.config.vocab_size), "256 random tokens"  # type: ignore[union-attr, arg-type]
+    exact = all(layer.adapters[name].merged_form for layer in layers.values() for name in layer.active_adapters)
+    adapted = _logits(model, probe)
+    with adapters_off(model):
+        base = _logits(model, probe)
+    config, weights = base_config(model), {}
+    rows = []
+    for name in progress(list(layers)):
+        with locate(name), torch.no_grad():
+            weights[name], row = _merge_layer(name, layers[name], requantize)
+        rows.append(row)
+    merged = model.unload()  # type: ignore[operator]
+    if requantize is not None and requantize.needs:
+        rows = _round_again(merged, layers, requantize, batches)
+    made = {**config.made, "merge": "requantized" if requantize else "exact" if exact else "equivalent"}
+    adopt(merged, left=config.left, made=made)
+    after = _logits(merged, probe)
+    equal = bool(torch.equal(adapted, after))
+    verdict: Verdict = "lossy" if requantize else "exact" if exact and equal else "equivalent"
+    return merged, _compare(adapted, after, base, probe, verdict=verdict, probe_name=probe_name, rows=rows)
+
+
+def _check_mergeable(layers: dict[str, QuantLoraLinear]) -> None:
+    for name, layer in layers.items():
+        for active in layer.active_adapters:
+            if layer.lora_bias[active]:
+                raise MergeError(f"{name}: the adapter {active!r} has a bias. Only adapters without one (lora_bias=False) merge")
+            if layer.adapters[active].exactness == "none":
+                with locate(name):
+                    layer.adapters[active].merge(layer.quant.quant_weight, *layer.factors(active), layer.scaling[active])
+
+
+def _merge_layer(name: str, layer: QuantLoraLinear, requantize: Rounding | None) -> tuple[QuantWeight, MergedLayer]:
+    """Give the layer its merged weight; say how it differs from the adapted one."""
+    before, adapted = layer.quant.quant_weight, dense_adapted(layer)
+    if requantize is None:
+        layer.merge()
+        layer.merged_adapters.clear()  # so that unloading does not take it back
+    elif not requantize.needs:
+        plan = Plan(format=before.format, storage=before.layout.storage, rounding=requantize)
+        layer.quant.quant_weight, _ = quantize_layer(name, adapted, plan, {})
+    return layer.quant.quant_weight, _difference(name, before, layer.quant.quant_weight, adapted)
+
+
+def dense_adapted(layer: QuantLoraLinear) -> Tensor:
+    """The weight that a layer computes with, adapters included, as float32 `[out, in]`."""
+    weight = layer.quant.quant_weight
+    active = [name for name in layer.active_adapters if name in layer.adapters]
+    for name in active:
+        if layer.adapters[name].merged_form:
+            weight = layer.adapters[name].merge(weight, *layer.factors(name), layer.scaling[name])
+    dense = weight.dequantize()
+    for name in active:
+        if not layer.adapters[name].merged_form:
+            dense = dense + layer.get_delta_weight(name)
+    return dense
+
+
+def _difference(name: str, base: QuantWeight, merged: QuantWeight, adapted: Tensor) -> MergedLayer:
+    width = merged.format.width(merged.layout.columns)
+    steps = merged.layer_order(merged.scales.repeat_interleave(width, dim=1)[:, : merged.layout.columns])
+    if merged.format.levels != "int":  # a step of NormalFloat: the mean distance of its levels
+        steps = steps * 2 / (2**merged.format.bits - 1)
+    difference = float(((merged.dequantize() - adapted).abs() / steps).max())
+    return MergedLayer(name=name, difference=difference, codes_changed=int((merged.codes() != base.codes()).sum()))
+
+
+def _round_again(model: nn.Module, layers: dict[str, QuantLoraLinear], rounding: Rounding,
+                 batches: Sequence[Tensor]) -> list[MergedLayer]:
+    """Requantize with a rounding that must see the model run: every layer dense first, then block by block."""
+    bases = {name: layer.quant.quant_weight for name, layer in layers.items()}
+    adapted = {name: dense_adapted(layer).detach() for name, layer in layers.items()}
+    linears = {}
+    for name, weight in adapted.items():
+        bias = layers[name].quant.bias
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(next(model.parameters()).dtype), requires_grad=False)
+        linear.bias = bias
+        model.set_submodule(name, linear)
+        linears[name] = linear
+    first = next(iter(bases.values())).layout
+    plan = Plan(format=first.format, storage=first.storage, rounding=rounding,
+                layers={name: (weight.format, weight.layout.storage) for name, weight in bases.items()})
+    quantize_model(model, linears, plan, batches=batches)
+    return [_difference(name, base, model.get_submodule(name).quant_weight, adapted[name])  # type: ignore[union-attr, arg-type]
+            for name, base in bases.items()]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, probe: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    rows = [model(input_ids=row[None].to(device), use_cache=False).logits[0].cpu() for row in probe]
+    return torch.stack(rows)
+
+
+def _compare(adapted: Tensor, merged: Tensor, base: Tensor, probe: Tensor, *, verdict: Verdict,  # noqa: PLR0913
+             probe_name: str, rows: list[MergedLayer]) -> Certificate:
+    if not bool(torch.isfinite(adapted).all()):
+        raise ConfigError("the adapted model gives NaN or infinite logits on the probe. Training diverged; lower the learning rate")
+    effect = float((adapted - base).float().norm())
+    lost = float((merged - adapted).float().norm())
+    before, after = adapted.float().log_softmax(-1), merged.float().log_softmax(-1)
+    return Certificate(
+        verdict=verdict, dtype=str(adapted.dtype).removeprefix("torch."), probe=probe_name,
+        logits_equal=bool(torch.equal(adapted, merged)), effect_lost=lost / effect if effect else float(lost > 0),
+        kl=max(0.0, float((before.exp() * (before - after)).sum(-1).mean())),
+        argmax_changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
+        perplexity_before=_perplexity(before, probe), perplexity_after=_perplexity(after, probe), layers=tuple(rows))
+
+
+def _perplexity(log_probabilities: Tensor, probe: Tensor) -> float:
+    picked = log_probabilities[:, :-1].gather(-1, probe[:, 1:, None])
+    return float((-picked.mean()).exp())
