@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +31,11 @@ OBJECTS = ("ball", "key", "lamp", "book", "apple", "coin", "hat", "map")
 
 OPENINGS = ("One day", "This morning", "Last night")
 WALK = ("{x} went to the {p}.", "{x} walked to the {p}.", "{x} ran to the {p}.")
-WALK_BACK = ("{x} went back to the {p}.",)
-CARRY = ("{x} carried the {o} to the {p}.", "{x} took the {o} to the {p}.", "{x} brought the {o} to the {p}.")
-TAKE = ("{x} picked up the {o}.", "{x} grabbed the {o}.", "{x} found the {o} in the {p}.")
-DROP = ("{x} put down the {o}.", "{x} dropped the {o}.", "{x} left the {o} in the {p}.")
-GIVE = ("{x} gave the {o} to {y}.", "{x} handed the {o} to {y}.", "{y} got the {o} from {x}.")
+WALK_BACK = ("{x} went back to the[ {p}].",)
+CARRY = ("{x} carried the[ {o}] to the {p}.", "{x} took the[ {o}] to the {p}.", "{x} brought the[ {o}] to the {p}.")
+TAKE = ("{x} picked up the {o}.", "{x} grabbed the {o}.", "{x} found the {o} in the[ {p}].")
+DROP = ("{x} put down the[ {o}].", "{x} dropped the[ {o}].", "{x} left the[ {o}] in the[ {p}].")
+GIVE = ("{x} gave the[ {o}] to {y}.", "{x} handed the[ {o}] to {y}.", "{y} got the {o} from[ {x}].")
 
 HELD_OUT_SHARE = 1 / 8
 
@@ -60,6 +61,29 @@ class Story:
 
     text: str
     questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Narrative:
+    """A story told with remarks.
+
+    Attributes:
+        text: The text.
+        known: Where the words stand that follow from the state, as (start, end) with the space before them.
+    """
+
+    text: str
+    known: tuple[tuple[int, int], ...]
+
+
+def _unmark(marked: str) -> Narrative:
+    """Take out the brackets around the words that follow from the state."""
+    text, known = "", []
+    for i, part in enumerate(re.split(r"[\[\]]", marked)):
+        if i % 2:
+            known.append((len(text), len(text) + len(part)))
+        text += part
+    return Narrative(text, tuple(known))
 
 
 @dataclass
@@ -141,39 +165,39 @@ def _give(rng: random.Random, world: _World, x: str) -> str:
 def _facts(world: _World) -> list[tuple[str, str, str, str]]:
     """All that can be asked now, as (kind, subject, where the subject is now, answer)."""
     facts = [("person", x, world.at[x], world.at[x]) for x in world.cast if x in world.at]
-    facts += [("before", x, world.at[x], p) for x, p in world.before.items()]
+    facts += [("origin", x, world.at[x], p) for x, p in world.before.items()]
     facts += [("object", o, world.at[o], world.at[o]) for o in world.things if o in world.at]
     facts += [("holder", o, world.at[o], x) for o, x in world.holder.items()]
     return facts
 
 
 QUESTIONS = {
-    "person": ("Where is {s}?",),
-    "object": ("Where is the {s}?",),
-    "holder": ("Who has the {s}?",),
-    "before": ("Where was {s} before the {now}?",),
+    "person": ("Where is {s}?", "Where is {s} now?"),
+    "object": ("Where is the {s}?", "Where is the {s} now?"),
+    "holder": ("Who has the {s}?", "Who has the {s} now?"),
+    "origin": ("Where did {s} come from?",),
 }
-ANSWERS = {"person": "in the {a}", "object": "in the {a}", "holder": "{a}", "before": "in the {a}"}
+ANSWERS = {"person": "in the {a}", "object": "in the {a}", "holder": "{a}", "origin": "from the {a}"}
 REMARKS = {
     "person": (
-        "{s} was in the {a}.",
-        "{z} asked where {s} was. {s} was in the {a}.",
-        "Where is {s}? asked {z}. {s} was in the {a}.",
+        "{s} was in the[ {a}].",
+        "{z} asked where {s} was. {s} was in the[ {a}].",
+        "Where is {s} now? asked {z}. {s} was in the[ {a}].",
     ),
     "object": (
-        "The {s} was in the {a}.",
-        "{z} asked where the {s} was. It was in the {a}.",
-        "Where is the {s}? asked {z}. It was in the {a}.",
+        "The {s} was in the[ {a}].",
+        "{z} asked where the {s} was. It was in the[ {a}].",
+        "Where is the {s} now? asked {z}. It was in the[ {a}].",
     ),
     "holder": (
-        "{a} had the {s}.",
-        "{z} asked who had the {s}. It was {a}.",
-        "Who has the {s}? asked {z}. It was {a}.",
+        "It was[ {a}] who had the {s}.",
+        "{z} asked who had the {s}. It was[ {a}].",
+        "Who has the {s} now? asked {z}. It was[ {a}].",
     ),
-    "before": (
-        "Before the {now}, {s} was in the {a}.",
-        "{z} asked where {s} was before the {now}. {s} was in the {a}.",
-        "Where was {s} before the {now}? asked {z}. {s} was in the {a}.",
+    "origin": (
+        "{s} had come from the[ {a}].",
+        "{z} asked where {s} had come from. {s} had come from the[ {a}].",
+        "Where did {s} come from? asked {z}. {s} had come from the[ {a}].",
     ),
 }
 
@@ -237,17 +261,18 @@ def stories(seed: int, n: int, split: Split = "train") -> Iterator[Story]:
         world, events, _ = _tell(rng, 0.0)
         if in_split(events, split):
             n -= 1
-            yield Story(events, _ask(rng, world, events))
+            text = _unmark(events).text
+            yield Story(text, _ask(rng, world, text))
 
 
-def narratives(seed: int, n: int, split: Split = "train") -> Iterator[str]:
+def narratives(seed: int, n: int, split: Split = "train") -> Iterator[Narrative]:
     """Yield `n` stories told with remarks that reveal the state, as plain text."""
     rng = random.Random(f"narratives {split} {seed}")
     while n:
         _, events, told = _tell(rng, 0.3)
         if in_split(events, split):
             n -= 1
-            yield told
+            yield _unmark(told)
 
 
 def rows(told: Iterable[Story]) -> Iterator[dict[str, str]]:

@@ -8,6 +8,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import ClassVar
 
 _waiting: dict[str, Callable[[], None]] = {}
 
@@ -23,29 +24,37 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules that are waited for as the others would, and calls their action after they have run."""
+    """Finds the modules that are waited for as the others would, and has their action called after they have run."""
+
+    _searching: ClassVar[set[str]] = set()
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        action = _waiting.pop(fullname, None)  # popped first: the search below comes through here again
-        if action is None:
+        if fullname not in _waiting or fullname in self._searching:  # the search below comes through here again
             return None
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return None
-        spec.loader = _ThenCall(spec.loader, action)
+        self._searching.add(fullname)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._searching.discard(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenCall(spec.loader, fullname)
         return spec
 
 
 class _ThenCall(Loader):
-    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
-        self._loader, self._action = loader, action
+    """A loader that calls the action once the module has run. (A spec may also be looked up and never loaded.)"""
+
+    def __init__(self, loader: Loader, name: str) -> None:
+        self._loader, self._name = loader, name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self._action()
+        action = _waiting.pop(self._name, None)
+        if action is not None:
+            action()
 
     def __getattr__(self, name: str) -> object:  # resource readers and the like
         return getattr(self._loader, name)

@@ -1,0 +1,472 @@
+"""Every setting of every command, typed once: flags, YAML and Python all pass through here.
+
+The words under a field are what `--help` prints.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from quadapt.errors import ConfigError
+from quadapt.methods import METHODS, Method, Recipe, method
+from quadapt.model.quantize import Plan
+from quadapt.nn.adapters import Pooled
+from quadapt.quant.format import Format
+from quadapt.quant.gptq import GPTQ
+from quadapt.quant.rounding import Nearest, Rounding
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout
+
+MethodName = Literal["qa-lora", "qlora", "gptq-lora"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line shows a field."""
+
+    aliases: tuple[str, ...] = ()
+    """Further names, those that users of transformers and PEFT type."""
+
+    panel: str = "Options"
+    """Heading under which `--help` lists it."""
+
+    positional: bool = False
+    """Whether it is an argument rather than an option."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+
+    @field_validator("target_modules", "skip", mode="before", check_fields=False)
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        """`a,b` and repeated flags are the same."""
+        parts = [value] if isinstance(value, str) else value or ()
+        return tuple(name for part in parts for name in str(part).split(",") if name)
+
+
+class Machine(Settings):
+    """Where and how to compute."""
+
+    dtype: Annotated[DType, Flag(("--torch-dtype",), "Machine")] = "auto"
+    """Of the computation and of what is not quantized; auto: as the model is stored."""
+
+    device: Annotated[str, Flag((), "Machine")] = "auto"
+    """cpu, cuda, cuda:1, ..; auto: a GPU if there is one."""
+
+    trust_remote_code: Annotated[bool, Flag((), "Machine")] = False
+    """Run code that comes with a model. Off: such models are refused."""
+
+
+class Target(Settings):
+    """Where results go."""
+
+    output: Annotated[str, Flag(("-o", "--output-dir"), "Output")]
+    """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on."""
+
+    overwrite: Annotated[bool, Flag((), "Output")] = False
+    """Replace the output if it exists."""
+
+
+class Grid(Settings):
+    """How weights are quantized. What is not given is the method's own choice."""
+
+    method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
+    """Preset of all that follows: qa-lora (merges exactly), qlora, gptq-lora."""
+
+    bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
+    """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
+
+    group_size: Annotated[int | None, Flag((), "Quantization")] = None
+    """Inputs that share a scale: 16 to 256 in steps of 16, or -1 for whole rows. Default: the method's."""
+
+    levels: Annotated[Literal["int", "nf", "nf-sym"] | None, Flag(("--quant-type",), "Quantization")] = None
+    """int: evenly spaced. nf: NormalFloat. nf-sym: symmetric nf2. Default: the method's."""
+
+    zero: Annotated[Literal["none", "integer", "float"] | None, Flag((), "Quantization")] = None
+    """none: symmetric. integer: whole zero-points. float: free offsets. Default: the method's."""
+
+    scales: Annotated[Literal["fp16", "fp32", "double"] | None, Flag((), "Quantization")] = None
+    """How scales are stored; double: 8-bit codes, as QLoRA's double quantization. Default: the method's."""
+
+    rounding: Annotated[Literal["nearest", "gptq"] | None, Flag((), "Quantization")] = None
+    """nearest needs no data; gptq is calibrated. Default: the method's."""
+
+    range: Annotated[Literal["minmax", "mse"] | None, Flag((), "Quantization")] = None
+    """Span of a group's levels: all of it, or the part of least squared error. Default: the method's."""
+
+    skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
+    """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
+
+    calibration_data: Annotated[str | None, Flag((), "Quantization")] = None
+    """Text to calibrate gptq on: a file or hub name, read as --data is. Default for tune: the training data."""
+
+    calibration_sequences: Annotated[int, Flag((), "Quantization")] = 128
+    """Sequences to calibrate on, at most."""
+
+    calibration_length: Annotated[int | None, Flag((), "Quantization")] = None
+    """Their length in tokens. Default: the model's context, at most 2048."""
+
+    def chosen_method(self) -> Method:
+        """The method, with what was chosen otherwise.
+
+        Raises:
+            ConfigError: The choices contradict each other.
+        """
+        base = method(self.method)
+        levels = self.levels or base.format.levels
+        same = levels == base.format.levels
+        chosen = base.with_format(Format(
+            levels=levels, bits=self.bits or base.format.bits, group_size=self.group_size or base.format.group_size,
+            zero=self.zero or (base.format.zero if same else "")))  # type: ignore[arg-type]
+        if self.scales:
+            offsets = self.scales if chosen.storage.offsets in ("fp16", "fp32", "double") else chosen.storage.offsets
+            chosen = replace(chosen, storage=Storage(scales=self.scales, offsets=offsets))
+        chosen = replace(chosen, rounding=self._rounding(chosen.rounding))
+        chosen.rounding.check(Layout(format=chosen.format, storage=chosen.storage, out=1, columns=1))
+        return chosen
+
+    def _rounding(self, own: Rounding) -> Rounding:
+        kinds: dict[str, type[Nearest] | type[GPTQ]] = {"nearest": Nearest, "gptq": GPTQ}
+        if self.rounding and not isinstance(own, kinds[self.rounding]):
+            own = kinds[self.rounding]()
+        return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ)) else own
+
+    def plan(self) -> Plan:
+        """How each layer is quantized."""
+        chosen = self.chosen_method()
+        return Plan(format=chosen.format, storage=chosen.storage, rounding=chosen.rounding)
+
+    def given(self) -> list[str]:
+        """Names of the grid settings that were set explicitly."""
+        return [name for name in Grid.model_fields if name in self.model_fields_set and name not in ("method", "skip")]
+
+
+class QuantizeConfig(Target, Grid, Machine):
+    """Quantize a model."""
+
+    model: Annotated[str, Flag(positional=True)]
+    """Folder or hub name of a causal language model."""
+
+    target_modules: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
+    """Quantize only these layers, by name or a part of it. Default: all linear layers but the head."""
+
+    seed: Annotated[int, Flag((), "Machine")] = 0
+    """Of the choice of calibration text."""
+
+    dry_run: Annotated[bool, Flag((), "Output")] = False
+    """Print what would be done, the true bits per weight and the peak memory, and stop."""
+
+
+class TuneConfig(Target, Grid, Machine):
+    """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
+
+    model: Annotated[str, Flag(positional=True)]
+    """Folder or hub name: a dense model (it is quantized first), or one that quadapt has quantized."""
+
+    data: Annotated[str, Flag((), "Data")]
+    """Training data: text, JSON lines, CSV, Parquet, or a hub name. Columns: text; prompt and completion; instruction, input and
+    output; or messages."""
+
+    eval_data: Annotated[str | None, Flag((), "Data")] = None
+    """Held-out data, of the same kinds."""
+
+    eval_split: Annotated[float, Flag((), "Data")] = 0.0
+    """Share of the training data to hold out, if there is no --eval-data."""
+
+    seq_len: Annotated[int | None, Flag(("--max-length", "--max-seq-length"), "Data")] = None
+    """Tokens in a sequence; longer examples are truncated, and counted. Default: the model's context, at most 1024."""
+
+    packing: Annotated[bool, Flag((), "Data")] = False
+    """Pack several examples into a sequence; attention does not cross them. (Plain text always fills its sequences.)"""
+
+    completion_only: Annotated[bool, Flag((), "Data")] = True
+    """Loss on completions (or the assistant's turns) alone."""
+
+    target_modules: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
+    """Layers that get adapters, by name or a part of it. Default: all quantized layers."""
+
+    rank: Annotated[int | None, Flag(("--r", "--lora-r"), "Adapter")] = None
+    """Rank of the adapters. Default: the paper's, 64."""
+
+    alpha: Annotated[float | None, Flag(("--lora-alpha",), "Adapter")] = None
+    """The adapter is multiplied by alpha / rank. Default: the paper's, 16."""
+
+    dropout: Annotated[float | None, Flag(("--lora-dropout",), "Adapter")] = None
+    """Dropout on the adapter's input. Default: the paper's."""
+
+    pooling: Annotated[Literal["sum", "mean"] | None, Flag((), "Adapter")] = None
+    """qa-lora: sum inputs over a group, as in the paper, or average them, as in its authors' code. Default: sum."""
+
+    form: Annotated[Literal["merged", "side"] | None, Flag((), "Adapter")] = None
+    """qa-lora: train what the merge will give (exact), or a side branch as published (equivalent). Default: merged."""
+
+    learning_rate: Annotated[float | None, Flag(("--lr",), "Training")] = None
+    """Peak learning rate of AdamW. Default: the paper's."""
+
+    schedule: Annotated[Literal["constant", "cosine", "linear"] | None, Flag(("--lr-scheduler-type",), "Training")] = None
+    """Learning rate after the warm-up. Default: the paper's."""
+
+    warmup_ratio: Annotated[float | None, Flag((), "Training")] = None
+    """Share of the steps over which the learning rate rises. Default: the paper's."""
+
+    weight_decay: Annotated[float | None, Flag((), "Training")] = None
+    """AdamW's weight decay. Default: the paper's."""
+
+    max_grad_norm: Annotated[float | None, Flag((), "Training")] = None
+    """Gradients are scaled down to this norm. Default: the paper's."""
+
+    max_steps: Annotated[int, Flag((), "Training")] = 0
+    """Optimizer steps; 0 to go by --epochs."""
+
+    epochs: Annotated[float, Flag(("--num-train-epochs",), "Training")] = 1.0
+    """Passes over the data."""
+
+    batch_size: Annotated[int, Flag(("--per-device-train-batch-size",), "Training")] = 8
+    """Sequences in one forward pass."""
+
+    gradient_accumulation: Annotated[int, Flag(("--gradient-accumulation-steps",), "Training")] = 2
+    """Forward passes per optimizer step. The default makes the papers' batch of 16."""
+
+    gradient_checkpointing: Annotated[bool, Flag((), "Training")] = False
+    """Recompute activations in backward: less memory, about a third more time."""
+
+    seed: Annotated[int, Flag((), "Training")] = 0
+    """Of initialization, data order, dropout and calibration."""
+
+    save_steps: Annotated[int, Flag((), "Training")] = 0
+    """Steps between checkpoints to resume from. Default: a tenth of the run, at most 500."""
+
+    eval_steps: Annotated[int, Flag((), "Training")] = 0
+    """Steps between evaluations. Default: only at the end."""
+
+    report_to: Annotated[str, Flag((), "Training")] = "none"
+    """Where Trainer also reports: none, tensorboard, wandb, .."""
+
+    dry_run: Annotated[bool, Flag((), "Output")] = False
+    """Print what would be done, the true bits per weight and the peak memory, and stop."""
+
+    @field_validator("rank", "batch_size", "gradient_accumulation", "seq_len", "epochs")
+    @classmethod
+    def _positive(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(f"must be above 0, is {value}")
+        return value
+
+    def chosen_method(self) -> Method:
+        """The method with the choices made about its adapter and recipe too."""
+        chosen = super().chosen_method()
+        about = {name: value for name in ("pooling", "form") if (value := getattr(self, name)) is not None}
+        if about and not isinstance(chosen.adapter, Pooled):
+            raise ConfigError(f"{next(iter(about))} is a setting of qa-lora's adapter; method={self.method!r} has none. Leave it out")
+        own = {name: getattr(self, name) for name in Recipe.__dataclass_fields__ if getattr(self, name, None) is not None}
+        return replace(chosen, adapter=replace(chosen.adapter, **about), recipe=replace(chosen.recipe, **own))
+
+
+class MergeConfig(Target, Machine):
+    """Merge an adapter into its quantized base."""
+
+    adapter: Annotated[str, Flag(positional=True)]
+    """Folder of the adapter (what tune wrote)."""
+
+    base: Annotated[str | None, Flag()] = None
+    """Where its base is, if it is not where it was."""
+
+    data: Annotated[str | None, Flag()] = None
+    """Text to compare the merged with the adapted model on. Default: the training data if it is still there, else random tokens."""
+
+    requantize: Annotated[bool, Flag((), "Requantization (lossy)")] = False
+    """Quantize the adapted weights anew, where the adapter cannot merge. Loses some of what was trained, and says how much."""
+
+    rounding: Annotated[Literal["nearest", "gptq"], Flag((), "Requantization (lossy)")] = "nearest"
+    """How to requantize; gptq is calibrated on --data."""
+
+    range: Annotated[Literal["minmax", "mse"], Flag((), "Requantization (lossy)")] = "minmax"
+    """Span of a group's levels when requantizing."""
+
+
+class EvalConfig(Machine):
+    """Measure a model on held-out data."""
+
+    model: Annotated[str, Flag(positional=True)]
+    """Folder, hub name or GGUF file: anything that quadapt has written, or a dense model."""
+
+    data: Annotated[str, Flag((), "Data")]
+    """Data to measure on, of the kinds that tune takes."""
+
+    base: Annotated[str | None, Flag()] = None
+    """Where an adapter's base is, if it is not where it was."""
+
+    context: Annotated[int | None, Flag(("--seq-len", "--max-length"), "Data")] = None
+    """Tokens that the model sees at once. Default: its context, at most 2048."""
+
+    stride: Annotated[int | None, Flag((), "Data")] = None
+    """Tokens from one window to the next. Default: the context (windows do not overlap)."""
+
+    limit: Annotated[int | None, Flag((), "Data")] = None
+    """Use only the first so many rows."""
+
+    max_new_tokens: Annotated[int, Flag((), "Data")] = 32
+    """Longest answer, on prompt/completion data."""
+
+    samples: Annotated[int, Flag((), "Output")] = 3
+    """Continuations or answers to print."""
+
+    batch_size: Annotated[int, Flag((), "Machine")] = 8
+    """Sequences in one forward pass."""
+
+    output: Annotated[str | None, Flag(("-o",), "Output")] = None
+    """Also write the figures to this JSON file."""
+
+
+class ExportConfig(Machine):
+    """Write a model in a format that others serve."""
+
+    model: Annotated[str, Flag(positional=True)]
+    """Folder of a quantized model or of an adapter (it is merged first, if it merges exactly)."""
+
+    output: Annotated[str, Flag(("-o",), "Output")]
+    """File (gguf) or folder (hf, lora) to write."""
+
+    format: Annotated[Literal["gguf", "hf", "lora"], Flag((), "Output")] = "gguf"
+    """gguf: for llama.cpp, codes as they are (an adapter that cannot merge becomes a LoRA file beside it). hf: dense weights, for any
+    server. lora: a standard PEFT adapter."""
+
+    base: Annotated[str | None, Flag()] = None
+    """Where an adapter's base is, if it is not where it was."""
+
+    dense: Annotated[Literal["f32", "f16"], Flag((), "Output")] = "f32"
+    """gguf: type of the layers that a block format cannot hold; f16 rounds them."""
+
+    overwrite: Annotated[bool, Flag((), "Output")] = False
+    """Replace the output if it exists."""
+
+
+class InspectConfig(Settings):
+    """Say what a folder holds."""
+
+    model: Annotated[str, Flag(positional=True)]
+    """Folder of a quantized model or an adapter."""
+
+    verify: Annotated[bool, Flag()] = False
+    """Check that every tensor is still what was written; fail and name those that are not."""
+
+    layers: Annotated[bool, Flag()] = False
+    """List every layer."""
+
+
+class ChatConfig(Machine):
+    """Talk to a model."""
+
+    model: Annotated[str, Flag(positional=True)]
+    """Anything that eval takes."""
+
+    base: Annotated[str | None, Flag()] = None
+    """Where an adapter's base is, if it is not where it was."""
+
+    prompt: Annotated[str | None, Flag(("-p",))] = None
+    """Answer this and stop, instead of asking for input."""
+
+    max_new_tokens: Annotated[int, Flag()] = 128
+    """Longest answer."""
+
+    temperature: Annotated[float, Flag()] = 0.0
+    """0: always the likeliest token."""
+
+    seed: Annotated[int, Flag()] = 0
+    """Of sampling."""
+
+
+class DemoConfig(Settings):
+    """Tune the embedded model by every method at 4, 3 and 2 bits, and compare."""
+
+    output: Annotated[str, Flag(("-o",), "Output")] = "report"
+    """Folder for the report, the merged model and the GGUF file."""
+
+    overwrite: Annotated[bool, Flag((), "Output")] = True
+    """Replace the report if it exists."""
+
+    bits: Annotated[tuple[int, ...], Flag()] = (4, 3, 2)
+    """Bit widths to compare."""
+
+    seed: Annotated[int, Flag()] = 0
+    """Of stories, initialization and data order."""
+
+
+class RunConfig(Settings):
+    """A whole job: tune, then merge, eval and export as far as they are listed."""
+
+    output: str
+    """Folder of the job; each stage writes into it."""
+
+    tune: dict[str, Any]
+    """Settings of `quadapt tune` but output."""
+
+    merge: dict[str, Any] | None = None
+    """Settings of `quadapt merge` but adapter and output. Omit to leave the adapter unmerged."""
+
+    eval: dict[str, Any] | None = None
+    """Settings of `quadapt eval` but model and output."""
+
+    export: dict[str, Any] | None = None
+    """Settings of `quadapt export` but model and output."""
+
+    overwrite: bool = False
+    """Start over if the job has been done."""
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
+    """Validate settings.
+
+    Raises:
+        ConfigError: With the first thing that is wrong, what is allowed, and what may have been meant.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1]) or kind.__name__
+        prefix = f"{where}.{name}" if where else name
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, kind.model_fields)
+            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(kind.model_fields)}"
+            raise ConfigError(f"{prefix} is not a setting. {hint}") from None
+        if first["type"] == "missing":
+            words = " ".join((kind.model_fields[name].description or "").split())
+            raise ConfigError(f"{prefix} is missing. {words}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{prefix}={first['input']!r}: {message[0].lower()}{message[1:]}") from None
+
+
+def read_job(path: str) -> RunConfig:
+    """Read a job file.
+
+    Raises:
+        ConfigError: It is missing, not YAML, or has a wrong setting (named with its section).
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [item.name for item in file.parent.glob("*.y*ml")] if file.parent.is_dir() else [])
+        raise ConfigError(f"{path!r} does not exist." + (f" Did you mean {near[0]!r}?" if near else ""))
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no settings. It needs at least output and tune")
+    return checked(RunConfig, values, path)
+
+
+assert set(MethodName.__args__) == set(METHODS), "the names of methods stand twice"  # type: ignore[attr-defined]

@@ -1,0 +1,9 @@
+"""Data: rows from files and the hub, sequences to train on, batches of them, and blocks to calibrate on."""
+
+from quadapt.data.calibration import Calibration, calibration_batches
+from quadapt.data.collate import Collator, pad_token_id
+from quadapt.data.encode import DataReport, Encoded, check_loss, encode
+from quadapt.data.read import Rows, read, split_rows
+
+__all__ = ["Calibration", "Collator", "DataReport", "Encoded", "Rows", "calibration_batches", "check_loss", "encode",
+           "pad_token_id", "read", "split_rows"]

@@ -1,0 +1,80 @@
+"""Blocks of tokens to calibrate a quantization on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quadapt.data.examples import examples
+from quadapt.data.read import Rows
+from quadapt.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token blocks, and how many there are."""
+
+    batches: list[Tensor]
+    """Token ids `[batch, length]`, without padding; the last batch may be smaller."""
+
+    sequences: int
+    """Blocks in all."""
+
+    requested: int
+    """Blocks asked for; more than `sequences` if there is not enough data."""
+
+    length: int
+    """Tokens in a block."""
+
+    source: str
+    """Where the data is from."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return self.sequences * self.length
+
+
+def calibration_batches(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, length: int, sequences: int = 128,
+                        batch: int = 8, seed: int = 0) -> Calibration:
+    """Draw blocks of equal length from rows that are shuffled, tokenized as for training, and joined end to end.
+
+    No token is drawn twice. A large dataset is tokenized only as far as is needed.
+
+    Args:
+        rows: Of any kind; of examples with a prompt, prompt and completion are taken.
+        tokenizer: The model's.
+        length: Tokens in a block.
+        sequences: Blocks to draw. Where there are fewer, all are taken.
+        batch: Blocks in a batch.
+        seed: The same seed draws the same blocks.
+
+    Raises:
+        ConfigError: `length`, `sequences` or `batch` is not positive.
+        DataError: There is not a single block.
+    """
+    if min(length, sequences, batch) < 1:
+        raise ConfigError(f"calibration needs positive length={length}, sequences={sequences} and batch={batch}")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = rows.select(torch.randperm(len(rows), generator=generator).tolist())
+    parts, tokens = [], 0
+    has_eos = tokenizer.eos_token_id is not None
+    for example in examples(shuffled, tokenizer, completion_only=False, add_eos=has_eos):
+        parts.append(example.ids)
+        tokens += len(example.ids)
+        if tokens >= sequences * length:
+            break
+    if tokens < length:
+        raise DataError(f"{rows.source}: has {tokens} tokens, too few for one block of {length} to calibrate on. Use "
+                        "more text, or shorter blocks (--calibration-length)")
+    stream = torch.from_numpy(np.concatenate(parts)[:tokens // length * length]).long()
+    blocks = stream.view(-1, length)
+    drawn = blocks[torch.randperm(len(blocks), generator=generator)[:sequences]]
+    return Calibration(list(drawn.split(batch)), len(drawn), sequences, length, rows.source)

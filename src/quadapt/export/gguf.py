@@ -1,0 +1,169 @@
+"""GGUF, the file of llama.cpp and of what is built on it.
+
+Codes of 2, 3 and 4 bits go out in Q4_1 blocks, bit for bit (`blocks.py`); what these cannot hold goes out dense and is
+listed. The file is written tensor by tensor, so that memory holds about one layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quadapt.errors import ExportError
+from quadapt.export.blocks import BLOCK, BLOCK_BYTES, cannot_hold, q4_1
+from quadapt.export.files import new_file
+from quadapt.export.gguf_metadata import family_of, heads_of, namer, rope_factors, write_metadata
+from quadapt.export.gguf_tokenizer import write_tokenizer
+from quadapt.export.report import ExportReport, TensorRow, bits_per_weight, size_of
+from quadapt.export.tensors import DTYPES, TYPES, Source, as_numpy, shape_of, tensors_of
+from quadapt.model.quantize import Progress
+from quadapt.quant.weight import QuantWeight
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written."""
+
+    row: TensorRow
+    """Its name, type and shape in the file."""
+
+    source: Source
+    """Its numbers."""
+
+    heads: int = 0
+    """Heads whose rows must be reordered for the rotary embedding; 0 if they stay in order."""
+
+    def data(self) -> np.ndarray:
+        """What is written: a row of numbers, or of bytes of blocks, for each row of the matrix."""
+        rows = self._blocks() if self.row.type == "Q4_1" else self._dense()
+        return interleave(rows, self.heads) if self.heads else rows
+
+    def _blocks(self) -> np.ndarray:
+        assert isinstance(self.source, QuantWeight)
+        return q4_1(self.source)
+
+    def _dense(self) -> np.ndarray:
+        dtype = DTYPES[self.row.type]
+        dense = self.source.dequantize(dtype) if isinstance(self.source, QuantWeight) else self.source.to(dtype)
+        if not bool(torch.isfinite(dense).all()):
+            raise ExportError(f"{self.row.name}: has values that are infinite or NaN in {self.row.type}. "
+                              "Use dense='f32', or repair the model")
+        return as_numpy(dense)
+
+
+def export_gguf(model: nn.Module, tokenizer: Any, path: str | Path, *, dense: Literal["f32", "f16"] = "f32",
+                name: str = "", progress: Progress = iter) -> ExportReport:
+    """Write a quantized model as one GGUF file.
+
+    Args:
+        model: Llama, Mistral, Qwen2 or Qwen3; quantized layers as codes, without adapters.
+        tokenizer: Its (fast) tokenizer.
+        path: The file; one that is there is replaced when the new one is whole.
+        dense: How weights that a block cannot hold go out: f32 keeps them as they are, f16 rounds them.
+        name: The model's name in the file; by default that of the file.
+        progress: Wraps the names of the tensors to write, to show how far the work is.
+
+    Raises:
+        ExportError: The model, its rotary embedding or its tokenizer is one that llama.cpp would not compute alike.
+    """
+    import gguf
+
+    if dense not in ("f32", "f16"):
+        raise ExportError(f"dense={dense!r} is unknown. Use f32 or f16")
+    path, family = Path(path), family_of(model)
+    entries = _entries(model, dense.upper())
+    with new_file(path) as partial:
+        writer = gguf.GGUFWriter(partial, family.arch)
+        try:
+            notes = write_metadata(writer, model, name or path.stem) + write_tokenizer(writer, tokenizer, model)
+            writer.add_file_type(_file_type(entries))
+            write_tensors(writer, entries, progress)
+        finally:
+            writer.close()
+    rows = tuple(entry.row for entry in entries)
+    return ExportReport(format="gguf", path=str(path), bytes=size_of(path), tensors=rows,
+                        bits_per_weight=bits_per_weight(rows), notes=(*_notes(rows), *notes))
+
+
+def _entries(model: nn.Module, dense: str) -> list[Entry]:
+    config: Any = model.config
+    family = family_of(model)
+    name_of = namer(family, config.num_hidden_layers)
+    entries = [Entry(_row(name_of(name), source, dense), source, heads_of(name, family, config))
+               for name, source in tensors_of(model)]
+    factors = rope_factors(config)
+    if factors is not None:
+        entries.append(Entry(_row("rope_freqs.weight", factors, dense), factors))
+    return entries
+
+
+def _row(name: str, source: Source, dense: str) -> TensorRow:
+    shape = shape_of(source)
+    if isinstance(source, Tensor):
+        if source.dtype not in TYPES:
+            raise ExportError(f"{name}: its dtype {source.dtype} is not one of {', '.join(map(str, TYPES))}. "
+                              "Cast the model")
+        kind = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
+        return TensorRow(name=name, type=kind, shape=shape, nbytes=prod(shape) * DTYPES[kind].itemsize)
+    why = cannot_hold(source)
+    if not why:
+        return TensorRow(name=name, type="Q4_1", shape=shape, nbytes=prod(shape) // BLOCK * BLOCK_BYTES, linear=True)
+    return TensorRow(name=name, type=dense, shape=shape, nbytes=prod(shape) * DTYPES[dense].itemsize, linear=True, note=why)
+
+
+def write_tensors(writer: GGUFWriter, entries: Sequence[Entry], progress: Progress = iter) -> None:
+    """Write all of the file: what is known beforehand, then one tensor after the other."""
+    import gguf
+
+    for row in (entry.row for entry in entries):
+        kind = gguf.GGMLQuantizationType[row.type]
+        writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, kind)  # the kind overrides float32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    by_name = {entry.row.name: entry for entry in entries}
+    for name in progress(list(by_name)):
+        writer.write_tensor_data(by_name[name].data())
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Bring the rows of each head from transformers' order for the rotary embedding (halves) into llama.cpp's (pairs).
+
+    Rows may be weights, biases, blocks, or rows of `lora_B`: groups run along a row, so they move with it.
+    """
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _file_type(entries: Sequence[Entry]) -> int:
+    """What most weights are held in, for people: llama.cpp shows it and reads each tensor's own type."""
+    import gguf
+
+    weights = Counter[str]()
+    for row in (entry.row for entry in entries):
+        weights[row.type] += prod(row.shape)
+    names = {"Q4_1": "MOSTLY_Q4_1", "F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
+    return gguf.LlamaFileType[names["Q4_1" if weights["Q4_1"] else weights.most_common(1)[0][0]]]
+
+
+def _notes(rows: Sequence[TensorRow]) -> list[str]:
+    notes = []
+    if any(row.type == "Q4_1" for row in rows):
+        notes.append("2-, 3- and 4-bit codes all cost 5.0 bits per weight in Q4_1 blocks")
+    left = [row for row in rows if row.linear and row.type != "Q4_1"]
+    for why in dict.fromkeys(row.note for row in left):
+        names = [row.name for row in left if row.note == why]
+        cost = "16 bits per weight, rounded" if left[0].type == "F16" else "32 bits per weight"
+        notes.append(f"{why}: left as {left[0].type} ({cost}): {', '.join(names)}")
+    return notes

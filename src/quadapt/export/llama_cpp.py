@@ -1,0 +1,130 @@
+"""Ask llama.cpp, through the `xllamacpp` package, what it makes of an exported file.
+
+What is measured is llama.cpp as it is served: its CPU kernels round the inputs of a product with Q4_1 blocks to 8 bits, in blocks
+of 32, so its log-probabilities differ from torch's by a few hundredths although the weights are the same bit for bit. Products
+with F32 tensors are not rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
+
+from quadapt.errors import ExportError, require
+
+
+class LlamaCpp:
+    """llama.cpp with a model loaded, in this process; a context manager. Answers are greedy, and the same every time.
+
+    Args:
+        path: A GGUF file.
+        context: Tokens that prompt and answer may have together.
+        lora: A GGUF adapter to apply.
+        threads: Threads to compute with. For small models one is fastest: threads wait for each other in a busy loop.
+
+    Raises:
+        ExportError: llama.cpp cannot load the file.
+        MissingDependency: `xllamacpp` is not installed.
+    """
+
+    def __init__(self, path: str | Path, *, context: int = 512, lora: str | Path | None = None, threads: int = 1) -> None:
+        xllamacpp = require("xllamacpp", "demo")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # not float16: compare weights alone
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.warmup, params.port, params.verbosity = False, 0, -1  # any free port; silent
+        if lora is not None:
+            adapter = xllamacpp.CommonAdapterLoraInfo()
+            adapter.path, adapter.scale = str(lora), 1.0
+            params.lora_adapters = [adapter]
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            with_lora = f" with the adapter {lora}" if lora is not None else ""
+            raise ExportError(f"{path}: llama.cpp cannot load it{with_lora} ({error}). Is it a whole GGUF file of a family that "
+                              "this llama.cpp knows?") from error
+        finally:
+            _restore_signals()
+        self._open = build_opener(ProxyHandler({})).open  # never through a proxy: the server is in this process
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unload the model."""
+        del self._server
+
+    def _post(self, route: str, question: dict[str, Any]) -> dict[str, Any]:
+        request = Request(self._server.listening_address + route, json.dumps(question).encode(), {"Content-Type": "application/json"})
+        try:
+            with self._open(request) as answer:
+                return dict(json.load(answer))
+        except HTTPError as error:
+            raise ExportError(f"llama.cpp: {route} failed: {error.read().decode(errors='replace')}") from error
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, with those that the file says to add before and after it."""
+        return [int(token) for token in self._post("/tokenize", {"content": text, "add_special": True})["tokens"]]
+
+    def complete(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """The most probable continuation of token ids, up to a token that ends a text (which is not among the answer)."""
+        return [int(token) for token in self._ask(prompt, max_tokens)["tokens"]]
+
+    def token_logprobs(self, ids: Sequence[int], *, top: int = 1024) -> list[dict[int, float]]:
+        """After each of `ids`, natural log-probabilities of the `top` most probable next tokens, by their id.
+
+        llama.cpp's server hands out probabilities only where it generates, so each prefix is asked for one token; its cache makes
+        that one step each.
+        """
+        rows = []
+        for end in range(1, len(ids) + 1):
+            answer = self._ask(ids[:end], 1, n_probs=top)["completion_probabilities"][0]["top_logprobs"]
+            rows.append({int(token["id"]): float(token["logprob"]) for token in answer})
+        return rows
+
+    def _ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+        return self._post("/completion", {"prompt": [int(token) for token in prompt], "n_predict": max_tokens, "temperature": 0.0,
+                                          "samplers": ["temperature"], "return_tokens": True, "cache_prompt": True, **more})
+
+
+def complete(path: str | Path, prompt_ids: Sequence[int], max_tokens: int, *, lora: str | Path | None = None,
+             threads: int = 1) -> list[int]:
+    """Load a file and continue token ids greedily; see :meth:`LlamaCpp.complete`."""
+    with LlamaCpp(path, context=len(prompt_ids) + max_tokens + 1, lora=lora, threads=threads) as llama:
+        return llama.complete(prompt_ids, max_tokens)
+
+
+def token_logprobs(path: str | Path, ids: Sequence[int], *, lora: str | Path | None = None, threads: int = 1,
+                   top: int = 1024) -> list[dict[int, float]]:
+    """Load a file and take the log-probabilities after each token; see :meth:`LlamaCpp.token_logprobs`."""
+    with LlamaCpp(path, context=len(ids) + 2, lora=lora, threads=threads) as llama:
+        return llama.token_logprobs(ids, top=top)
+
+
+def tokenize(path: str | Path, text: str) -> list[int]:
+    """Load a file and tokenize a text; see :meth:`LlamaCpp.tokenize`."""
+    with LlamaCpp(path) as llama:
+        return llama.tokenize(text)
+
+
+def _restore_signals() -> None:
+    """Give Ctrl-C back to Python: the server has taken it, and would keep it when it is gone."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python can set handlers in the main thread alone
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)

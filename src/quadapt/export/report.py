@@ -1,0 +1,73 @@
+"""What an export wrote, and what it cost: for people to read and for the command line to print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRow:
+    """One tensor of the exported file."""
+
+    name: str
+    """Its name there."""
+
+    type: str
+    """How its numbers are held: Q4_1, F32, F16 or BF16."""
+
+    shape: tuple[int, ...]
+    """Rows first, as in torch."""
+
+    nbytes: int
+    """Bytes of its numbers."""
+
+    linear: bool = False
+    """Whether it is the weight of a layer that is quantized in the model."""
+
+    note: str = ""
+    """What was done other than wished, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export wrote."""
+
+    format: str
+    """gguf, hf, lora or gguf-lora."""
+
+    path: str
+    """The file or folder."""
+
+    bytes: int
+    """Size of the file, or of all files in the folder."""
+
+    tensors: tuple[TensorRow, ...]
+    """Everything that is in it."""
+
+    bits_per_weight: float
+    """Of the weights of the quantized layers, as exported; for an adapter what it adds to each of them."""
+
+    notes: tuple[str, ...] = ()
+    """In plain words, what one should know before serving it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        rows = [{**asdict(row), "shape": list(row.shape)} for row in self.tensors]
+        return {**asdict(self), "tensors": rows, "notes": list(self.notes)}
+
+
+def bits_per_weight(rows: Iterable[TensorRow]) -> float:
+    """Stored bits per weight of the quantized layers; 0 if there are none."""
+    linear = [row for row in rows if row.linear]
+    weights = sum(prod(row.shape) for row in linear)
+    return 8 * sum(row.nbytes for row in linear) / weights if weights else 0.0
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

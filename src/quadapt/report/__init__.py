@@ -1,0 +1,1 @@
+"""What people read: messages, progress, tables, and the estimate of memory."""

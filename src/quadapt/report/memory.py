@@ -1,0 +1,144 @@
+"""How much memory a job will take, before anything is loaded.
+
+The training step is run on fake tensors, which have shapes and no content, and the bytes that are alive are counted as tensors come
+and go. So the estimate knows the model's own code, whatever its architecture, and not a formula for some of them.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Peak memory of a job by what it is for, in bytes."""
+
+    libraries: int
+    """What this process holds already: Python, torch, transformers and the rest, once imported."""
+
+    weights: int
+    """The model: packed weights, scales, offsets and what is not quantized."""
+
+    adapters: int
+    """Adapters with their gradients and optimizer state."""
+
+    step: int
+    """Activations, gradients and temporaries at the fullest moment of a step."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.libraries + self.weights + self.adapters + self.step
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {**asdict(self), "total": self.total}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the fake tensors made inside it that are alive, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, FakeTensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True) -> int:
+    """Most bytes alive at once, beyond the parameters, in a pass over token ids `[batch, length]`.
+
+    Args:
+        model: On the meta device, with its adapters if it has any; it is used up.
+        batch: Sequences.
+        length: Tokens in each.
+        trains: Forward and backward; otherwise forward alone, without gradients.
+    """
+    model.train(trains)
+    with FakeTensorMode():
+        _fake(model)
+        with _LiveBytes() as live, torch.set_grad_enabled(trains):
+            ids = torch.zeros(batch, length, dtype=torch.long)
+            output = model(input_ids=ids, labels=ids if trains else None, use_cache=False)
+            if trains:
+                output.loss.backward()
+    return live.peak
+
+
+def _fake(model: nn.Module) -> None:
+    """Turn the meta tensors of a model into fake ones on the CPU: models ask some tensors for values, which meta ones refuse."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def parameter_bytes(model: nn.Module, wanted: Callable[[nn.Parameter], bool] = lambda _: True) -> int:
+    """Bytes of a model's parameters, tied ones once."""
+    return sum(parameter.numel() * parameter.itemsize for parameter in model.parameters() if wanted(parameter))
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory now."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most bytes of this process in memory since it started, or since `measured_peak` was entered."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def measured_peak(device: str = "cpu") -> Iterator[Callable[[], int]]:
+    """Measure peak memory inside: of the process, or on a GPU of torch's allocator. Yields a function that reads it."""
+    if device.startswith("cuda"):
+        accelerator = torch.get_device_module(device)
+        accelerator.reset_peak_memory_stats()
+        yield accelerator.max_memory_allocated
+        return
+    with suppress(OSError):  # Linux forgets the peak so far; elsewhere it counts from the start
+        Path("/proc/self/clear_refs").write_text("5")
+    yield peak_resident_bytes

@@ -1,0 +1,211 @@
+"""Training, by `transformers.Trainer`, of whatever parameters of a model are trainable; it can be stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from quadapt.errors import ConfigError
+from quadapt.hf.workspace import remove, write_json
+from quadapt.methods import Recipe
+
+log = logging.getLogger("quadapt")
+
+_DONE = "complete.json"
+"""Written into a checkpoint when all else is in it: a checkpoint without it was interrupted and is not resumed from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run: the recipe (learning rate, schedule, clipping) and how long, how much, how often."""
+
+    recipe: Recipe
+    """Learning rate, schedule and clipping."""
+
+    max_steps: int = 0
+    """Optimizer steps; 0 to go by `epochs`."""
+
+    epochs: float = 1.0
+    """Passes over the data, unless `max_steps` is given."""
+
+    batch_size: int = 8
+    """Sequences in one forward pass."""
+
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+
+    seed: int = 0
+    """Of data order, dropout and adapter initialization."""
+
+    save_steps: int = 0
+    """Steps between checkpoints to resume from; 0: a tenth of the run, at most 500."""
+
+    eval_steps: int = 0
+    """Steps between evaluations on held-out data; 0: only at the end."""
+
+    logging_steps: int = 0
+    """Steps between logged losses; 0: a fiftieth of the run."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+
+    report_to: str = "none"
+    """Where Trainer reports besides our own log: none, tensorboard, wandb, .."""
+
+    device: str = "cpu"
+    """As in torch."""
+
+    def steps(self, sequences: int) -> int:
+        """Optimizer steps over a training set of so many sequences.
+
+        Raises:
+            ConfigError: There would be none.
+        """
+        per_epoch = max(1, math.ceil(math.ceil(sequences / self.batch_size) / self.gradient_accumulation))
+        steps = self.max_steps or math.ceil(self.epochs * per_epoch)
+        if steps < 1:
+            raise ConfigError(f"max_steps={self.max_steps} and epochs={self.epochs} give no step. Use --max-steps 1 or more")
+        return steps
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training measured."""
+
+    steps: int
+    """Optimizer steps taken, earlier runs included."""
+
+    losses: list[dict[str, float]]
+    """Trainer's log: training loss, gradient norm, learning rate, and evaluation losses, by step."""
+
+    final_loss: float
+    """Mean training loss of the last logged stretch, in nats per token."""
+
+    eval_loss: float | None
+    """Loss on held-out data after training; None without such data."""
+
+    seconds: float
+    """Wall time of this run."""
+
+
+Tick = Callable[[int, int, dict[str, float]], None]
+"""Called after each step with steps done, steps in all, and the latest figures."""
+
+
+class _Watcher(TrainerCallback):
+    """Reports progress, and marks checkpoints as complete."""
+
+    def __init__(self, tick: Tick) -> None:
+        self._tick = tick
+        self._latest: dict[str, float] = {}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None,
+               **kwargs: Any) -> None:
+        self._latest.update({name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "learning_rate")})
+        if not math.isfinite(self._latest.get("loss", 0.0)):
+            raise ConfigError(f"step {state.global_step}: the loss is {self._latest['loss']}. Lower the learning rate, or use "
+                              "--dtype float32")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._tick(state.global_step, state.max_steps, self._latest)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert args.output_dir is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / _DONE, {item.name: item.stat().st_size for item in folder.iterdir() if item.is_file()})
+
+
+class AdapterTrainer(Trainer):
+    """`Trainer` that saves adapters alone, as safetensors and JSON (only its own optimizer state is a torch file)."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None and self.model is not None
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+    def _load_best_model(self) -> None:
+        raise ConfigError("the best checkpoint is not loaded back; the last one is the result")
+
+
+def train(model: nn.Module, data: Any, run: Run, folder: Path, *, collate: Callable[[Sequence[Any]], Any], eval_data: Any = None,  # noqa: PLR0913
+          tick: Tick = lambda *_: None) -> Trained:
+    """Train the trainable parameters of `model`, in place.
+
+    Args:
+        model: A PEFT model.
+        data: Sequences, as `quadapt.data.encode` makes them.
+        run: How.
+        folder: For checkpoints. If it holds complete ones of the same run, training goes on from the last.
+        collate: Makes a batch of sequences.
+        eval_data: Held-out sequences, or None.
+        tick: Called after each step.
+
+    Raises:
+        ConfigError: Nothing is trainable, there would be no step, or the loss is not finite.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("nothing is trainable. Add an adapter first (quadapt.prepare)")
+    steps = run.steps(len(data))
+    trainer = AdapterTrainer(
+        model=model, args=_arguments(run, steps, folder, has_eval=eval_data is not None), train_dataset=data,
+        eval_dataset=eval_data, data_collator=collate, callbacks=[_Watcher(tick)])
+    set_seed(run.seed)
+    last = last_checkpoint(folder)
+    if last is not None:
+        log.info("going on from step %s of %s", last.name.rpartition("-")[2], steps)
+    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return Trained(steps=trainer.state.global_step, losses=history, final_loss=losses[-1] if losses else result.training_loss,
+                   eval_loss=eval_loss, seconds=result.metrics.get("train_runtime", 0.0))
+
+
+def _arguments(run: Run, steps: int, folder: Path, *, has_eval: bool) -> TrainingArguments:
+    recipe = run.recipe
+    names = {"constant": "constant_with_warmup" if recipe.warmup_ratio else "constant"}
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=run.batch_size, gradient_accumulation_steps=run.gradient_accumulation,
+        learning_rate=recipe.learning_rate, lr_scheduler_type=names.get(recipe.schedule, recipe.schedule),
+        warmup_steps=math.ceil(recipe.warmup_ratio * steps), weight_decay=recipe.weight_decay, adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm, seed=run.seed, data_seed=run.seed,
+        logging_steps=run.logging_steps or max(1, steps // 50), logging_nan_inf_filter=False,
+        save_strategy="steps", save_steps=run.save_steps or max(1, min(500, math.ceil(steps / 10))), save_total_limit=2,
+        eval_strategy="steps" if has_eval and run.eval_steps else "no", eval_steps=run.eval_steps or None,
+        gradient_checkpointing=run.gradient_checkpointing, report_to=[] if run.report_to == "none" else [run.report_to],
+        use_cpu=run.device == "cpu", dataloader_pin_memory=run.device != "cpu", disable_tqdm=True,
+        remove_unused_columns=False, label_names=["labels"])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder; interrupted ones are removed."""
+    found = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            sizes = json.loads((checkpoint / _DONE).read_text(encoding="utf-8"))
+            whole = all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError):
+            whole = False
+        if whole:
+            found.append(checkpoint)
+        else:
+            log.warning("%s was interrupted while it was written, and is removed", checkpoint)
+            remove(checkpoint)
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Numbers that train."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
