@@ -11,16 +11,12 @@ __version__ = "0.1.0"
 
 
 def _plug_into_transformers() -> None:
-    from quadapt.hf.quantizer import register
-
-    register()
+    import quadapt.hf.quantizer  # noqa: F401 - registers itself
 
 
 def _plug_into_peft() -> None:
-    from quadapt.hf.peft_layer import register
-
-    register()
+    import quadapt.hf.peft_layer  # noqa: F401 - registers itself
 
 
-when_imported("peft", _plug_into_peft)
 when_imported("transformers.modeling_utils", _plug_into_transformers)
+when_imported("peft", _plug_into_peft)

@@ -8,22 +8,20 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from quadapt.errors import ConfigError
-from quadapt.methods import METHODS, Method, Recipe, method
-from quadapt.model.quantize import Plan
-from quadapt.nn.adapters import Pooled
-from quadapt.quant.format import Format
-from quadapt.quant.gptq import GPTQ
-from quadapt.quant.rounding import Nearest, Rounding
-from quadapt.quant.storage import Storage
-from quadapt.quant.weight import Layout
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    from quadapt.methods import Method
+    from quadapt.model.quantize import Plan
+    from quadapt.quant.rounding import Rounding
 
 MethodName = Literal["qa-lora", "qlora", "gptq-lora"]
+"""The keys of `methods.METHODS` (a test compares them)."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -122,6 +120,11 @@ class Grid(Settings):
         Raises:
             ConfigError: The choices contradict each other.
         """
+        from quadapt.methods import method
+        from quadapt.quant.format import Format
+        from quadapt.quant.storage import Storage
+        from quadapt.quant.weight import Layout
+
         base = method(self.method)
         levels = self.levels or base.format.levels
         same = levels == base.format.levels
@@ -136,6 +139,9 @@ class Grid(Settings):
         return chosen
 
     def _rounding(self, own: Rounding) -> Rounding:
+        from quadapt.quant.gptq import GPTQ
+        from quadapt.quant.rounding import Nearest
+
         kinds: dict[str, type[Nearest] | type[GPTQ]] = {"nearest": Nearest, "gptq": GPTQ}
         if self.rounding and not isinstance(own, kinds[self.rounding]):
             own = kinds[self.rounding]()
@@ -143,6 +149,8 @@ class Grid(Settings):
 
     def plan(self) -> Plan:
         """How each layer is quantized."""
+        from quadapt.model.quantize import Plan
+
         chosen = self.chosen_method()
         return Plan(format=chosen.format, storage=chosen.storage, rounding=chosen.rounding)
 
@@ -264,6 +272,9 @@ class TuneConfig(Target, Grid, Machine):
 
     def chosen_method(self) -> Method:
         """The method with the choices made about its adapter and recipe too."""
+        from quadapt.methods import Recipe
+        from quadapt.nn.adapters import Pooled
+
         chosen = super().chosen_method()
         about = {name: value for name in ("pooling", "form") if (value := getattr(self, name)) is not None}
         if about and not isinstance(chosen.adapter, Pooled):
@@ -467,6 +478,3 @@ def read_job(path: str) -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no settings. It needs at least output and tune")
     return checked(RunConfig, values, path)
-
-
-assert set(MethodName.__args__) == set(METHODS), "the names of methods stand twice"  # type: ignore[attr-defined]

@@ -92,10 +92,13 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows,
                stride: int | None = None, batch: int = 8, progress: Progress = iter) -> Perplexity:
     """Loss per token over sliding windows: each token but a document's first is predicted exactly once.
 
-    A window has `context` tokens and predicts what follows each of them; the next one begins `stride` tokens later. Past
-    the first window, a token is so predicted from at least `context - stride` tokens. Of examples with a prompt, the
-    completion and its end of sequence count (of messages, what the assistant says), of texts all but the end of
-    sequence. Log-probabilities are computed in float32.
+    A window has `context` tokens and predicts what follows each of them; the next one begins `stride` tokens later.
+    Past the first window, a token is so predicted from more than `context - stride` tokens. Of examples with a prompt,
+    the completion and its end of sequence count; of messages, what the assistant says; of a text, all of it.
+    Log-probabilities are computed in float32.
+
+    Differs from the recipe in the documentation of `transformers`: there, a window predicts one token less, so that
+    without overlap the first token of each window is not counted.
 
     Args:
         model: A causal language model, on any device.
@@ -117,18 +120,20 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows,
     windows: list[_Window] = []
     documents = 0
     for example in examples(rows, tokenizer, add_eos=rows.kind != "text"):
-        found = list(_windows(torch.from_numpy(example.ids).long(), torch.from_numpy(example.loss), context, stride,
-                              example.where))
+        ids, counts = torch.from_numpy(example.ids).long(), torch.from_numpy(example.loss)
+        found = list(_windows(ids, counts, context, stride, example.where))
         windows += found
         documents += bool(found)
     tokens = sum(int(window.counted.sum()) for window in windows)
     if not tokens:
         raise DataError(f"{rows.source}: has no token to count: all rows are blank, or have a single token")
     windows.sort(key=lambda window: -len(window.ids))  # little padding; and memory is short at once or not at all
+    pad = pad_token_id(tokenizer)
     with evaluating(model):
-        total = math.fsum(_loss(model, group, pad_token_id(tokenizer)) for group in progress(_grouped(windows, batch)))
+        total = math.fsum(_loss(model, group, pad) for group in progress(_grouped(windows, batch)))
     loss = total / tokens
-    return Perplexity(loss, math.exp(min(loss, 700.0)), tokens, documents, len(rows) - documents, context, stride)
+    return Perplexity(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf, tokens=tokens,
+                      documents=documents, left_out=len(rows) - documents, context=context, stride=stride)
 
 
 def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_new_tokens: int = 32,
@@ -150,12 +155,160 @@ def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows
         DataError: The rows have no prompts, or a prompt leaves no room for the answer in the model's context.
     """
     if rows.kind != "prompt-completion":
-        raise DataError(f"{rows.source}: holds {rows.kind} rows, but only answers to prompts can be right or wrong. Give "
+        raise DataError(f"{rows.source}: holds {rows.kind} rows, but only answers to prompts are right or wrong. Give "
                         "data with the columns prompt and completion")
     prompts, completions = list(rows.data["prompt"]), list(rows.data["completion"])
-    with _named(rows.data["where"]) as names:
-        answers = _generate(model, tokenizer, prompts, max_new_tokens, batch, progress, names)
+    answers = _continuations(model, tokenizer, prompts, list(rows.data["where"]), max_new_tokens, batch, progress)
     correct = sum(answer.strip() == completion.strip() for answer, completion in zip(answers, completions, strict=True))
     too_long = sum(len(ids) > max_new_tokens for ids in tokenize(tokenizer, completions))
     shown = [Sample(*each) for each in zip(prompts[:samples], completions, answers, strict=False)]
     return ExactMatch(correct / len(prompts), len(prompts), correct, too_long, shown)
+
+
+def generate_samples(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *,
+                     max_new_tokens: int = 32, batch: int = 32) -> list[str]:
+    """What the model says after each prompt, greedily, without the prompt.
+
+    Raises:
+        DataError: A prompt leaves no room for `max_new_tokens` in the model's context.
+    """
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    return _continuations(model, tokenizer, prompts, names, max_new_tokens, batch, iter)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; then each module gets back the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def context_limit(model: nn.Module) -> int | None:
+    """Positions that a model was made for; None if its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+class _Window(NamedTuple):
+    ids: Tensor
+    """What the model sees, and one token more."""
+
+    counted: Tensor
+    """Which of `ids[1:]` are counted here."""
+
+    where: str
+    """The document."""
+
+
+def _windows(ids: Tensor, counts: Tensor, context: int, stride: int, where: str) -> Iterator[_Window]:
+    """Windows over a document that have something to count."""
+    done = 1  # the first token has nothing before it
+    for start in range(0, len(ids), stride):
+        end = min(start + context + 1, len(ids))
+        counted = counts[start + 1:end].clone()
+        counted[:done - start - 1] = False
+        if counted.any():
+            yield _Window(ids[start:end], counted, where)
+        done = end
+        if end == len(ids):
+            return
+
+
+def _loss(model: nn.Module, windows: Sequence[_Window], pad: int) -> float:
+    """Summed loss of the counted tokens of some windows."""
+    device = _device(model)
+    inputs = pad_sequence([window.ids[:-1] for window in windows], batch_first=True, padding_value=pad)
+    mask = torch.arange(inputs.shape[1]) < torch.tensor([len(window.counted) for window in windows])[:, None]
+    logits = model(input_ids=inputs.to(device), attention_mask=mask.long().to(device), use_cache=False).logits
+    total = 0.0
+    for row, window in zip(logits, windows, strict=True):  # row by row: a float32 copy of all logits may not fit
+        counted = window.counted.to(row.device)
+        targets = window.ids[1:].to(row.device)[counted]
+        loss = float(F.cross_entropy(row[:len(counted)][counted].float(), targets, reduction="none").double().sum())
+        if not math.isfinite(loss):
+            raise DataError(f"{window.where}: the model's loss is {loss}. Its weights are damaged, or too large for "
+                            f"{row.dtype}; try --dtype float32")
+        total += loss
+    return total
+
+
+def _check_context(model: nn.Module, context: int) -> None:
+    limit = context_limit(model)
+    if context < 1 or (limit is not None and context > limit):
+        raise ConfigError(f"context={context} is not between 1 and the model's context, {limit}")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _grouped(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def _continuations(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], names: Sequence[str],
+                   max_new_tokens: int, batch: int, progress: Progress) -> list[str]:
+    """What the model says after each prompt, in the order of the prompts."""
+    head = opening(tokenizer)
+    ids = [head + each for each in tokenize(tokenizer, prompts)]
+    _check_room(model, ids, names, max_new_tokens)
+    answers = [""] * len(prompts)
+    longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+    with evaluating(model):
+        for group in progress(_grouped(longest_first, batch)):
+            tokens = _greedy(model, tokenizer, [ids[index] for index in group], max_new_tokens)
+            for index, answer in zip(group, tokens, strict=True):
+                # Decoded by itself, an answer would lose the space before it.
+                before, whole = (tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                                 for each in (ids[index], ids[index] + answer))
+                answers[index] = str(whole)[len(str(before)):]
+    return answers
+
+
+def _greedy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]],
+            max_new_tokens: int) -> list[list[int]]:
+    """Tokens after each prompt, up to the first end of sequence."""
+    device, pad, ends = _device(model), pad_token_id(tokenizer), _ends(model, tokenizer)
+    inputs = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_value=pad,
+                          padding_side="left")
+    width = inputs.shape[1]
+    mask = torch.arange(width) >= torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
+    output = model.generate(  # type: ignore[operator]  # all that a model's own settings may change is set here
+        input_ids=inputs.to(device), attention_mask=mask.long().to(device), max_new_tokens=max_new_tokens,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True, pad_token_id=pad,
+        eos_token_id=sorted(ends) or None)
+    return [_until(row, ends) for row in output[:, width:].tolist()]
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    return ids[:next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a sequence: the tokenizer's, and those of the model's own settings (chat models have several)."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}
+
+
+def _check_room(model: nn.Module, prompts: Sequence[list[int]], names: Sequence[str], max_new_tokens: int) -> None:
+    limit = context_limit(model)
+    for name, prompt in zip(names, prompts, strict=True):
+        if not prompt:
+            raise DataError(f"{name}: the prompt is empty, and the tokenizer puts no token before it to start from")
+        if limit is not None and len(prompt) + max_new_tokens > limit:
+            raise DataError(f"{name}: the prompt has {len(prompt)} tokens. With {max_new_tokens} for the answer "
+                            f"(--max-new-tokens) they exceed the model's context, {limit}. Shorten or delete the row")

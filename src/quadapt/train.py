@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from quadapt.errors import ConfigError
@@ -158,6 +158,7 @@ def train(model: nn.Module, data: Any, run: Run, folder: Path, *, collate: Calla
     trainer = AdapterTrainer(
         model=model, args=_arguments(run, steps, folder, has_eval=eval_data is not None), train_dataset=data,
         eval_dataset=eval_data, data_collator=collate, callbacks=[_Watcher(tick)])
+    trainer.remove_callback(PrinterCallback)  # results alone go to stdout
     set_seed(run.seed)
     last = last_checkpoint(folder)
     if last is not None:

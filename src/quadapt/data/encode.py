@@ -233,7 +233,7 @@ def _notes(kind: Kind, tokenizer: PreTrainedTokenizerBase, tally: Counter[str], 
     if tally["blank"]:
         yield f"{tally['blank']:,} examples dropped: {blank}"
     if tally["beyond"]:
-        yield f"{tally['beyond']:,} examples dropped: what bears loss lies beyond the first {seq_len:,} tokens (--seq-len)"
+        yield f"{tally['beyond']:,} examples dropped: what bears loss lies beyond their first {seq_len:,} tokens"
     if tally["apart"]:
         yield (f"{tally['apart']:,} prompts end inside a token, so that prompt and completion were tokenized apart. "
                "If they end in a space, put it at the start of the completions")

@@ -117,8 +117,11 @@ class _Encoder:
 
     def _continuation(self, text: str) -> list[int]:
         """Tokens of a text that goes on from another, without the space that SentencePiece puts before a first word."""
-        before, whole = tokenize(self.tokenizer, ["\n", "\n" + text])
-        return whole[len(before):] if whole[:len(before)] == before else tokenize(self.tokenizer, [text])[0]
+        for anchor in ("\n", "."):  # one of them does not merge with what follows
+            before, whole = tokenize(self.tokenizer, [anchor, anchor + text])
+            if whole[:len(before)] == before:
+                return whole[len(before):]
+        return tokenize(self.tokenizer, [text])[0]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -9,34 +9,25 @@ columns                                kind                note
 `text`                                 text                a .txt file is one document
 =====================================  ==================  =============================================
 
-Where columns fit several lines of the table, the first holds. JSON and CSV are parsed by Python's own modules rather
-than by the readers of `datasets`, which know no line numbers, and guess: they read a cell `NA` as null, and `042` as
-the number 42.
+Where columns fit several lines of the table, the first holds.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
-from datasets import Dataset, Features, Value, load_dataset  # type: ignore[import-untyped]
-from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns  # type: ignore[import-untyped]
-from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+from datasets import Dataset, Features, Value  # type: ignore[import-untyped]
 
+from quadapt.data.source import Source, file_rows, hub_rows, listing
 from quadapt.errors import ConfigError, DataError
 
 Kind = Literal["text", "prompt-completion", "messages"]
 Row = dict[str, Any]
-Source = Iterator[tuple[str, Any]]
-"""Rows, each with where it stands: `data.jsonl:7`, `data.parquet row 7` (the first is row 1)."""
 
 ALPACA = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -61,8 +52,6 @@ Write a response that appropriately completes the request.
 ### Response:
 """
 """The same for an instruction with an input."""
-
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -103,9 +92,9 @@ def read(source: str, *, split: str = "train") -> Rows:
     """
     path = Path(source).expanduser()
     if not source or not path.exists():
-        return _collect(_hub_rows(source, split), source)
-    files, notes = _files(path, split)
-    return _collect((row for file in files for row in _READERS[file.suffix.lower()](file)), source, notes)
+        return _collect(hub_rows(source, split), source)
+    rows, notes = file_rows(path, split)
+    return _collect(rows, source, notes)
 
 
 def split_rows(rows: Rows, eval_fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -144,128 +133,6 @@ def _cut_document(rows: Rows, eval_fraction: float) -> tuple[Rows, Rows]:
     return replace(rows, data=train), replace(rows, data=held_out)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _files(path: Path, split: str) -> tuple[list[Path], list[str]]:
-    """Data files of a split, and a note on the files that are none."""
-    splits = {"train": [path]} if path.is_file() else _splits_of_folder(path)
-    if split not in splits:
-        raise DataError(f"{path}: has no split {split!r}. It has {', '.join(splits)}")
-    files = [file for file in splits[split] if file.suffix.lower() in _READERS]
-    others = [file.name for file in splits[split] if file.suffix.lower() not in _READERS]
-    if not files:
-        raise DataError(f"{path}: is no data. Accepted are {', '.join(_READERS)} files, and folders of them")
-    return files, [f"files not read: {_names(others)}"] if others else []
-
-
-def _splits_of_folder(path: Path) -> dict[str, list[Path]]:
-    try:
-        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
-    except EmptyDatasetError as error:
-        raise DataError(f"{path}: has no files in it. Accepted are {', '.join(_READERS)} files") from error
-    return {str(split): [Path(file) for file in sorted(files)] for split, files in found.items()}
-
-
-def _decode(path: Path) -> str:
-    """A file's text; its line ends stay as they are."""
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, byte = raw.count(b"\n", 0, error.start) + 1, error.object[error.start]
-        raise DataError(f"{path}:{line}: is not UTF-8 (byte 0x{byte:02x}). Save the file as UTF-8") from error
-    if not text.strip():
-        raise DataError(f"{path}: is empty")
-    return text
-
-
-def _text_rows(path: Path) -> Source:
-    yield str(path), {"text": _decode(path)}
-
-
-def _json_rows(path: Path) -> Source:
-    """A list of objects, as Alpaca's files are, or an object on each line, whatever the file's name ends in."""
-    text = _decode(path)
-    if text.lstrip().startswith("["):
-        for number, row in enumerate(_loads(text, path, 1), start=1):
-            yield f"{path} row {number}", row
-        return
-    for number, line in enumerate(text.rstrip().split("\n"), start=1):  # not splitlines: JSON may hold U+2028
-        if not line.strip():
-            raise DataError(f"{path}:{number}: is empty. Delete the line; each must hold one JSON object")
-        yield f"{path}:{number}", _loads(line, path, number)
-
-
-def _loads(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{first_line + error.lineno - 1}: is not valid JSON ({error.msg}, column {error.colno}). "
-                        "Each line must hold one JSON object, or the whole file one list of objects") from error
-
-
-def _csv_rows(path: Path) -> Source:
-    limit = csv.field_size_limit(2**31 - 1)  # documents may be longer than the module's 128 KiB
-    reader = csv.DictReader(io.StringIO(_decode(path), newline=""), strict=True)
-    try:
-        header = list(reader.fieldnames or ())
-        if len(set(header)) < len(header):
-            raise DataError(f"{path}:1: two columns have the same name. The header is {_names(header)}")
-        for row in reader:
-            if None in row:
-                raise DataError(f"{path}:{reader.line_num}: has more cells than the header, {len(header)}. "
-                                "Put cells with commas or line ends between double quotes")
-            yield f"{path}:{reader.line_num}", row
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: is not valid CSV ({error}). Put cells with commas, quotes or line "
-                        "ends between double quotes, and double the quotes in them") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet_rows(path: Path) -> Source:
-    try:
-        data = load_dataset("parquet", data_files=str(path), split="train")
-    except (DatasetsError, OSError, ValueError) as error:
-        reason = shorten(str(error.__cause__ or error), 200)
-        raise DataError(f"{path}: cannot be read as Parquet ({reason}). Write the file anew") from error
-    yield from _numbered(data, str(path))
-
-
-_READERS: dict[str, Callable[[Path], Source]] = {
-    ".txt": _text_rows, ".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-
-
-# --- the hub ----------------------------------------------------------------------------------------------------------
-
-
-def _hub_rows(source: str, split: str) -> Source:
-    if Path(source).suffix.lower() in _READERS or not _HUB_NAME.fullmatch(source):
-        raise DataError(f"{source}: there is no such file or folder.{_near(source)}")
-    name, _, config = source.partition(":")
-    try:
-        data = load_dataset(name, config or None, split=split)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source}: is no file or folder here, and cannot be had from the hub: "
-                        f"{shorten(str(error), 300)}.{_near(source)}") from error
-    yield from _numbered(data, source)
-
-
-def _near(source: str) -> str:
-    """Names like the last part of a path that is not there."""
-    path = Path(source).expanduser().absolute()
-    if not path.parent.is_dir():
-        return f" There is no folder {path.parent} either"
-    near = difflib.get_close_matches(path.name, sorted(each.name for each in path.parent.iterdir()))
-    return f" Did you mean {' or '.join(near)}?" if near else f" Nothing in {path.parent} has a name like it"
-
-
-def _numbered(data: Dataset, source: str) -> Source:
-    for number, row in enumerate(data, start=1):
-        yield f"{source} row {number}", row
-
-
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -290,12 +157,12 @@ class _Layout:
     def row(self, where: str, row: Row) -> Row:
         """The checked and converted row."""
         for column in self.columns:
-            cell = row.get(column)
             if column in self.required and column not in row:
-                raise DataError(f"{where}: has no column {column!r}, as the rows before it have. It has {_names(row)}. "
+                raise DataError(f"{where}: has no column {column!r}, as the rows before it have, but {listing(row)}. "
                                 "All rows must have the same columns")
-            if column in self.required or cell is not None:
-                (_check_messages if column == "messages" else _check_text)(f"{where}: column {column!r}", cell)
+            if column in self.required or row.get(column) is not None:
+                check = _check_messages if column == "messages" else _check_text
+                check(f"{where}: column {column!r}", row[column])
         return self.convert({column: row.get(column) for column in self.columns}) | {"where": where}
 
 
@@ -318,7 +185,7 @@ def _collect(rows: Source, source: str, notes: Sequence[str] = ()) -> Rows:
         kept.append(layout.row(where, row))
     if layout is None:
         raise DataError(f"{source}: has no rows")
-    notes = [*notes, *([f"columns not used: {_names(unused)}"] if unused else [])]
+    notes = [*notes, *([f"columns not used: {listing(unused)}"] if unused else [])]
     return Rows(layout.kind, _dataset(kept, layout.kind), source, tuple(notes))
 
 
@@ -335,7 +202,7 @@ def _layout(where: str, row: Row) -> _Layout:
         if all(column in row for column in layout.required):
             return layout
     header = " Does the file lack a first line with the columns' names?" if ".csv:" in where else ""
-    raise DataError(f"{where}: the columns are {_names(row)}. Accepted are: text | prompt, completion | instruction, "
+    raise DataError(f"{where}: the columns are {listing(row)}. Accepted are: text | prompt, completion | instruction, "
                     f"output (and input) | messages. Rename the columns.{header}")
 
 
@@ -362,8 +229,3 @@ def _check_messages(where: str, cell: Any) -> None:
 
 def _describe(value: Any) -> str:
     return f"{type(value).__name__} {shorten(json.dumps(value, default=str), 60)}"
-
-
-def _names(names: Iterable[str]) -> str:
-    shown = [shorten(str(name), 40) or repr(name) for name in names]
-    return ", ".join(shown[:12] + [".."] * (len(shown) > 12)) or "none"

@@ -238,10 +238,10 @@ def in_split(events: str, split: Split) -> bool:
     return (digest[0] < 256 * HELD_OUT_SHARE) == (split == "held_out")
 
 
-def _tell(rng: random.Random, remarks: float) -> tuple[_World, str, str]:
+def _tell(rng: random.Random, remarks: float, longest: int = 8) -> tuple[_World, str, str]:
     world = _world(rng)
     events, told = [], []
-    for _ in range(rng.randint(3, 8)):
+    for _ in range(rng.randint(2, longest)):
         events.append(_step(rng, world))
         told.append(events[-1])
         if rng.random() < remarks:
@@ -265,11 +265,11 @@ def stories(seed: int, n: int, split: Split = "train") -> Iterator[Story]:
             yield Story(text, _ask(rng, world, text))
 
 
-def narratives(seed: int, n: int, split: Split = "train") -> Iterator[Narrative]:
+def narratives(seed: int, n: int, split: Split = "train", longest: int = 8) -> Iterator[Narrative]:
     """Yield `n` stories told with remarks that reveal the state, as plain text."""
     rng = random.Random(f"narratives {split} {seed}")
     while n:
-        _, events, told = _tell(rng, 0.3)
+        _, events, told = _tell(rng, 0.3, longest)
         if in_split(events, split):
             n -= 1
             yield _unmark(told)

@@ -119,7 +119,8 @@ def _row(name: str, source: Source, dense: str) -> TensorRow:
     why = cannot_hold(source)
     if not why:
         return TensorRow(name=name, type="Q4_1", shape=shape, nbytes=prod(shape) // BLOCK * BLOCK_BYTES, linear=True)
-    return TensorRow(name=name, type=dense, shape=shape, nbytes=prod(shape) * DTYPES[dense].itemsize, linear=True, note=why)
+    nbytes = prod(shape) * DTYPES[dense].itemsize
+    return TensorRow(name=name, type=dense, shape=shape, nbytes=nbytes, linear=True, note=why)
 
 
 def write_tensors(writer: GGUFWriter, entries: Sequence[Entry], progress: Progress = iter) -> None:
@@ -128,7 +129,7 @@ def write_tensors(writer: GGUFWriter, entries: Sequence[Entry], progress: Progre
 
     for row in (entry.row for entry in entries):
         kind = gguf.GGMLQuantizationType[row.type]
-        writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, kind)  # the kind overrides float32
+        writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, kind)  # kind overrides float32
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -11,8 +11,8 @@ from quadapt.errors import ExportError
 from quadapt.export.files import new_file
 from quadapt.export.gguf import Entry, write_tensors
 from quadapt.export.gguf_metadata import family_of, heads_of, namer
-from quadapt.export.lora import adapted, added_bits, as_lora, notes_on
-from quadapt.export.report import ExportReport, TensorRow, size_of
+from quadapt.export.lora import Layers, adapted, adapter_report, as_lora
+from quadapt.export.report import ExportReport, TensorRow
 
 
 def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = "default") -> ExportReport:
@@ -30,45 +30,49 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
 
     layers, path = adapted(model, adapter_name), Path(path)
     base: Any = model.get_base_model()  # type: ignore[operator]
-    _refuse_more(model, layers, adapter_name)
-    alphas = {float(layer.scaling[adapter_name] * layer.r[adapter_name]) for layer in layers.values()}
-    if len(alphas) > 1:
-        raise ExportError(f"alpha_pattern: layers have alpha {', '.join(map(str, sorted(alphas)))}; a GGUF adapter has one. "
-                          "Use --format lora")
-    family = family_of(base)
-    name_of = namer(family, base.config.num_hidden_layers)
-    entries = []
-    for name, layer in layers.items():
-        A, B = as_lora(name, layer, adapter_name)
-        weight = f"{name}.weight"
-        for suffix, factor, heads in (("lora_a", A, 0), ("lora_b", B, heads_of(weight, family, base.config))):
-            row = TensorRow(name=f"{name_of(weight)}.{suffix}", type="F32", shape=tuple(factor.shape), nbytes=4 * factor.numel())
-            entries.append(Entry(row, factor, heads))
+    alpha, family = _alpha(model, layers, adapter_name), family_of(base)
+    entries = _entries(layers, adapter_name, base)
     with new_file(path) as partial:
         writer = gguf.GGUFWriter(partial, family.arch)
         try:
             writer.add_type("adapter")
             writer.add_name(path.stem)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alphas.pop())
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
             write_tensors(writer, entries)
         finally:
             writer.close()
-    rows = tuple(entry.row for entry in entries)
-    return ExportReport(format="gguf-lora", path=str(path), bytes=size_of(path), tensors=rows,
-                        bits_per_weight=added_bits(rows, layers), notes=notes_on(layers, adapter_name))
+    return adapter_report("gguf-lora", path, [entry.row for entry in entries], layers, adapter_name)
 
 
-def _refuse_more(model: nn.Module, layers: dict[str, Any], adapter_name: str) -> None:
-    """Refuse whatever an adapter has besides factors over quantized layers; llama.cpp would do without it."""
+def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry]:
+    family, entries = family_of(base), []
+    name_of = namer(family, base.config.num_hidden_layers)
+    for name in layers:
+        A, B = as_lora(name, layers, adapter_name)
+        weight = f"{name}.weight"
+        for suffix, factor, heads in (("lora_a", A, 0), ("lora_b", B, heads_of(weight, family, base.config))):
+            row = TensorRow(name=f"{name_of(weight)}.{suffix}", type="F32", shape=tuple(factor.shape),
+                            nbytes=4 * factor.numel())
+            entries.append(Entry(row, factor, heads))
+    return entries
+
+
+def _alpha(model: nn.Module, layers: Layers, adapter_name: str) -> float:
+    """The adapter's one alpha. Refuses whatever else it has besides factors: llama.cpp would do without it."""
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
+    advice = "which a GGUF adapter cannot hold. Use --format lora"
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ExportError(f"{name}: is trained as a whole (modules_to_save), which a GGUF adapter cannot hold. Use --format lora")
+            raise ExportError(f"{name}: is trained as a whole (modules_to_save), {advice}")
         if isinstance(module, LoraLayer) and adapter_name in module.r and module not in layers.values():
-            raise ExportError(f"{name}: carries LoRA over a dense weight, which this export does not know. Use --format lora")
-    biased = [name for name, layer in layers.items() if layer.lora_bias[adapter_name]]
-    if biased:
-        raise ExportError(f"{biased[0]}: its lora_B has a bias (lora_bias), which a GGUF adapter cannot hold. Use --format lora")
+            raise ExportError(f"{name}: has LoRA over a weight that is not quantized, {advice}")
+    for name, layer in layers.items():
+        if layer.lora_bias[adapter_name]:
+            raise ExportError(f"{name}: its lora_B has a bias (lora_bias), {advice}")
+    alphas = sorted({round(layer.scaling[adapter_name] * layer.r[adapter_name], 6) for layer in layers.values()})
+    if len(alphas) > 1:
+        raise ExportError(f"adapter {adapter_name!r}: its layers have more than one alpha ({alphas}), {advice}")
+    return alphas[0]

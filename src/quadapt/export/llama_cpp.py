@@ -1,8 +1,8 @@
 """Ask llama.cpp, through the `xllamacpp` package, what it makes of an exported file.
 
-What is measured is llama.cpp as it is served: its CPU kernels round the inputs of a product with Q4_1 blocks to 8 bits, in blocks
-of 32, so its log-probabilities differ from torch's by a few hundredths although the weights are the same bit for bit. Products
-with F32 tensors are not rounded.
+What is measured is llama.cpp as it is served. Its CPU kernels round the inputs of a product with Q4_1 blocks to 8 bits,
+in blocks of 32, so its log-probabilities differ from torch's by some hundredths (more for improbable tokens) although
+the weights are the same bit for bit. Inputs of products with F32 tensors are not rounded: there they agree to 1e-4.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ class LlamaCpp:
         MissingDependency: `xllamacpp` is not installed.
     """
 
-    def __init__(self, path: str | Path, *, context: int = 512, lora: str | Path | None = None, threads: int = 1) -> None:
+    def __init__(self, path: str | Path, *, context: int = 512, lora: str | Path | None = None,
+                 threads: int = 1) -> None:
         xllamacpp = require("xllamacpp", "demo")
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # not float16: compare weights alone
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # F16 would round once more
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.warmup, params.port, params.verbosity = False, 0, -1  # any free port; silent
         if lora is not None:
@@ -51,8 +52,8 @@ class LlamaCpp:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             with_lora = f" with the adapter {lora}" if lora is not None else ""
-            raise ExportError(f"{path}: llama.cpp cannot load it{with_lora} ({error}). Is it a whole GGUF file of a family that "
-                              "this llama.cpp knows?") from error
+            raise ExportError(f"{path}: llama.cpp cannot load it{with_lora} ({error}). Is it a whole GGUF file, of a "
+                              "family that this llama.cpp knows?") from error
         finally:
             _restore_signals()
         self._open = build_opener(ProxyHandler({})).open  # never through a proxy: the server is in this process
@@ -60,7 +61,8 @@ class LlamaCpp:
     def __enter__(self) -> LlamaCpp:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -68,36 +70,41 @@ class LlamaCpp:
         del self._server
 
     def _post(self, route: str, question: dict[str, Any]) -> dict[str, Any]:
-        request = Request(self._server.listening_address + route, json.dumps(question).encode(), {"Content-Type": "application/json"})
+        request = Request(self._server.listening_address + route, json.dumps(question).encode(),
+                          {"Content-Type": "application/json"})
         try:
             with self._open(request) as answer:
                 return dict(json.load(answer))
         except HTTPError as error:
             raise ExportError(f"llama.cpp: {route} failed: {error.read().decode(errors='replace')}") from error
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of a text, with those that the file says to add before and after it."""
-        return [int(token) for token in self._post("/tokenize", {"content": text, "add_special": True})["tokens"]]
+        answer = self._post("/tokenize", {"content": text, "add_special": add_special})
+        return [int(token) for token in answer["tokens"]]
 
     def complete(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """The most probable continuation of token ids, up to a token that ends a text (which is not among the answer)."""
+        """The most probable continuation of token ids, up to the token that ends the text (not among the answer)."""
         return [int(token) for token in self._ask(prompt, max_tokens)["tokens"]]
 
     def token_logprobs(self, ids: Sequence[int], *, top: int = 1024) -> list[dict[int, float]]:
         """After each of `ids`, natural log-probabilities of the `top` most probable next tokens, by their id.
 
-        llama.cpp's server hands out probabilities only where it generates, so each prefix is asked for one token; its cache makes
-        that one step each.
+        llama.cpp's server hands out probabilities only where it generates, so each prefix is asked for one token; its
+        cache makes that one step each. It hands out none with a token that ends the text or half a character, so it is
+        biased towards an ordinary token; the probabilities are those from before the bias.
         """
+        bias = [[self.tokenize("a", add_special=False)[-1], 1e6]]
         rows = []
         for end in range(1, len(ids) + 1):
-            answer = self._ask(ids[:end], 1, n_probs=top)["completion_probabilities"][0]["top_logprobs"]
-            rows.append({int(token["id"]): float(token["logprob"]) for token in answer})
+            answer = self._ask(ids[:end], 1, n_probs=top, logit_bias=bias)["completion_probabilities"][0]
+            rows.append({int(token["id"]): float(token["logprob"]) for token in answer["top_logprobs"]})
         return rows
 
     def _ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
-        return self._post("/completion", {"prompt": [int(token) for token in prompt], "n_predict": max_tokens, "temperature": 0.0,
-                                          "samplers": ["temperature"], "return_tokens": True, "cache_prompt": True, **more})
+        question = {"prompt": [int(token) for token in prompt], "n_predict": max_tokens, "temperature": 0.0,
+                    "samplers": ["temperature"], "return_tokens": True, "cache_prompt": True}
+        return self._post("/completion", question | more)
 
 
 def complete(path: str | Path, prompt_ids: Sequence[int], max_tokens: int, *, lora: str | Path | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError, locate
 from quadapt.export.files import new_folder
 from quadapt.export.report import ExportReport, TensorRow, size_of
-from quadapt.nn.adapters import Adapter
+from quadapt.export.tensors import TYPES
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from quadapt.hf.peft_layer import QuantLoraLinear
+
+Layers = Mapping[str, "QuantLoraLinear"]
+"""The layers that carry an adapter, by their name in the base model."""
 
 
 def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter_name: str = "default") -> ExportReport:
@@ -34,24 +36,22 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    layers, config = adapted(model, adapter_name), copy.copy(model.peft_config[adapter_name])  # type: ignore[index, union-attr]
+    layers, path = adapted(model, adapter_name), Path(folder)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    for name, layer in layers.items():
-        A, B = as_lora(name, layer, adapter_name)
+    for name in layers:
+        A, B = as_lora(name, layers, adapter_name)
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(tensors.items())}
-    path = Path(folder)
     with new_folder(path) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        _plain(config, base).save_pretrained(str(partial))
-    rows = tuple(TensorRow(name=name, type=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), nbytes=tensor.nbytes)
-                 for name, tensor in tensors.items())
-    return ExportReport(format="lora", path=str(path), bytes=size_of(path), tensors=rows,
-                        bits_per_weight=added_bits(rows, layers), notes=notes_on(layers, adapter_name))
+        _plain(model, adapter_name, base).save_pretrained(str(partial))
+    rows = [TensorRow(name=name, type=TYPES.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape),
+                      nbytes=tensor.nbytes) for name, tensor in tensors.items()]
+    return adapter_report("lora", path, rows, layers, adapter_name)
 
 
-def adapted(model: nn.Module, adapter_name: str) -> dict[str, QuantLoraLinear]:
-    """The quantized layers that carry an adapter, by their name in the base model.
+def adapted(model: nn.Module, adapter_name: str) -> Layers:
+    """The quantized layers that carry an adapter.
 
     Raises:
         ExportError: There are none.
@@ -60,40 +60,39 @@ def adapted(model: nn.Module, adapter_name: str) -> dict[str, QuantLoraLinear]:
 
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.adapters}
     if not layers:
-        known = ", ".join(getattr(model, "peft_config", {})) or "none"
-        raise ExportError(f"adapter {adapter_name!r}: the model has no quantized layer with it; it has {known}. "
-                          "Load it with PeftModel.from_pretrained")
+        known: Any = getattr(model, "peft_config", {})
+        raise ExportError(f"adapter {adapter_name!r}: the model has no quantized layer with it; it has adapters "
+                          f"{', '.join(known) or 'none'}. Load it with PeftModel.from_pretrained")
     return layers
 
 
-def as_lora(name: str, layer: QuantLoraLinear, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """`A [rank, in]` and `B [out, rank]` of the stock LoRA that does what a layer's adapter does, at the same scaling."""
+def as_lora(name: str, layers: Layers, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """`A [rank, in]` and `B [out, rank]` of the stock LoRA that does what a layer's adapter does, at its scaling."""
+    layer = layers[name]
     with locate(name):
         A, B = layer.adapters[adapter_name].as_lora(layer.quant.quant_weight, *layer.factors(adapter_name))
     return A.detach(), B.detach()
 
 
-def added_bits(rows: tuple[TensorRow, ...], layers: dict[str, QuantLoraLinear]) -> float:
-    """What the adapter adds to each weight below it."""
-    return 8 * sum(row.nbytes for row in rows) / sum(layer.in_features * layer.out_features for layer in layers.values())
+def adapter_report(format: str, path: Path, rows: Sequence[TensorRow], layers: Layers,
+                   adapter_name: str) -> ExportReport:
+    """The report on an adapter that went out as stock LoRA."""
+    notes = ["its base is the dequantized one (--format hf or gguf of the base), not the model before quantization"]
+    adapters = [layer.adapters[adapter_name] for layer in layers.values()]
+    for kind in dict.fromkeys(adapter.kind for adapter in adapters if adapter.merged_form):
+        notes.append(f"the {kind} adapter was trained in the merged form, with offsets rounded as they are stored; "
+                     "beside the base it does the same up to that rounding. To serve it exactly, export it merged")
+    weights = sum(layer.quant.in_features * layer.quant.out_features for layer in layers.values())
+    return ExportReport(format=format, path=str(path), bytes=size_of(path), tensors=tuple(rows),
+                        bits_per_weight=8 * sum(row.nbytes for row in rows) / weights, notes=tuple(notes))
 
 
-def notes_on(layers: dict[str, QuantLoraLinear], adapter_name: str) -> tuple[str, ...]:
-    """What one should know of an adapter that goes out as stock LoRA."""
-    kinds: dict[str, Adapter] = {adapter.kind: adapter for layer in layers.values() for adapter in [layer.adapters[adapter_name]]}
-    notes = ["the base must be the dequantized one (--format hf, or GGUF of the base), not the model from before quantization"]
-    for kind, adapter in kinds.items():
-        if adapter.merged_form:
-            notes.append(f"{kind} was trained in the merged form, with offsets rounded to how they are stored; as a side branch over the "
-                         "base it is equivalent up to that rounding. The merged model (--format gguf or hf after a merge) is exact")
-    return tuple(notes)
-
-
-def _plain(config: LoraConfig, base: str) -> LoraConfig:
-    """The config without anything of ours, as stock PEFT reads it."""
-    targets: Any = config.target_modules
+def _plain(model: Any, adapter_name: str, base: str) -> Any:
+    """The adapter's config without anything of ours, as stock PEFT reads it."""
+    config = copy.copy(model.peft_config[adapter_name])
     config.auto_mapping = None
     config.base_model_name_or_path = base or None
-    config.target_modules = sorted(targets) if isinstance(targets, set | list) else targets
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
     config.init_lora_weights, config.inference_mode = True, True
     return config

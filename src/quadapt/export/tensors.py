@@ -32,9 +32,9 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Source]]:
 
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
-        raise ExportError(f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first (quadapt "
-                          "merge, or model.merge_and_unload()); or take it off (model.unload()) and export it by itself "
-                          "(--format lora)")
+        raise ExportError(f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first "
+                          "(quadapt merge, or model.merge_and_unload()); or take it off (model.unload()) and export it "
+                          "by itself (--format lora)")
     layers, seen = quantized_layers(model), set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")

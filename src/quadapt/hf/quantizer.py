@@ -154,3 +154,6 @@ def register() -> None:
     if "quadapt" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("quadapt")(QuadaptConfig)
         register_quantizer("quadapt")(QuadaptQuantizer)
+
+
+register()

@@ -1,0 +1,144 @@
+"""What a job would do and need, found out from shapes alone: nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quadapt.config import Grid, QuantizeConfig, TuneConfig
+from quadapt.errors import CheckpointError, ResourceError, locate
+from quadapt.hf.config import QuadaptConfig
+from quadapt.jobs.source import context_of, device_of, model_config, skeleton
+from quadapt.model.quantize import LayerRow, bits_of
+from quadapt.model.select import select
+from quadapt.nn.quant_linear import QuantLinear
+from quadapt.quant.weight import Layout
+from quadapt.report import memory
+from quadapt.report.memory import MemoryEstimate
+from quadapt.report.ui import UI
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A quantized model, as shapes."""
+
+    model: nn.Module
+    """On the meta device, with quantized layers in place."""
+
+    layouts: Mapping[str, Layout]
+    """Of its quantized layers."""
+
+    left: Mapping[str, str]
+    """Why each other matrix is not quantized."""
+
+    context: int
+    """Positions that it was made for."""
+
+    largest: int
+    """Weights in the largest matrix that is quantized."""
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Of the quantized checkpoint."""
+        return memory.parameter_bytes(self.model)
+
+
+def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, ui: UI, *, target_modules: Sequence[str] = ()) -> Sketch:
+    """The model that `config` would make of `name`, or the one that lies there, if it is quantized.
+
+    Raises:
+        ConfigError: No layer would be quantized, or a name matches none.
+        ShapeError: Some matrix cannot be quantized; the message names it.
+    """
+    machine: Any = config
+    about = model_config(name, trust_remote_code=machine.trust_remote_code)
+    quantized = getattr(about, "quantization_config", None)
+    if isinstance(quantized, dict) and quantized.get("quant_method") != "quadapt":
+        raise CheckpointError(f"{name!r} is quantized already, by {quantized.get('quant_method')}. Give the dense model")
+    stored = getattr(about, "dtype", None)
+    dtype = stored if machine.dtype == "auto" else getattr(torch, machine.dtype)
+    if quantized is not None:
+        del about.quantization_config
+    model = skeleton(about, dtype=dtype, trust_remote_code=machine.trust_remote_code)
+    if quantized is not None:
+        kept = QuadaptConfig(**quantized) if isinstance(quantized, dict) else quantized
+        layouts, left = kept.layouts, kept.left
+    else:
+        selection, plan = select(model, target_modules=target_modules, skip=config.skip), config.plan()
+        left, layouts = selection.left, {}
+        for layer, linear in selection.chosen.items():
+            with locate(layer):
+                layouts[layer] = plan.layout(layer, linear.out_features, linear.in_features)
+                plan.rounding.check(layouts[layer])
+    for layer, layout in layouts.items():
+        bias = model.get_submodule(layer).bias
+        model.set_submodule(layer, QuantLinear(layout, bias=bias is not None, device="meta", dtype=dtype))
+    largest = max(layout.out * layout.columns for layout in layouts.values())
+    return Sketch(model, layouts, left, context_of(about), largest)
+
+
+def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
+    """`quantize --dry-run`."""
+    found = sketch(config.model, config, ui, target_modules=config.target_modules)
+    plan, device = config.plan(), device_of(config)
+    work = memory.quantizing_bytes(found.largest, max(layout.columns for layout in found.layouts.values()),
+                                   calibrated=plan.needs_data)
+    hidden = 0
+    if plan.needs_data:
+        length = config.calibration_length or min(found.context, 2048)
+        hidden = memory.step_bytes(found.model, 8, length, trains=False)
+    source = sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors")) if Path(config.model).is_dir() else 0
+    estimate = MemoryEstimate(libraries=memory.library_bytes(device), weights=source + found.bytes_on_disk, adapters=0, step=work + hidden)
+    return show(found, estimate, ui)
+
+
+def tune(config: TuneConfig, ui: UI, *, seq_len: int) -> dict[str, Any]:
+    """`tune --dry-run`."""
+    found = sketch(config.model, config, ui)
+    return show(found, tuning(config, found, seq_len=seq_len), ui)
+
+
+def tuning(config: TuneConfig, found: Sketch, *, seq_len: int) -> MemoryEstimate:
+    """Memory that training will take. Uses up the sketch's model."""
+    from quadapt.jobs.adapt import adapt
+
+    device, weights = device_of(config), found.bytes_on_disk
+    model = adapt(found.model, config, on_meta=True)
+    trainable = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    step = memory.step_bytes(model, config.batch_size, seq_len)
+    return MemoryEstimate(libraries=memory.library_bytes(device), weights=weights, adapters=4 * trainable,
+                          step=memory.held(step, device))
+
+
+def check_fits(estimate: MemoryEstimate, device: str, ui: UI) -> None:
+    """Raise ResourceError if the machine lacks the memory; warn if others use what is missing."""
+    total, available = memory.machine_bytes(device)
+    advice = "Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits"
+    if estimate.total > total:
+        raise ResourceError(f"about {estimate.total / 1e9:.1f} GB of memory are needed, {device} has {total / 1e9:.1f} GB. {advice}")
+    if estimate.total > available:
+        ui.say(f"warning: about {estimate.total / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free. {advice}")
+
+
+def show(found: Sketch, estimate: MemoryEstimate, ui: UI) -> dict[str, Any]:
+    """Print a dry run."""
+    from quadapt.jobs.quantize import show_left
+
+    rows = [LayerRow(name=name, out=layout.out, columns=layout.columns, format=layout.format.name,
+                     bits_per_weight=layout.bits_per_weight, error=0, seconds=0) for name, layout in found.layouts.items()]
+    ui.table("layers", ("layer", "shape", "format", "bits"),
+             [(row.name, f"{row.out} x {row.columns}", row.format, f"{row.bits_per_weight:.3f}") for row in rows])
+    show_left(found.left, ui)
+    bits = bits_of(list(found.layouts.values()))
+    ui.show(f"{bits:.3f} true bits per quantized weight, {found.bytes_on_disk / 1e6:.1f} MB on disk")
+    parts = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in estimate.as_dict().items() if name != "total")
+    ui.show(f"estimated peak memory {estimate.total / 1e6:.0f} MB ({parts})")
+    return {"layers": {row.name: row.format for row in rows}, "left": dict(found.left), "bits_per_weight": bits,
+            "memory": estimate.as_dict(), "file_bytes": found.bytes_on_disk}

@@ -1,0 +1,68 @@
+"""`quadapt eval`: perplexity, exact answers, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quadapt.config import EvalConfig
+from quadapt.data import Rows
+from quadapt.evaluate import exact_match, generate_samples, perplexity
+from quadapt.hf.folder import load
+from quadapt.hf.workspace import write_json
+from quadapt.jobs.source import MOST_CONTEXT, context_of, device_of, held_out
+from quadapt.report.ui import UI
+
+
+def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
+    """Run the command.
+
+    Raises:
+        QuadaptError: Input cannot be used, see the message.
+    """
+    rows = held_out(config.data)
+    if config.limit is not None:
+        rows = rows.select(range(min(config.limit, len(rows))))
+    model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), base=config.base,
+                            trust_remote_code=config.trust_remote_code)
+    context = config.context or min(context_of(model.config), MOST_CONTEXT)
+
+    def bar(label: str) -> Any:
+        return lambda batches: ui.over(label, batches)
+
+    found = perplexity(model, tokenizer, rows, context=context, stride=config.stride, batch=config.batch_size,
+                       progress=bar("perplexity"))
+    result: dict[str, Any] = {"model": config.model, "data": config.data, "perplexity": asdict(found)}
+    ui.show(f"perplexity {found.perplexity:.4f} (loss {found.loss:.4f} nats per token, {found.tokens:,} tokens counted, context "
+            f"{found.context}, stride {found.stride})")
+    if rows.kind == "prompt-completion":
+        match = exact_match(model, tokenizer, rows, max_new_tokens=config.max_new_tokens, batch=4 * config.batch_size,
+                            samples=config.samples, progress=bar("answers"))
+        result["exact_match"] = asdict(match)
+        ui.show(f"exact match {match.accuracy:.1%} ({match.correct} of {match.count})")
+        _show_samples(ui, [(sample.prompt, sample.answer, sample.expected) for sample in match.samples])
+    elif config.samples:
+        prompts = _openings(rows, config.samples)
+        answers = generate_samples(model, tokenizer, prompts, max_new_tokens=min(config.max_new_tokens, context // 2))
+        result["samples"] = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+        _show_samples(ui, [(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)])
+    if config.output:
+        write_json(Path(config.output), result)
+    return result
+
+
+def _openings(rows: Rows, count: int) -> list[str]:
+    """The first words of some rows."""
+    if rows.kind == "messages":
+        return [str(messages[0]["content"]) for messages in rows.data["messages"][:count]]
+    texts = [str(text) for text in rows.data["text"][:count]]
+    if len(texts) < count:  # one long document: begin at paragraphs of it
+        texts = [part for part in texts[0].split("\n\n") if part.strip()][:count]
+    return [" ".join(text.split(" ")[:12])[:80] for text in texts]
+
+
+def _show_samples(ui: UI, samples: Sequence[tuple[str, str, str | None]]) -> None:
+    for prompt, answer, expected in samples:
+        ui.show(f"\n> {prompt.strip()[-300:]}\n{answer.strip()}" + (f"   (right: {expected.strip()})" if expected is not None else ""))

@@ -1,0 +1,111 @@
+"""`quadapt merge`: an adapter into its quantized base, with a certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadapt.config import MergeConfig
+from quadapt.data import calibration_batches, read
+from quadapt.errors import CheckpointError, QuadaptError
+from quadapt.hf.folder import Folder, check_base, find_base, load_model, load_tokenizer, open_folder, reading, save_quantized
+from quadapt.hf.merge import Certificate
+from quadapt.hf.merge import merge as merge_model
+from quadapt.hf.quantizer import base_config
+from quadapt.hf.workspace import Workspace
+from quadapt.jobs.source import context_of, device_of, job_of
+from quadapt.model.quantize import bits_of
+from quadapt.quant.gptq import GPTQ
+from quadapt.quant.rounding import Nearest
+from quadapt.report.ui import UI
+
+
+def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
+    """Run the command.
+
+    Raises:
+        QuadaptError: Input cannot be used, or the adapter cannot merge; see the message.
+    """
+    folder = adapter_folder(config.adapter)
+    where = find_base(folder, config.base)
+    job = job_of("merge", config.model_dump(mode="json"), [config.adapter, where, config.data])
+    needs = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
+    with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=int(1.2 * needs)) as space:
+        model, tokenizer = load_adapted(folder, where, config)
+        before = bits_of(list(base_config(model.get_base_model()).layouts.values()))  # type: ignore[operator]
+        probe, name = _probe(config, folder, tokenizer, context_of(model.config), ui)
+        rounding = None
+        if config.requantize:
+            rounding = GPTQ(range=config.range) if config.rounding == "gptq" else Nearest(range=config.range)
+        batches = [] if rounding is None or not rounding.needs else _calibration(config, folder, tokenizer, context_of(model.config))
+        merged, certificate = merge_model(
+            model, probe=probe, probe_name=name, requantize=rounding, batches=batches,
+            progress=lambda layers: ui.over("merging", layers))
+        note = _note(merged, certificate, folder, before)
+        save_quantized(merged, tokenizer, space.path, note)
+        space.commit()
+    ui.show(str(certificate))
+    ui.show(f"{note['bits']['merged']:.3f} true bits per quantized weight after the merge, {before:.3f} before "
+            f"({note['bits']['with_adapter']:.3f} with the adapter)")
+    ui.say(f"wrote {config.output}. Next: quadapt export {config.output} --format gguf --output FILE")
+    return {"output": config.output, **note}
+
+
+def adapter_folder(name: str) -> Folder:
+    """An adapter to work on.
+
+    Raises:
+        CheckpointError: It is something else, or not there.
+    """
+    folder = open_folder(name)
+    if folder.kind != "adapter":
+        raise CheckpointError(f"{name!r} is a {folder.kind} model, not an adapter. Give the folder that tune wrote")
+    return folder
+
+
+def load_adapted(folder: Folder, where: str, config: Any) -> tuple[nn.Module, Any]:
+    """The PEFT model of an adapter folder, and its tokenizer.
+
+    Raises:
+        CheckpointError: The base is another one than the adapter was trained over, or something is damaged.
+    """
+    from peft import PeftModel
+
+    base = load_model(where, dtype=config.dtype, device=device_of(config), trust_remote_code=config.trust_remote_code)
+    check_base(folder, base)
+    model = reading(folder.name, PeftModel.from_pretrained, base, folder.name)
+    holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
+    return model.eval(), load_tokenizer(holder, trust_remote_code=config.trust_remote_code)
+
+
+def _probe(config: MergeConfig, folder: Folder, tokenizer: Any, context: int, ui: UI) -> tuple[Tensor | None, str]:
+    """Token ids to compare the models on: of the data given, or of the training data if it is still there."""
+    source = config.data or folder.note.get("settings", {}).get("data")
+    if not source or not (config.data or Path(source).exists()):
+        return None, ""
+    try:
+        found = calibration_batches(read(source), tokenizer, length=min(128, context), sequences=2, batch=2)
+    except QuadaptError as error:
+        if config.data:
+            raise
+        ui.say(f"comparing on random tokens, since the training data cannot be read: {error}")
+        return None, ""
+    return torch.cat(found.batches), f"{found.tokens} tokens of {source}"
+
+
+def _calibration(config: MergeConfig, folder: Folder, tokenizer: Any, context: int) -> list[Tensor]:
+    source = config.data or folder.note.get("settings", {}).get("data")
+    if not source:
+        raise CheckpointError("rounding='gptq' needs text to calibrate on. Give --data FILE")
+    return calibration_batches(read(source), tokenizer, length=min(2048, context)).batches
+
+
+def _note(merged: nn.Module, certificate: Certificate, folder: Folder, before: float) -> dict[str, Any]:
+    layouts = list(base_config(merged).layouts.values())
+    with_adapter = folder.note.get("bits", {}).get("with_adapter", float("nan"))
+    return {"made": dict(base_config(merged).made), "left": base_config(merged).left, "bits_per_weight": bits_of(layouts),
+            "bits": {"base": before, "with_adapter": with_adapter, "merged": bits_of(layouts)},
+            "certificate": certificate.as_dict(), "trained": {name: folder.note.get(name) for name in ("method", "recipe", "steps")}}

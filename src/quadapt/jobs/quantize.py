@@ -1,0 +1,138 @@
+"""`quadapt quantize`: a dense model in, a quantized one out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quadapt.config import Grid, QuantizeConfig
+from quadapt.data import calibration_batches, read
+from quadapt.errors import ConfigError
+from quadapt.hf.blocks import BlockFiles
+from quadapt.hf.folder import load_model, load_tokenizer, save_quantized
+from quadapt.hf.quantizer import adopt, base_config
+from quadapt.hf.workspace import Workspace
+from quadapt.jobs import dry
+from quadapt.jobs.source import MOST_CONTEXT, context_of, dense_folder, device_of, job_of
+from quadapt.model.quantize import LayerRow, Plan, bits_of, quantize_model
+from quadapt.model.select import select
+from quadapt.report.memory import measured_peak
+from quadapt.report.ui import UI
+
+
+def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
+    """Run the command.
+
+    Raises:
+        QuadaptError: Input cannot be used, see the message.
+    """
+    folder, plan, device = dense_folder(config.model), config.plan(), device_of(config)
+    if plan.needs_data and not config.calibration_data:
+        raise ConfigError("rounding='gptq' needs text to calibrate on. Give --calibration-data FILE, or use --rounding nearest")
+    if config.dry_run:
+        return dry.quantize(config, ui)
+    sketch = dry.sketch(folder.name, config, ui, target_modules=config.target_modules)
+    job = job_of("quantize", config.model_dump(mode="json"), [config.model, config.calibration_data])
+    with (Workspace(Path(config.output), job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
+          measured_peak(device) as peak):
+        if space.resumed:
+            ui.say(f"going on with {space.path}")
+        summary = quantize_into(space.path, config, ui, target_modules=config.target_modules,
+                                calibration_data=config.calibration_data, device=device, seed=config.seed)
+        summary["peak_memory"] = peak()
+        space.commit("blocks")
+    ui.say(f"wrote {config.output}")
+    return {"output": config.output, **summary}
+
+
+def quantize_into(path: Path, config: Grid, ui: UI, *, target_modules: Sequence[str], calibration_data: str | None,  # noqa: PLR0913
+                  device: str, seed: int, most_length: int = MOST_CONTEXT) -> dict[str, Any]:
+    """Quantize `config.model` into a folder that exists, going on from the blocks that are finished in it.
+
+    Args:
+        path: Folder in the making; finished blocks are kept in its folder `blocks`.
+        config: Settings, those of quantize or of tune.
+        ui: For progress and the report.
+        target_modules: Quantize these layers alone.
+        calibration_data: Text, if the rounding needs some.
+        device: To calibrate and quantize on.
+        seed: Of the choice of text.
+        most_length: Longest default calibration sequence.
+
+    Returns:
+        The summary that is also written into `quadapt.json`.
+    """
+    name, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
+    plan, dtype = config.plan(), config.dtype  # type: ignore[attr-defined]
+    # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
+    model = load_model(name, dtype="float32" if dtype == "float32" else "auto", device=device, trust_remote_code=code)
+    tokenizer = load_tokenizer(name, trust_remote_code=code)
+    selection = select(model, target_modules=target_modules, skip=config.skip)
+    calibration = None
+    if plan.needs_data:
+        assert calibration_data is not None
+        length = config.calibration_length or min(context_of(model.config), most_length)
+        calibration = calibration_batches(read(calibration_data), tokenizer, length=length,
+                                          sequences=config.calibration_sequences, seed=seed)
+        ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration_data}")
+    batches = [batch.to(device) for batch in calibration.batches] if calibration else []
+    rows = quantize_model(model, selection.chosen, plan, batches=batches, keeper=BlockFiles(path / "blocks"),
+                          progress=lambda units: ui.over("quantizing", units))
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
+    made = {"method": config.method, "rounding": _described(plan),  # type: ignore[attr-defined]
+            "source": str(Path(name).resolve()) if Path(name).exists() else name}
+    if calibration:
+        made["calibration"] = {"data": calibration.source, "sequences": calibration.sequences, "length": calibration.length,
+                               "seed": seed}
+    adopt(model, left=selection.left, made=made)
+    return write_model(model, tokenizer, path, rows, made, ui)
+
+
+def write_model(model: nn.Module, tokenizer: Any, path: Path, rows: Sequence[LayerRow], made: Mapping[str, Any],  # noqa: PLR0913
+                ui: UI) -> dict[str, Any]:
+    """Save a quantized model with its report; show the report's summary."""
+    layouts = base_config(model).layouts
+    summary = {"made": dict(made), "bits_per_weight": bits_of(list(layouts.values())), "layers": len(layouts),
+               "quantized_weights": sum(layout.out * layout.columns for layout in layouts.values()),
+               "left": base_config(model).left, "rows": [asdict(row) for row in rows]}
+    save_quantized(model, tokenizer, path, summary)
+    summary["file_bytes"] = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    show_rows(rows, ui)
+    show_left(base_config(model).left, ui)
+    ui.show(f"{summary['bits_per_weight']:.3f} true bits per quantized weight, {summary['file_bytes'] / 1e6:.2f} MB on disk")
+    return summary
+
+
+def show_rows(rows: Sequence[LayerRow], ui: UI, *, every: bool = False) -> None:
+    """A table of layers: each of them, or a row for each kind of layer; notes always."""
+    kinds: dict[tuple[str, ...], list[LayerRow]] = {}
+    for row in rows:
+        key = (row.name,) if every else (row.name.rpartition(".")[2], f"{row.out} x {row.columns}", row.format)
+        kinds.setdefault(key, []).append(row)
+    table = [(f"{len(group)} x {group[0].name.rpartition('.')[2]}" if not every else group[0].name,
+              f"{group[0].out} x {group[0].columns}", group[0].format, f"{group[0].bits_per_weight:.3f}",
+              f"{sum(row.error for row in group) / len(group):.4f}", f"{sum(row.seconds for row in group):.1f}")
+             for group in kinds.values()]
+    ui.table("quantized", ("layer", "shape", "format", "bits", "error", "seconds"), table)
+    for row in rows:
+        if row.note:
+            ui.show(f"{row.name}: {row.note}")
+
+
+def show_left(left: Mapping[str, str], ui: UI) -> None:
+    """What is not quantized, and why."""
+    for reason, count in Counter(left.values()).items():
+        names = [name for name, why in left.items() if why == reason]
+        ui.show(f"not quantized ({reason}): {', '.join(names[:4])}{f' and {count - 4} more' if count > 4 else ''}")
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    return {"kind": type(plan.rounding).__name__.lower(), **json.loads(json.dumps(asdict(plan.rounding)))}  # type: ignore[call-overload]

@@ -1,0 +1,110 @@
+"""What the commands share: where a model comes from, what identifies it, on which device to work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import quadapt
+from quadapt.config import Machine
+from quadapt.data import Rows, read
+from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.folder import Folder, open_folder, reading
+
+MOST_CONTEXT = 2048
+"""Longest default context for calibration and evaluation, in tokens."""
+
+
+def device_of(config: Machine) -> str:
+    """The device to work on.
+
+    Raises:
+        ConfigError: It does not exist here.
+    """
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if config.device == "auto":
+        return "cuda" if available is not None and available.type == "cuda" else "cpu"
+    try:
+        kind = torch.device(config.device).type
+    except RuntimeError:
+        raise ConfigError(f"device={config.device!r} is unknown. Use auto, cpu, cuda or cuda:N") from None
+    if kind != "cpu" and (available is None or available.type != kind):
+        raise ConfigError(f"device={config.device!r} is not available here. Use cpu or auto")
+    return config.device
+
+
+def dense_folder(name: str) -> Folder:
+    """A dense model to quantize.
+
+    Raises:
+        CheckpointError: It is quantized already, or an adapter, or not there.
+    """
+    folder = open_folder(name)
+    if folder.kind == "quantized":
+        raise CheckpointError(f"{name!r} is quantized already. Give the dense model, or go on with it: quadapt tune {name}")
+    if folder.kind == "adapter":
+        raise CheckpointError(f"{name!r} is an adapter. Merge it first: quadapt merge {name} --output FOLDER")
+    return folder
+
+
+def model_config(name: str, *, trust_remote_code: bool) -> Any:
+    """transformers' configuration of a model.
+
+    Raises:
+        CheckpointError: There is none, or it is of a model that is not a causal language model, or comes with code.
+    """
+    from transformers import AutoConfig
+
+    return reading(name, AutoConfig.from_pretrained, name, trust_remote_code=trust_remote_code)
+
+
+def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The model without its weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = reading("model", AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def held_out(source: str) -> Rows:
+    """Rows to measure on: the split `test` of a folder or hub dataset, or all of a file."""
+    return read(source) if Path(source).expanduser().is_file() else read(source, split="test")
+
+
+def context_of(config: Any) -> int:
+    """Positions that a model was made for."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "max_position_embeddings", None) or MOST_CONTEXT)
+
+
+def identity(*names: str | None) -> list[Any]:
+    """What tells whether files are still the same: name, size and time of change of each; of a folder, of what is in it."""
+    found: list[Any] = []
+    for name in names:
+        path = Path(name) if name else None
+        if path is None or not path.exists():
+            found.append(name)
+            continue
+        files = sorted(item for item in path.iterdir() if item.is_file()) if path.is_dir() else [path]
+        found.append([str(path.resolve()), [[item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in files]])
+    return found
+
+
+def job_of(command: str, settings: Mapping[str, Any], inputs: Sequence[str | None]) -> dict[str, Any]:
+    """What identifies a job, so that an interrupted one is gone on with only by its own command."""
+    idle = ("output", "overwrite", "dry_run")
+    kept = {name: value for name, value in settings.items() if name not in idle}
+    return {"command": command, "version": quadapt.__version__, "settings": kept, "inputs": identity(*inputs)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import peft
+    import transformers
+
+    return {"quadapt": quadapt.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}

@@ -1,0 +1,155 @@
+"""`quadapt tune`: quantize a model if it is not yet, train an adapter over it, write adapter and base into one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quadapt.config import TuneConfig
+from quadapt.data import Collator, Encoded, Rows, check_loss, encode, pad_token_id, read, split_rows
+from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.folder import NOTE, Folder, load_model, load_tokenizer, open_folder
+from quadapt.hf.quantizer import base_config
+from quadapt.hf.workspace import Workspace, remove, write_json
+from quadapt.jobs import dry
+from quadapt.jobs.adapt import adapt
+from quadapt.jobs.quantize import quantize_into
+from quadapt.jobs.source import context_of, device_of, held_out, job_of, model_config, versions
+from quadapt.methods import Recipe
+from quadapt.model.quantize import bits_of
+from quadapt.report.memory import measured_peak
+from quadapt.report.ui import UI
+
+MOST_LENGTH = 1024
+"""Longest default training sequence, in tokens."""
+
+
+def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
+    """Run the command.
+
+    Raises:
+        QuadaptError: Input cannot be used, see the message.
+    """
+    folder, device, chosen = open_folder(config.model), device_of(config), config.chosen_method()
+    if folder.kind == "adapter":
+        raise CheckpointError(f"{config.model!r} is an adapter. To train on, merge it first: quadapt merge {config.model} --output FOLDER")
+    if folder.kind == "quantized" and config.given():
+        raise ConfigError(f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give the "
+                          "dense model")
+    about = model_config(folder.name, trust_remote_code=config.trust_remote_code)
+    seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
+    if seq_len > context_of(about):
+        ui.say(f"warning: seq_len={seq_len} is beyond the {context_of(about)} positions that the model was made for")
+    if config.dry_run:
+        return dry.tune(config, ui, seq_len=seq_len)
+    tokenizer = load_tokenizer(folder.name, trust_remote_code=config.trust_remote_code)
+    data, held_out = _data(config, tokenizer, seq_len, ui)
+    found = dry.sketch(folder.name, config, ui)
+    needs = found.bytes_on_disk if folder.kind == "model" else 0
+    dry.check_fits(dry.tuning(config, found, seq_len=seq_len), device, ui)
+    job = job_of("tune", config.model_dump(mode="json"), [config.model, config.data, config.eval_data, config.calibration_data])
+    with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=needs) as space:
+        if space.resumed:
+            ui.say(f"going on with {space.path}")
+        base = folder.path if folder.kind == "quantized" else _make_base(space.path, config, ui, device, seq_len)
+        summary = _train(config, space, base, folder, tokenizer, (data, held_out), ui)
+        space.commit("checkpoints")
+    ui.say(f"wrote {config.output}. Next: quadapt merge {config.output} --output FOLDER" if chosen.adapter.exactness != "none" else
+           f"wrote {config.output}. Next: quadapt eval {config.output} --data FILE, or quadapt export {config.output} --format lora")
+    return {"output": config.output, **summary}
+
+
+def _data(config: TuneConfig, tokenizer: Any, seq_len: int, ui: UI) -> tuple[Encoded, Encoded | None]:
+    """Training and held-out sequences; says what became of the data, and shows one example with its mask."""
+    rows = read(config.data)
+    held: Rows | None = held_out(config.eval_data) if config.eval_data else None
+    if held is None and config.eval_split:
+        rows, held = split_rows(rows, config.eval_split, config.seed)
+    data = encode(rows, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
+    for line in data.report.lines():
+        ui.say(line)
+    ui.say(f"an example: {data.report.example}")
+    check_loss(data.report)
+    if held is None:
+        return data, None
+    kept = encode(held, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
+    check_loss(kept.report)
+    ui.say(f"held out: {kept.report.lines()[0]}")
+    return data, kept
+
+
+def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, seq_len: int) -> Path:
+    """The quantized base, made inside the output folder unless an interrupted run has made it."""
+    base = path / "base"
+    if not base.exists():
+        making = path / "base.partial"
+        making.mkdir(exist_ok=True)
+        quantize_into(making, config, ui, target_modules=(), calibration_data=config.calibration_data or config.data,
+                      device=device, seed=config.seed, most_length=min(2048, seq_len))
+        remove(making / "blocks")
+        os.rename(making, base)
+    return base
+
+
+def _train(config: TuneConfig, space: Workspace, base: Path, folder: Folder, tokenizer: Any,  # noqa: PLR0913
+           data: tuple[Encoded, Encoded | None], ui: UI) -> dict[str, Any]:
+    from transformers.trainer_utils import set_seed
+
+    from quadapt.train import Run, train, trainable_parameters
+
+    device, chosen = device_of(config), config.chosen_method()
+    quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    set_seed(config.seed)
+    model = adapt(quantized, config)
+    _say_recipe(chosen.recipe, ui)
+    ui.say(f"{trainable_parameters(model):,} trainable parameters over {base_config(quantized).fingerprint[:12]}")
+    fields = {name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"}
+    run = Run(recipe=chosen.recipe, device=device, **fields)
+    with ui.working("training") as tick, measured_peak(device) as peak:
+        trained = train(model, data[0].data, run, space.path / "checkpoints", collate=Collator(pad_token_id(tokenizer)),
+                        eval_data=None if data[1] is None else data[1].data, tick=tick)
+        most = peak()
+    summary = {
+        "kind": "adapter", "method": config.method, "adapter": chosen.adapter.identity(), "recipe": asdict(chosen.recipe),
+        "bits": _bits(model, quantized), "data": {**asdict(data[0].report), "example": None}, "steps": trained.steps,
+        "final_loss": trained.final_loss, "eval_loss": trained.eval_loss, "seconds": trained.seconds, "peak_memory": most,
+        "trainable_parameters": trainable_parameters(model), "losses": trained.losses, "versions": versions(),
+        "settings": config.model_dump(mode="json")}
+    _write(space, model, tokenizer, base, folder, summary)
+    ui.show(f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
+            + (f", held-out loss {trained.eval_loss:.4f}" if trained.eval_loss is not None else "")
+            + f", peak memory {most / 1e6:.0f} MB")
+    return summary
+
+
+def _write(space: Workspace, model: nn.Module, tokenizer: Any, base: Path, folder: Folder, summary: Mapping[str, Any]) -> None:  # noqa: PLR0913
+    """Adapter, tokenizer, and where the base is: beside the adapter, at its present place, or on the hub."""
+    final = space.output.resolve() / "base" if base == space.path / "base" else base.resolve()
+    named = str(final) if final.parent == space.output.resolve() or final.exists() else folder.name
+    where = {"relative": os.path.relpath(final, space.output.resolve()), "absolute": str(final), "hub": None}
+    if folder.kind == "quantized" and not folder.path.exists():
+        where = {"relative": None, "absolute": None, "hub": folder.name}
+    where["fingerprint"] = base_config(model.get_base_model()).fingerprint  # type: ignore[operator]
+    config = model.peft_config["default"]  # type: ignore[index, union-attr]
+    model.peft_config["default"] = replace(config, base_model_name_or_path=named)  # type: ignore[index, union-attr, operator]
+    model.save_pretrained(space.path, save_embedding_layers=False)  # type: ignore[operator]
+    tokenizer.save_pretrained(space.path)
+    write_json(space.path / NOTE, {**summary, "base": where})
+
+
+def _bits(model: nn.Module, quantized: nn.Module) -> dict[str, float]:
+    """True bits per quantized weight: of the base, and with the adapter as it is stored."""
+    layouts = list(base_config(quantized).layouts.values())
+    weights = sum(layout.out * layout.columns for layout in layouts)
+    adapter = sum(parameter.numel() * parameter.itemsize * 8 for parameter in model.parameters() if parameter.requires_grad)
+    return {"base": bits_of(layouts), "with_adapter": bits_of(layouts) + adapter / weights}
+
+
+def _say_recipe(recipe: Recipe, ui: UI) -> None:
+    ui.say(f"AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}), rank {recipe.rank}, alpha {recipe.alpha:g}, dropout "
+           f"{recipe.dropout:g}, gradient norm at most {recipe.max_grad_norm:g}; defaults from {recipe.source}")

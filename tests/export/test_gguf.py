@@ -1,0 +1,318 @@
+"""GGUF files: bit for bit what the model is, read back by readers that are not ours; and what cannot be, listed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from export_models import quantized, tiny, trained, with_adapter
+from gguf.quants import dequantize
+from transformers import AutoModelForCausalLM
+
+from quadapt.errors import ExportError
+from quadapt.export import gguf as exporter
+from quadapt.export.blocks import cannot_hold, q4_1
+from quadapt.export.gguf import export_gguf
+from quadapt.model.quantize import quantized_layers
+from quadapt.nn.adapters import Pooled
+from quadapt.quant.format import Format, Zero
+from quadapt.quant.rounding import Nearest
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+
+def rows_of(path: Path, name: str) -> tuple[str, np.ndarray]:
+    """Type and numbers of a tensor, by the `gguf` package's reader."""
+    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+    return tensor.tensor_type.name, dequantize(tensor.data, tensor.tensor_type)
+
+
+def read_back(path: Path) -> Any:
+    """The model, by transformers' reader."""
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+def differing(model: Any, other: Any) -> list[str]:
+    """Names of the tensors of the dense `other` that are not those of `model`, bit for bit."""
+    ours = {name: value for name, value in model.state_dict().items()}
+    for name, layer in quantized_layers(model).items():
+        ours[f"{name}.weight"] = layer.quant_weight.dequantize()
+    return [name for name, value in other.state_dict().items() if not torch.equal(value, ours[name].float())]
+
+
+def weight(format: Format, columns: int = 128, storage: Storage | None = None) -> QuantWeight:
+    torch.manual_seed(0)
+    layout = Layout(format=format, storage=storage or Storage.default(format), out=48, columns=columns)
+    return Nearest()(torch.randn(48, columns), layout)
+
+
+HELD = [(bits, group, zero) for bits in (2, 3, 4) for group in (32, 64, 96, -1) for zero in ("none", "float")]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "zero"), HELD)
+def test_blocks_are_the_weight_bit_for_bit(bits: int, group_size: int, zero: Zero) -> None:
+    stored = weight(Format(bits=bits, group_size=group_size, zero=zero))
+    assert cannot_hold(stored) == ""
+    read = dequantize(q4_1(stored), gguf.GGMLQuantizationType.Q4_1)
+    np.testing.assert_array_equal(read, stored.dequantize().numpy(), strict=True)
+
+
+def test_blocks_are_made_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = weight(Format(bits=3, group_size=32))
+    whole = q4_1(stored)
+    monkeypatch.setattr("quadapt.export.blocks.rows_per_chunk", lambda columns: 7)
+    np.testing.assert_array_equal(q4_1(stored), whole)
+
+
+NOT_HELD = [
+    (weight(Format(levels="nf", bits=4)), "not evenly spaced"),
+    (weight(Format(bits=8)), "8-bit codes"),
+    (weight(Format(bits=4, group_size=16)), "groups of 16"),
+    (weight(Format(bits=4), columns=172), "172 inputs"),
+    (weight(Format(bits=4, group_size=-1), columns=172), "172 inputs"),
+    (weight(Format(bits=4, zero="integer")), "offsets (integer)"),
+    (weight(Format(bits=4), storage=Storage(scales="fp32", offsets="fp32")), "scales (fp32)"),
+    (weight(Format(bits=4), storage=Storage(scales="double", offsets="fp16")), "scales (double)"),
+    (weight(Format(bits=4)).with_offsets(torch.full((48, 4), 1e-9), "fp32"), "offsets (fp32)"),
+]
+
+
+@pytest.mark.parametrize(("stored", "why"), NOT_HELD, ids=[why for _, why in NOT_HELD])
+def test_says_what_blocks_cannot_hold(stored: QuantWeight, why: str) -> None:
+    assert why in cannot_hold(stored)
+
+
+def test_permuted_inputs_are_not_held() -> None:
+    plain = weight(Format(bits=4))
+    layout = Layout(format=plain.format, storage=plain.layout.storage, out=48, columns=128, permuted=True)
+    stored = QuantWeight.build(layout, plain.packed, plain.scales, plain.offsets, torch.randperm(128))
+    assert "permuted" in cannot_hold(stored)
+
+
+def test_fp32_scales_that_float16_holds_are_held() -> None:
+    layout = Layout(format=Format(bits=4), storage=Storage(scales="fp32", offsets="fp32"), out=4, columns=32)
+    stored = QuantWeight.build(layout, torch.arange(64, dtype=torch.uint8).view(4, 16), torch.full((4, 1), 0.5), torch.ones(4, 1))
+    assert cannot_hold(stored) == ""
+    read = dequantize(q4_1(stored), gguf.GGMLQuantizationType.Q4_1)
+    np.testing.assert_array_equal(read, stored.dequantize().numpy())
+
+
+MODELS = [(bits, group, zero) for bits, group in ((2, 32), (3, 64), (4, 32), (4, -1)) for zero in ("none", "float")]
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@pytest.mark.parametrize(("bits", "group_size", "zero"), MODELS)
+def test_transformers_reads_the_model_back(bits: int, group_size: int, zero: Zero, merged: bool, tokenizer: Any,
+                                           tmp_path: Path) -> None:
+    model = quantized(tiny(), Format(bits=bits, group_size=group_size, zero=zero))
+    if merged:
+        before = {name: layer.quant_weight.offsets for name, layer in quantized_layers(model).items()}
+        model = with_adapter(model, Pooled()).merge_and_unload()
+        moved = [not torch.equal(layer.quant_weight.offsets, before[name]) for name, layer in quantized_layers(model).items()]
+        assert all(moved)
+    report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    assert {row.type for row in report.tensors if row.linear} == {"Q4_1"}
+    assert report.bits_per_weight == 5.0
+    assert report.notes == ("2-, 3- and 4-bit codes all cost 5.0 bits per weight in Q4_1 blocks",)
+    assert differing(model, read_back(tmp_path / "model.gguf")) == []
+
+
+FAMILIES = [("Mistral", {}), ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+            ("Llama", {"tie_word_embeddings": True, "head_dim": 32}), ("Qwen2", {}),
+            ("Qwen3", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1})]
+
+
+@pytest.mark.parametrize(("kind", "changes"), FAMILIES, ids=["mistral", "biases", "tied", "qwen2", "qwen3"])
+def test_families(kind: str, changes: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny(kind, **changes))
+    path = tmp_path / "model.gguf"
+    report = export_gguf(model, tokenizer, path)
+    other = read_back(path)
+    names = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    unread = names - set(other.state_dict())  # transformers' reader makes a Llama without biases
+    assert differing(model, other) == []
+    assert bool(unread) == (kind == "Llama" and "attention_bias" in changes)
+    for name in unread:
+        block, layer = name.split(".")[2], name.split(".")[-2]
+        target = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+                  "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}[layer]
+        bias = model.get_parameter(name).detach()
+        if layer in ("q_proj", "k_proj"):  # row 2 i is row i of the head's first half, row 2 i + 1 that of its second
+            bias = bias.view(4, 2, 8).transpose(1, 2).flatten()
+        np.testing.assert_array_equal(rows_of(path, f"blk.{block}.{target}.bias")[1], bias.numpy())
+    assert ("output.weight" in {row.name for row in report.tensors}) != bool(changes.get("tie_word_embeddings"))
+
+
+def test_without_the_row_order_it_would_be_another_model(tokenizer: Any, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(tiny())
+    monkeypatch.setattr(exporter, "interleave", lambda rows, heads: rows)
+    export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    wrong = differing(model, read_back(tmp_path / "model.gguf"))
+    assert sorted({name.split(".")[-2] for name in wrong}) == ["k_proj", "q_proj"]
+
+
+@pytest.mark.parametrize("format", [Format(levels="nf", bits=4), Format(bits=8)], ids=["nf4", "int8"])
+def test_what_blocks_cannot_hold_leaves_as_f32_and_is_listed(format: Format, tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny(), format)
+    report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    linear = [row for row in report.tensors if row.linear]
+    assert {row.type for row in linear} == {"F32"}
+    assert report.bits_per_weight == 32
+    assert len(linear) == 14
+    assert all(row.name in report.notes[0] for row in linear)
+    assert "32 bits per weight" in report.notes[0]
+    assert differing(model, read_back(tmp_path / "model.gguf")) == []
+
+
+def test_dense_weights_can_be_rounded_to_f16(tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny(), Format(levels="nf", bits=3))
+    path = tmp_path / "model.gguf"
+    report = export_gguf(model, tokenizer, path, dense="f16")
+    assert report.bits_per_weight == 16
+    assert "16 bits per weight, rounded" in report.notes[0]
+    stored = quantized_layers(model)["model.layers.1.mlp.down_proj"].quant_weight
+    kind, numbers = rows_of(path, "blk.1.ffn_down.weight")
+    assert kind == "F16"
+    np.testing.assert_array_equal(numbers, stored.dequantize(torch.float16).float().numpy())
+    assert not np.array_equal(numbers, stored.dequantize().numpy())
+
+
+def test_layers_that_are_not_quantized_keep_their_type(tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny().to(torch.bfloat16), skip=("k_proj",))
+    path = tmp_path / "model.gguf"
+    export_gguf(model, tokenizer, path)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == kinds["blk.0.attn_k.weight"] == "BF16"
+    assert kinds["blk.0.attn_q.weight"] == "Q4_1"
+    assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
+    assert differing(model, read_back(path)) == []
+
+
+def test_stories260k_lists_its_172_wide_layers(tmp_path: Path) -> None:
+    model, tokenizer = trained("stories260K-hf")
+    report = export_gguf(quantized(model, Format(bits=3, group_size=32)), tokenizer, tmp_path / "stories.gguf")
+    left = [row.name for row in report.tensors if row.linear and row.type == "F32"]
+    assert left == [f"blk.{block}.ffn_down.weight" for block in range(5)]
+    assert report.notes[1] == f"172 inputs are not a multiple of 32: left as F32 (32 bits per weight): {', '.join(left)}"
+    assert 5 < report.bits_per_weight < 32
+    assert differing(model, read_back(tmp_path / "stories.gguf")) == []
+
+
+def test_the_report_is_json_and_counts_the_file(tokenizer: Any, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def progress(names: Any) -> Any:
+        for name in names:
+            seen.append(name)
+            yield name
+
+    report = export_gguf(quantized(tiny()), tokenizer, tmp_path / "model.gguf", progress=progress)
+    read = json.loads(json.dumps(report.as_dict()))
+    assert read["bytes"] == (tmp_path / "model.gguf").stat().st_size
+    assert 0 < read["bytes"] - sum(row["nbytes"] for row in read["tensors"]) < 20_000  # metadata
+    assert [row["name"] for row in read["tensors"]] == seen
+    assert read["tensors"][0] == {"name": "token_embd.weight", "type": "F32", "shape": [320, 64], "nbytes": 81920,
+                                  "linear": False, "note": ""}
+    assert read["notes"] == list(report.notes)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_metadata(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = "{{ messages }}"
+    rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+    model = tiny("Mistral", sliding_window=128, rope_parameters=rope, head_dim=32)
+    report = export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf", name="Tiny")
+    tokenizer.chat_template = None
+    have = metadata(tmp_path / "model.gguf")
+    want = {"general.architecture": "llama", "general.name": "Tiny", "general.type": "model", "general.file_type": 3,
+            "llama.context_length": 128, "llama.rope.freq_base": 5000.0, "llama.rope.scaling.type": "linear",
+            "llama.rope.scaling.factor": 2.0, "llama.attention.key_length": 32, "llama.attention.value_length": 32,
+            "llama.rope.dimension_count": 32, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": False,
+            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 0, "tokenizer.chat_template": "{{ messages }}"}
+    assert {name: have.get(name) for name in want} == want
+    assert have["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    assert have["tokenizer.ggml.tokens"][:2] == ["<|endoftext|>", "<|begin|>"]
+    assert have["tokenizer.ggml.tokens"][-1] == "[PAD319]"
+    assert have["tokenizer.ggml.token_type"][0] == gguf.TokenType.CONTROL
+    assert have["tokenizer.ggml.token_type"][-1] == gguf.TokenType.UNUSED
+    assert "last 128 tokens" in report.notes[-1]
+
+
+REFUSED = [
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}, "rope_type default or linear"),
+]
+
+
+@pytest.mark.parametrize(("changes", "why"), REFUSED, ids=[why for _, why in REFUSED])
+def test_refuses_what_llama_cpp_would_compute_otherwise(changes: dict[str, Any], why: str, tokenizer: Any,
+                                                        tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=why):
+        export_gguf(quantized(tiny(**changes)), tokenizer, tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_other_families(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny("Gemma", head_dim=16, pad_token_id=0)
+    with pytest.raises(ExportError, match="GemmaForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
+        export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf")
+
+
+def test_refuses_llama3_frequencies_where_llama_cpp_reads_none(tokenizer: Any, tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}
+    with pytest.raises(ExportError, match="Qwen2ForCausalLM rope_type default or linear"):
+        export_gguf(quantized(tiny("Qwen2", rope_parameters=rope)), tokenizer, tmp_path / "model.gguf")
+
+
+def test_refuses_adapters(tokenizer: Any, tmp_path: Path) -> None:
+    model = with_adapter(quantized(tiny()), Pooled())
+    with pytest.raises(ExportError, match="q_proj: carries an adapter.*merge_and_unload"):
+        export_gguf(model.get_base_model(), tokenizer, tmp_path / "model.gguf")
+
+
+def test_refuses_unknown_tensors(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny()
+    model.extra = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ExportError, match=r"extra: llama.cpp's llama has no such tensor"):
+        export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf")
+
+
+def test_refuses_a_folder_and_an_unknown_type(tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny())
+    with pytest.raises(ExportError, match="is a folder"):
+        export_gguf(model, tokenizer, tmp_path)
+    with pytest.raises(ExportError, match="Use f32 or f16"):
+        export_gguf(model, tokenizer, tmp_path / "model.gguf", dense="q8_0")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("before", [None, b"the file of yesterday"], ids=["new", "replaced"])
+def test_a_failure_midway_leaves_things_as_they_were(before: bytes | None, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    if before is not None:
+        path.write_bytes(before)
+    model = tiny()
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ExportError, match=r"output_norm.weight: has values that are infinite or NaN"):
+        export_gguf(quantized(model), tokenizer, path)
+    assert [file.name for file in tmp_path.iterdir()] == ([] if before is None else ["model.gguf"])
+    assert before is None or path.read_bytes() == before
+
+
+def test_replaces_a_file(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "model.gguf"
+    model = quantized(tiny())
+    first = export_gguf(model, tokenizer, path)
+    path.write_bytes(b"damaged")
+    assert export_gguf(model, tokenizer, path) == first
+    assert differing(model, read_back(path)) == []

@@ -1,0 +1,306 @@
+"""llama.cpp, as served, answers as the model does."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_models import SHARED, TEXT, byte_level, logits, quantized, story, tiny, trained, with_adapter
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from quadapt.errors import ExportError
+from quadapt.export import gguf_tokenizer
+from quadapt.export.blocks import cannot_hold
+from quadapt.export.gguf import export_gguf
+from quadapt.export.gguf_lora import export_gguf_lora
+from quadapt.export.llama_cpp import LlamaCpp, complete, token_logprobs, tokenize
+from quadapt.model.quantize import quantized_layers
+from quadapt.nn.adapters import LoRA, Pooled
+from quadapt.quant.format import Format
+
+pytest.importorskip("xllamacpp", reason="needs xllamacpp (pip install 'quadapt[demo]')")
+
+NF4 = Format(levels="nf", bits=4)
+"""Leaves as F32, and so is not subject to llama.cpp's rounding of activations: shows that all else is equal."""
+
+
+def table(rows: list[dict[int, float]], size: int) -> Tensor:
+    """Log-probabilities `[positions, vocabulary]`; those that llama.cpp does not give are NaN."""
+    out = torch.full((len(rows), size), torch.nan)
+    for at, row in enumerate(rows):
+        out[at, list(row)] = torch.tensor(list(row.values()))
+    return out
+
+
+def distance(path: Path, model: nn.Module, ids: list[int], **more: Any) -> Tensor:
+    """Absolute differences of log-probabilities `[positions, vocabulary]` between llama.cpp and torch."""
+    ours = logits(model, ids).log_softmax(-1)
+    return (table(token_logprobs(path, ids, **more), ours.shape[1]) - ours).abs()
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+GRAPHS = {
+    "llama": ("Llama", {}), "mistral": ("Mistral", {"head_dim": 32}), "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}), "tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_computes_the_same_where_nothing_is_rounded(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    kind, changes = GRAPHS[name]
+    model = quantized(tiny(kind, **changes), NF4)
+    export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    ids = torch.randint(2, 300, (100,), generator=torch.Generator().manual_seed(3)).tolist()
+    assert distance(tmp_path / "model.gguf", model, ids).max() < 1e-3
+    if "rope_parameters" in changes:  # and the scaling matters
+        plain = quantized(tiny(kind), NF4)
+        assert distance(tmp_path / "model.gguf", plain, ids).max() > 0.1
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama105-hf"])
+def test_a_real_model_answers_alike(name: str, merged: bool, tmp_path: Path) -> None:
+    """200 tokens of a story: what differs is llama.cpp's rounding of activations to 8 bits, and it is small."""
+    model, tokenizer = trained(name)
+    model = quantized(model, Format(bits=4, group_size=32))
+    if merged:
+        adapted = with_adapter(model, Pooled(), alpha=0.4)
+        before = logits(adapted.get_base_model(), [1, 5, 9])
+        model = adapted.merge_and_unload()
+        assert torch.equal(logits(model, [1, 5, 9]), before)
+    path, ids = tmp_path / "model.gguf", story(tokenizer, 200)
+    export_gguf(model, tokenizer, path)
+    apart = distance(path, model, ids)
+    likely = apart[logits(model, ids).softmax(-1) > 0.1]
+    print(f"{name}: log-probabilities over {len(ids)} tokens differ by at most {apart.max():.3f}, "
+          f"by at most {likely.max():.3f} for tokens of at least 10 %: llama.cpp's CPU kernels round activations to 8 bits")
+    assert not apart.isnan().any()
+    assert apart.max() < 1.0
+    assert likely.max() < 0.2
+    assert apart.mean() < 0.1
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama105-hf"])
+def test_greedy_answers_are_equal(name: str, tmp_path: Path) -> None:
+    model, tokenizer = trained(name)
+    model = quantized(model, Format(bits=4, group_size=32))
+    path, ids = tmp_path / "model.gguf", story(tokenizer, 12)
+    export_gguf(model, tokenizer, path)
+    ours = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=100)[0, len(ids) :].tolist()
+    answer = complete(path, ids, 100)
+    assert answer == ours
+    assert len(answer) == 100
+    assert complete(path, ids, 100) == answer
+
+
+class Rounded(nn.Module):
+    """A quantized layer as llama.cpp's CPU kernel computes it: inputs in 8 bits, in blocks of 32 (Q8_1).
+
+    A block has its scale and its sum in float16; the sum meets the offsets.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        weight = layer.quant_weight
+        blocks = weight.layout.columns // 32
+        repeat = weight.format.width(weight.layout.columns) // 32
+        self.codes = weight.codes().double().unflatten(1, (blocks, 32))
+        self.scales = weight.scales.double().repeat_interleave(repeat, 1)[:, :blocks]
+        self.offsets = weight.offsets.double().repeat_interleave(repeat, 1)[:, :blocks]
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (-1, 32))
+        largest = blocks.abs().amax(-1, keepdim=True)
+        step = largest / 127
+        rounded = torch.round(blocks * torch.where(largest > 0, 127 / largest, 0))
+        sums = (step * rounded.sum(-1, keepdim=True)).half().double().squeeze(-1)
+        inputs = rounded.double() * step.half().double()
+        products = torch.einsum("...bi,nbi,nb->...n", inputs, self.codes, self.scales)
+        return (products + sums @ self.offsets.T).float()
+
+
+def test_the_rounding_of_activations_explains_the_difference(tmp_path: Path) -> None:
+    """With that rounding, torch gives llama.cpp's answer to 1e-4, until a value on the edge rounds the other way."""
+    model, tokenizer = trained("babyllama105-hf")
+    model = quantized(model, Format(bits=3, group_size=32))
+    path = tmp_path / "model.gguf"
+    export_gguf(model, tokenizer, path)
+    prompts = [[1, token] for token in range(3, 35)]
+    with LlamaCpp(path) as llama:
+        theirs = torch.stack([table(llama.token_logprobs(prompt), 105)[-1] for prompt in prompts])
+    plain = torch.stack([logits(model, prompt)[-1] for prompt in prompts]).log_softmax(-1)
+    for name, layer in quantized_layers(model).items():
+        assert cannot_hold(layer.quant_weight) == ""
+        model.set_submodule(name, Rounded(layer))
+    rounded = torch.stack([logits(model, prompt)[-1] for prompt in prompts]).log_softmax(-1)
+    apart = [(theirs - ours).abs().amax(1) for ours in (plain, rounded)]
+    print(f"median over {len(prompts)} prompts of the largest difference: {apart[0].median():.4f} as it is, "
+          f"{apart[1].median():.1e} with activations rounded as in llama.cpp")
+    assert apart[0].median() > 0.01
+    assert apart[1].median() < 1e-4
+
+
+def test_stops_where_the_model_stops(tmp_path: Path) -> None:
+    """stories260K ends a story with its begin token, by its generation config; the tokenizer names another end."""
+    model, tokenizer = trained("stories260K-hf")
+    model = quantized(model, NF4)
+    path, ids = tmp_path / "model.gguf", story(tokenizer, 20)
+    export_gguf(model, tokenizer, path)
+    ours = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=450)[0, len(ids) :].tolist()
+    assert ours[-1] == 1
+    assert tokenizer.eos_token_id == 2
+    assert complete(path, ids, 450) == ours[:-1]
+
+
+@pytest.mark.parametrize("adapter", [LoRA(), Pooled(form="side")], ids=["lora", "pooled"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+def test_serves_base_and_adapter(kind: str, adapter: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = with_adapter(quantized(tiny(kind), NF4), adapter, alpha=6.0)
+    ids = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    base, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
+    report = export_gguf_lora(model, lora)
+    ours = logits(model, ids).log_softmax(-1)
+    export_gguf(model.unload(), tokenizer, base)
+    apart = (table(token_logprobs(base, ids, lora=lora), 320) - ours).abs()
+    assert apart.max() < 1e-3
+    assert (table(token_logprobs(base, ids), 320) - ours).abs().max() > 0.1
+    assert len(report.tensors) == 2 * 14
+    assert report.bits_per_weight == pytest.approx(8 * sum(row.nbytes for row in report.tensors) / (2 * 30720))
+    assert report.bytes == lora.stat().st_size
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+BEGIN = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
+KINDS = {
+    "gpt-2": {}, "gpt-2 with bos": {"post_processor": BEGIN},
+    "smollm": {"pre": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                               pre_tokenizers.ByteLevel(add_prefix_space=False)])},
+    "llama-bpe": {"pre": split(gguf_tokenizer._LLAMA3), "ignore_merges": True, "post_processor": BEGIN},
+    "dbrx": {"pre": split(gguf_tokenizer._LLAMA3)},
+    "qwen2": {"pre": split(gguf_tokenizer._QWEN2), "normalizer": normalizers.NFC()},
+}
+
+
+def texts(count: int) -> list[str]:
+    """Ordinary lines, and strings of characters that tokenizers stumble over (composed ones, because of NFC)."""
+    choose = random.Random(0)
+    pieces = [*"abcXYZ 019'.,!?-\n\t\r  éßñ日本語🎉ʼ’“…—\u00a0\u200b١½²Ⅷ▁", "'s", "'LL", "I'VE", " \n", "\n\n", "   ", "<think>"]
+    return [*TEXT.split("\n"), *("".join(choose.choices(pieces, k=choose.randint(1, 30))) for _ in range(count))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_byte_level_tokenizers_are_llama_cpps(kind: str, tmp_path: Path) -> None:
+    tokenizer = byte_level(**KINDS[kind])
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    report = export_gguf(quantized(tiny(num_hidden_layers=1)), tokenizer, tmp_path / "model.gguf")
+    with LlamaCpp(tmp_path / "model.gguf") as llama:
+        wrong = [text for text in texts(400) if text and llama.tokenize(text) != tokenizer(text).input_ids]
+    assert wrong == []
+    assert any("NFC" in note for note in report.notes) == (kind == "qwen2")
+
+
+def sentencepiece(kind: str) -> Any:
+    """The tokenizer of stories260K, or the same rules in the form that transformers' LlamaTokenizer gives them."""
+    _, tokenizer = trained("stories260K-hf")
+    if kind == "metaspace":
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer, backend.pre_tokenizer = normalizers.Sequence([]), pre_tokenizers.Metaspace(
+            prepend_scheme="first", split=False)
+    if kind == "no prefix":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace", "no prefix"])
+def test_sentencepiece_tokenizers_are_llama_cpps(kind: str, tmp_path: Path) -> None:
+    model, tokenizer = trained("stories260K-hf")[0], sentencepiece(kind)
+    report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    with LlamaCpp(tmp_path / "model.gguf") as llama:
+        wrong = [text for text in texts(400) if text and llama.tokenize(text) != tokenizer(text).input_ids]
+    known = "to a text that begins with a space llama.cpp adds one more, the tokenizer does not"
+    assert (known in report.notes) == (kind == "metaspace")
+    assert all(text.startswith((" ", "▁")) for text in wrong)
+    assert bool(wrong) == (kind == "metaspace")
+
+
+def test_scores_follow_the_merges_as_the_sentencepiece_model_does() -> None:
+    import sentencepiece as spm
+
+    _, tokenizer = trained("stories260K-hf")
+    vocabulary = gguf_tokenizer._read(__import__("json").loads(tokenizer.backend_tokenizer.to_str()), 512)
+    model = spm.SentencePieceProcessor(str(SHARED / "models" / "stories260K-hf" / "tokenizer.model"))
+    merged = [index for index in range(512) if vocabulary.scores[index] > min(vocabulary.scores)]
+    assert len(merged) > 100
+    assert sorted(merged, key=lambda index: vocabulary.scores[index]) == sorted(merged, key=model.GetScore)
+
+
+def test_a_vocabulary_without_bytes_is_announced(tmp_path: Path) -> None:
+    model, tokenizer = trained("babyllama105-hf")
+    path = tmp_path / "model.gguf"
+    report = export_gguf(model, tokenizer, path)
+    assert any("no bytes" in note for note in report.notes)
+    assert tokenize(path, "The fox's tail.") == tokenizer("The fox's tail.").input_ids
+    with pytest.raises(ExportError, match="/tokenize failed"):
+        tokenize(path, "海")
+
+
+REFUSED = {
+    "pre_tokenizer": {"pre": pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(
+        add_prefix_space=False)])},
+    "prefix": {"pre": pre_tokenizers.ByteLevel(add_prefix_space=True)},
+    "normalizer Lowercase": {"normalizer": normalizers.Lowercase()},
+    "neither byte-level": {"pre": pre_tokenizers.Whitespace()},
+    r"puts tokens \[1, 1\] before": {"post_processor": processors.TemplateProcessing(
+        single="<|begin|> <|begin|> $A", special_tokens=[("<|begin|>", 1)])},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refuses_unknown_tokenizers(why: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=why):
+        export_gguf(quantized(tiny()), byte_level(**REFUSED[why]), tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_tokenizers_of_other_models(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="the model only 128 rows"):
+        export_gguf(quantized(tiny(vocab_size=128)), tokenizer, tmp_path / "model.gguf")
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ExportError, match="Set tokenizer.eos_token"):
+        export_gguf(quantized(tiny(eos_token_id=None)), endless, tmp_path / "model.gguf")
+    with pytest.raises(ExportError, match="not a fast tokenizer"):
+        export_gguf(quantized(tiny()), object(), tmp_path / "model.gguf")
+
+
+def test_says_what_it_cannot_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" * 100)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ExportError, match=r"bad.gguf: llama.cpp cannot load it"):
+        complete(tmp_path / "bad.gguf", [1], 1)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert capfd.readouterr() == ("", "")
+
+
+def test_is_silent_and_leaves_ctrl_c_alone(tokenizer: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export_gguf(quantized(tiny()), tokenizer, tmp_path / "model.gguf")
+    capfd.readouterr()
+    with LlamaCpp(tmp_path / "model.gguf", threads=2) as llama:
+        assert len(llama.complete([1, 5, 9], 5)) == 5
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert len(llama.complete([1, 5, 9], 5)) == 5
+    assert capfd.readouterr() == ("", "")
