@@ -209,7 +209,7 @@ def test_exact_match(sums, tokenizer, rows, batch):
 
 def test_answers_must_stop(sums, tokenizer, rows):
     assert exact_match(sums, tokenizer, rows(("a=", "7")), max_new_tokens=2).accuracy == 1
-    assert exact_match(sums, tokenizer, rows(("a=", "")), max_new_tokens=1).accuracy == 1  # the answer so far is a space
+    assert exact_match(sums, tokenizer, rows(("a=", "")), max_new_tokens=1).accuracy == 1  # so far, a space
     sums.table = sums.table | {"</s>": sums.table["9"]}  # now it never stops
     assert exact_match(sums, tokenizer, rows(("a=", "7")), max_new_tokens=3).samples[0].answer == " 79"
 
@@ -244,7 +244,7 @@ def test_exact_match_with_the_model_itself(model, tokenizer, rows):
 
 @pytest.mark.parametrize(("values", "options", "message"), [
     (["text"], {}, "holds text rows.*prompt and completion"),
-    ([("a" * 59, "b"), ("a" * 60, "b")], {"max_new_tokens": 4}, r"data\.jsonl:2: the prompt has 61 tokens.*context, 64"),
+    ([("a" * 59, "b"), ("a" * 60, "b")], {"max_new_tokens": 4}, r"jsonl:2: the prompt has 61 tokens.*context, 64"),
 ])
 def test_exact_match_refuses(sums, tokenizer, rows, values, options, message):
     with pytest.raises(DataError, match=message):

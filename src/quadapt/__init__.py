@@ -5,9 +5,29 @@ Importing quadapt makes `transformers` load its checkpoints and PEFT train over 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from quadapt.hf.hooks import when_imported
 
+if TYPE_CHECKING:
+    from quadapt.api import export, load, merge, prepare
+    from quadapt.hf.config import QuadaptConfig
+
 __version__ = "0.1.0"
+__all__ = ["QuadaptConfig", "export", "load", "merge", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first used: torch and transformers take seconds."""
+    if name in ("export", "load", "merge", "prepare"):
+        from quadapt import api
+
+        return getattr(api, name)
+    if name == "QuadaptConfig":
+        from quadapt.hf.config import QuadaptConfig
+
+        return QuadaptConfig
+    raise AttributeError(f"module 'quadapt' has no attribute {name!r}")
 
 
 def _plug_into_transformers() -> None:

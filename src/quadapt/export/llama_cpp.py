@@ -84,7 +84,7 @@ class LlamaCpp:
         return [int(token) for token in answer["tokens"]]
 
     def complete(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """The most probable continuation of token ids, up to the token that ends the text (not among the answer)."""
+        """The most probable continuation of token ids, up to and with the token that ends the text."""
         return [int(token) for token in self._ask(prompt, max_tokens)["tokens"]]
 
     def token_logprobs(self, ids: Sequence[int], *, top: int = 1024) -> list[dict[int, float]]:

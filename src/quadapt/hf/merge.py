@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
+from quadapt.hf.context import context_of
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.model.quantize import Plan, quantize_layer, quantize_model
@@ -114,7 +115,8 @@ def merge(model: nn.Module, *, probe: Tensor | None = None, probe_name: str = ""
         _check_mergeable(layers)
     model.eval()
     if probe is None:
-        probe, probe_name = random_probe(model.config.vocab_size), "256 random tokens"  # type: ignore[union-attr, arg-type]
+        probe = random_probe(model.config.get_text_config().vocab_size, length=min(128, context_of(model.config)))
+        probe_name = f"{probe.numel()} random tokens"
     exact = all(layer.adapters[name].merged_form for layer in layers.values() for name in layer.active_adapters)
     adapted = _logits(model, probe)
     with adapters_off(model):

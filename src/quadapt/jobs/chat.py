@@ -9,8 +9,9 @@ from torch import nn
 
 from quadapt.config import ChatConfig
 from quadapt.errors import DataError
+from quadapt.hf.context import context_of
 from quadapt.hf.folder import load
-from quadapt.jobs.source import context_of, device_of
+from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
 
 

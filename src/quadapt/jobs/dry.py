@@ -13,7 +13,8 @@ from torch import nn
 from quadapt.config import Grid, QuantizeConfig, TuneConfig
 from quadapt.errors import CheckpointError, ResourceError, locate
 from quadapt.hf.config import QuadaptConfig
-from quadapt.jobs.source import context_of, device_of, model_config, skeleton
+from quadapt.hf.context import context_of
+from quadapt.jobs.source import device_of, model_config, skeleton
 from quadapt.model.quantize import LayerRow, bits_of
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear

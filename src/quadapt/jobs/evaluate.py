@@ -10,9 +10,10 @@ from typing import Any
 from quadapt.config import EvalConfig
 from quadapt.data import Rows
 from quadapt.evaluate import exact_match, generate_samples, perplexity
+from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load
 from quadapt.hf.workspace import write_json
-from quadapt.jobs.source import MOST_CONTEXT, context_of, device_of, held_out
+from quadapt.jobs.source import device_of, held_out
 from quadapt.report.ui import UI
 
 

@@ -11,12 +11,22 @@ from torch import Tensor, nn
 from quadapt.config import MergeConfig
 from quadapt.data import calibration_batches, read
 from quadapt.errors import CheckpointError, QuadaptError
-from quadapt.hf.folder import Folder, check_base, find_base, load_model, load_tokenizer, open_folder, reading, save_quantized
+from quadapt.hf.context import context_of
+from quadapt.hf.folder import (
+    Folder,
+    check_base,
+    find_base,
+    load_model,
+    load_tokenizer,
+    open_folder,
+    reading,
+    save_quantized,
+)
 from quadapt.hf.merge import Certificate
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.workspace import Workspace
-from quadapt.jobs.source import context_of, device_of, job_of
+from quadapt.jobs.source import device_of, job_of
 from quadapt.model.quantize import bits_of
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest

@@ -16,11 +16,12 @@ from quadapt.config import Grid, QuantizeConfig
 from quadapt.data import calibration_batches, read
 from quadapt.errors import ConfigError
 from quadapt.hf.blocks import BlockFiles
+from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load_model, load_tokenizer, save_quantized
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.workspace import Workspace
 from quadapt.jobs import dry
-from quadapt.jobs.source import MOST_CONTEXT, context_of, dense_folder, device_of, job_of
+from quadapt.jobs.source import dense_folder, device_of, job_of
 from quadapt.model.quantize import LayerRow, Plan, bits_of, quantize_model
 from quadapt.model.select import select
 from quadapt.report.memory import measured_peak

@@ -15,9 +15,6 @@ from quadapt.data import Rows, read
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.folder import Folder, open_folder, reading
 
-MOST_CONTEXT = 2048
-"""Longest default context for calibration and evaluation, in tokens."""
-
 
 def device_of(config: Machine) -> str:
     """The device to work on.
@@ -74,12 +71,6 @@ def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code
 def held_out(source: str) -> Rows:
     """Rows to measure on: the split `test` of a folder or hub dataset, or all of a file."""
     return read(source) if Path(source).expanduser().is_file() else read(source, split="test")
-
-
-def context_of(config: Any) -> int:
-    """Positions that a model was made for."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "max_position_embeddings", None) or MOST_CONTEXT)
 
 
 def identity(*names: str | None) -> list[Any]:

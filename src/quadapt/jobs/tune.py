@@ -13,13 +13,14 @@ from torch import nn
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, Rows, check_loss, encode, pad_token_id, read, split_rows
 from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.context import context_of
 from quadapt.hf.folder import NOTE, Folder, load_model, load_tokenizer, open_folder
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.workspace import Workspace, remove, write_json
 from quadapt.jobs import dry
 from quadapt.jobs.adapt import adapt
 from quadapt.jobs.quantize import quantize_into
-from quadapt.jobs.source import context_of, device_of, held_out, job_of, model_config, versions
+from quadapt.jobs.source import device_of, held_out, job_of, model_config, versions
 from quadapt.methods import Recipe
 from quadapt.model.quantize import bits_of
 from quadapt.report.memory import measured_peak

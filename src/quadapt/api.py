@@ -1,0 +1,145 @@
+"""quadapt from Python: the same work as the command line's, on models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from quadapt.export.report import ExportReport
+    from quadapt.hf.merge import Certificate
+
+
+def prepare(model: str | nn.Module, *, method: str = "qa-lora", calibration: str | Sequence[Tensor] = (), target_modules: Sequence[str] = (),  # noqa: PLR0913
+            skip: Sequence[str] = (), device: str = "auto", dtype: str = "auto", seed: int = 0, **settings: Any) -> PeftModel:
+    """Quantize a model in memory and put a method's adapter over it, ready for any trainer.
+
+    Args:
+        model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
+        method: qa-lora, qlora or gptq-lora.
+        calibration: Text for roundings that are calibrated: a file or hub name (only if `model` is a name), or token ids
+            `[sequences, length]`, batch by batch.
+        target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
+        skip: Layers to leave unquantized.
+        device: As in torch; auto: a GPU if there is one.
+        dtype: auto (as stored), float32, bfloat16 or float16.
+        seed: Of the adapter's initialization and of the choice of calibration text.
+        settings: Further settings of `quadapt tune`: bits, group_size, levels, rounding, rank, alpha, pooling, ..
+
+    Returns:
+        A PEFT model whose adapter is trainable.
+
+    Raises:
+        ConfigError: A setting is wrong, or a calibrated rounding has no data.
+        ShapeError: A layer cannot be quantized; the message names it.
+    """
+    from transformers.trainer_utils import set_seed
+
+    from quadapt.config import TuneConfig, checked
+    from quadapt.hf.folder import load_model, open_folder
+    from quadapt.hf.quantizer import adopt
+    from quadapt.jobs.adapt import adapt
+    from quadapt.jobs.source import device_of
+    from quadapt.model.quantize import quantize_model, quantized_layers
+    from quadapt.model.select import select
+
+    name = model if isinstance(model, str) else "model"
+    config = checked(TuneConfig, {"model": name, "data": "", "output": "", "method": method, "skip": tuple(skip), "device": device,
+                                  "target_modules": tuple(target_modules), "dtype": dtype, "seed": seed, **settings})
+    plan = config.plan()
+    if isinstance(model, str):
+        open_folder(model)
+        model = load_model(model, dtype=dtype, device=device_of(config))
+    if not quantized_layers(model):
+        batches = _batches(calibration, name, model, config.calibration_length, config.calibration_sequences, seed) if plan.needs_data else []
+        selection = select(model, skip=skip)
+        quantize_model(model.eval(), selection.chosen, plan, batches=batches)
+        adopt(model, left=selection.left, made={"method": method})
+    set_seed(seed)
+    return adapt(model, config)
+
+
+def _batches(calibration: str | Sequence[Tensor], name: str, model: nn.Module, length: int | None, sequences: int,  # noqa: PLR0913
+             seed: int) -> list[Tensor]:
+    from quadapt.data import calibration_batches, read
+    from quadapt.errors import ConfigError
+    from quadapt.hf.context import MOST_CONTEXT, context_of
+    from quadapt.hf.folder import load_tokenizer
+
+    device = next(model.parameters()).device
+    if isinstance(calibration, str):
+        length = length or min(context_of(model.config), MOST_CONTEXT)
+        calibration = calibration_batches(read(calibration), load_tokenizer(name), length=length, sequences=sequences, seed=seed).batches
+    if not len(calibration):
+        raise ConfigError("rounding='gptq' needs text to calibrate on. Give calibration='FILE', or rounding='nearest'")
+    return [batch.to(device) for batch in calibration]
+
+
+def merge(model: nn.Module, *, probe: Tensor | None = None, requantize: bool = False) -> tuple[nn.Module, Certificate]:
+    """Merge the adapters of a PEFT model into its quantized base.
+
+    Args:
+        model: What `prepare` gave, trained; used up.
+        probe: Token ids `[sequences, length]` to compare the models on; by default random ones.
+        requantize: Quantize anew what cannot merge; lossy.
+
+    Returns:
+        An ordinary transformers model (`save_pretrained` works), and the certificate of what the merge kept.
+
+    Raises:
+        MergeError: An adapter cannot merge into codes.
+    """
+    from quadapt.hf.merge import merge as merge_model
+    from quadapt.quant.rounding import Nearest
+
+    return merge_model(model, probe=probe, probe_name="the probe given" if probe is not None else "",
+                       requantize=Nearest() if requantize else None)
+
+
+def export(model: nn.Module, tokenizer: Any, output: str | Path, *, format: str = "gguf", dtype: str = "bfloat16") -> ExportReport:
+    """Write a model in a format that others serve.
+
+    Args:
+        model: Quantized, merged (gguf, hf); or a PEFT model (lora).
+        tokenizer: Its tokenizer.
+        output: File (gguf) or folder (hf, lora).
+        format: gguf, hf or lora.
+        dtype: Of the dense weights (hf).
+
+    Raises:
+        ExportError: The format cannot hold the model.
+    """
+    from quadapt.errors import ConfigError
+    from quadapt.export import dense, gguf, lora
+
+    if format == "gguf":
+        return gguf.export_gguf(model, tokenizer, output)
+    if format == "hf":
+        return dense.export_hf(model, tokenizer, output, dtype=dtype)  # type: ignore[arg-type]
+    if format == "lora":
+        return lora.export_lora(model, output)
+    raise ConfigError(f"format={format!r} is unknown. Use gguf, hf or lora")
+
+
+def load(name: str | Path, *, dtype: str = "auto", device: str = "cpu", base: str | None = None,
+         trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
+
+    Args:
+        name: Folder of a quantized or merged model, of an adapter (its base is found and loaded too), or a GGUF file.
+        dtype: Of the computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
+        device: As in torch.
+        base: Where an adapter's base is, if it is not where it was.
+        trust_remote_code: Run code that comes with a model.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or belongs to another base.
+    """
+    from quadapt.hf import folder
+
+    return folder.load(str(name), dtype=dtype, device=device, base=base, trust_remote_code=trust_remote_code)
