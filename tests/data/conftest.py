@@ -10,12 +10,6 @@ from quadapt.data.read import Rows, _dataset
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'\"#/-_()"
 
-MARKED = ("{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
-          "{% generation %}{{ message.content }}<|end|>{% endgeneration %}"
-          "{% else %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
-          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-
 
 def wrap(tokenizer, **special):
     post = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import MARKED, UNMARKED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quadapt.data import Collator, calibration_batches, check_loss, encode, pad_token_id
+from quadapt.data import Collator, check_loss, encode, pad_token_id
 from quadapt.data.encode import best_fit
 from quadapt.data.examples import examples
 from quadapt.errors import ConfigError, DataError
@@ -103,6 +102,14 @@ def test_blank_completions_are_dropped(chars, make_rows):
     assert bearing(chars, encoded.data[0]) == "b</s>"
 
 
+def test_a_token_that_nothing_predicts_trains_nothing(chars, make_rows):
+    chars.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
+    rows = make_rows("prompt-completion", [("", "a"), ("", "ab")])
+    encoded = encode(rows, chars, seq_len=9, packing=False, add_eos=False)
+    assert [row["labels"] for row in encoded.data] == [[NO, *ids_of(chars, "b")]]
+    assert encoded.report.dropped == 1
+
+
 PAIRS = st.lists(st.tuples(st.text("abc ", max_size=12), st.text("xyz ", max_size=12)), min_size=1, max_size=30)
 
 
@@ -194,6 +201,12 @@ def test_packed_loss_is_unpacked_loss(chars, make_rows, llama, attention):
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 
+MARKED = ("{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
+          "{% generation %}{{ message.content }}<|end|>{% endgeneration %}"
+          "{% else %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
 CHAT = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
 
 
@@ -227,8 +240,10 @@ TEMPLATES = {
     "none": (None, CHAT, ["no chat template", "tokenizer.chat_template", "prompts and completions"]),
     "refusing": ("{{ raise_exception('roles must alternate') }}", CHAT, ["data:1", "cannot render", "must alternate"]),
     "assistant first": (UNMARKED, CHAT[1:], ["data:1", "first message is the assistant's", "Put the user's"]),
-    "later turns change earlier ones": ("{% for message in messages %}{{ loop.last }}{{ message.content }}{% endfor %}",
-                                        CHAT, ["data:1", "message 2 differently", "{% generation %}"]),
+    "later turns change earlier ones": (
+        "{% for message in messages %}{{ message.content }}"
+        "{% if loop.last and message.role == 'assistant' %}!{% endif %}{% endfor %}",
+        CHAT, ["data:1", "message 2 differently", "{% generation %}"]),
     "other generation prompt": (UNMARKED.replace("%}<|assistant|>{%", "%}<|user|>{%"), CHAT, ["message 2 differently"]),
 }
 
@@ -337,65 +352,3 @@ def test_data_without_loss_is_refused(chars, make_rows, kind, values, message):
 
 def test_data_with_loss_is_accepted(chars, make_rows):
     check_loss(encode(make_rows("text", ["ab"]), chars, seq_len=6, packing=True).report)
-
-
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
-def test_calibration_blocks_are_cut_from_one_stream(chars, make_rows):
-    text = "".join(chr(97 + number % 26) + chr(65 + number // 26) for number in range(300))
-    rows = make_rows("text", [text])
-    stream = torch.tensor([BOS, *ids_of(chars, text), EOS])
-    calibration = calibration_batches(rows, chars, length=10, sequences=20, batch=8, seed=3)
-    assert [tuple(batch.shape) for batch in calibration.batches] == [(8, 10), (8, 10), (4, 10)]
-    assert (calibration.sequences, calibration.requested, calibration.tokens) == (20, 20, 200)
-    assert calibration.source == "data"
-    blocks = {tuple(block) for block in stream[:len(stream) // 10 * 10].view(-1, 10).tolist()}
-    drawn = [tuple(block) for block in torch.cat(calibration.batches).tolist()]
-    assert set(drawn) <= blocks
-    assert len(set(drawn)) == 20
-
-
-def test_calibration_follows_the_seed(chars, make_rows):
-    rows = make_rows("prompt-completion", [(f"q{number}", f"a{number}") for number in range(100)])
-    first, again, other = (calibration_batches(rows, chars, length=7, sequences=6, seed=seed).batches[0]
-                           for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert first.dtype == torch.long
-
-
-@pytest.mark.parametrize(("length", "sequences"), [(5, 4), (10, 2), (20, 1)])
-def test_calibration_says_how_many_blocks_there_are(chars, make_rows, length, sequences):
-    rows = make_rows("prompt-completion", [("abc", "defg")] * 2 + [("", "a")])  # 9 + 9 + 3 tokens
-    calibration = calibration_batches(rows, chars, length=length)
-    assert (calibration.sequences, calibration.requested) == (sequences, 128)
-    assert calibration.tokens == sequences * length == sum(batch.numel() for batch in calibration.batches)
-
-
-def test_calibration_takes_prompts_and_completions(chars, make_rows):
-    block = calibration_batches(make_rows("prompt-completion", [("ab", "cd")]), chars, length=6).batches[0]
-    assert chars.decode(block[0].tolist()) == "<s>abcd</s>"
-
-
-def test_calibration_tokenizes_no_more_than_it_needs(chars, make_rows, monkeypatch):
-    monkeypatch.setattr("quadapt.data.examples._BATCH", 10)
-    seen = []
-
-    def tokenize(_, texts):
-        seen.extend(texts)
-        return [[7] * 10] * len(texts)
-
-    monkeypatch.setattr("quadapt.data.examples.tokenize", tokenize)
-    calibration_batches(make_rows("text", ["a"] * 500), chars, length=12, sequences=5)
-    assert len(seen) == 10  # rows of 12 tokens, by the batch
-
-
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"length": 22}, DataError, "data: has 21 tokens.*block of 22.*--calibration-length"),
-    ({"length": 0}, ConfigError, "length=0"), ({"length": 4, "batch": 0}, ConfigError, "batch=0"),
-    ({"length": 4, "sequences": 0}, ConfigError, "sequences=0"),
-])
-def test_calibration_errors(chars, make_rows, options, error, message):
-    with pytest.raises(error, match=message):
-        calibration_batches(make_rows("text", ["a" * 19]), chars, **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def test_blocks_are_the_weight_bit_for_bit(bits: int, group_size: int, zero: Zer
 def test_blocks_are_made_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = weight(Format(bits=3, group_size=32))
     whole = q4_1(stored)
-    monkeypatch.setattr("quadapt.export.blocks.rows_per_chunk", lambda columns: 7)
+    monkeypatch.setattr("quadapt.export.blocks.rows_per_chunk", lambda _: 7)
     np.testing.assert_array_equal(q4_1(stored), whole)
 
 
@@ -87,16 +89,21 @@ def test_says_what_blocks_cannot_hold(stored: QuantWeight, why: str) -> None:
     assert why in cannot_hold(stored)
 
 
-def test_permuted_inputs_are_not_held() -> None:
-    plain = weight(Format(bits=4))
-    layout = Layout(format=plain.format, storage=plain.layout.storage, out=48, columns=128, permuted=True)
-    stored = QuantWeight.build(layout, plain.packed, plain.scales, plain.offsets, torch.randperm(128))
-    assert "permuted" in cannot_hold(stored)
+def test_permuted_inputs_leave_as_f32(tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny())
+    layer = quantized_layers(model)["model.layers.0.self_attn.q_proj"]
+    plain = layer.quant_weight
+    layer.quant_weight = QuantWeight.build(replace(plain.layout, permuted=True), plain.packed, plain.scales, plain.offsets,
+                                           torch.randperm(64))
+    report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    assert report.notes[1:] == ("its inputs are permuted: left as F32 (32 bits per weight): blk.0.attn_q.weight",)
+    assert differing(model, read_back(tmp_path / "model.gguf")) == []
 
 
 def test_fp32_scales_that_float16_holds_are_held() -> None:
     layout = Layout(format=Format(bits=4), storage=Storage(scales="fp32", offsets="fp32"), out=4, columns=32)
-    stored = QuantWeight.build(layout, torch.arange(64, dtype=torch.uint8).view(4, 16), torch.full((4, 1), 0.5), torch.ones(4, 1))
+    codes = torch.arange(64, dtype=torch.uint8).view(4, 16)
+    stored = QuantWeight.build(layout, codes, torch.full((4, 1), 0.5), torch.ones(4, 1))
     assert cannot_hold(stored) == ""
     read = dequantize(q4_1(stored), gguf.GGMLQuantizationType.Q4_1)
     np.testing.assert_array_equal(read, stored.dequantize().numpy())
@@ -111,15 +118,38 @@ def test_transformers_reads_the_model_back(bits: int, group_size: int, zero: Zer
                                            tmp_path: Path) -> None:
     model = quantized(tiny(), Format(bits=bits, group_size=group_size, zero=zero))
     if merged:
-        before = {name: layer.quant_weight.offsets for name, layer in quantized_layers(model).items()}
+        before = [layer.quant_weight.offsets for layer in quantized_layers(model).values()]
         model = with_adapter(model, Pooled()).merge_and_unload()
-        moved = [not torch.equal(layer.quant_weight.offsets, before[name]) for name, layer in quantized_layers(model).items()]
-        assert all(moved)
+        after = [layer.quant_weight.offsets for layer in quantized_layers(model).values()]
+        assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
     assert {row.type for row in report.tensors if row.linear} == {"Q4_1"}
     assert report.bits_per_weight == 5.0
     assert report.notes == ("2-, 3- and 4-bit codes all cost 5.0 bits per weight in Q4_1 blocks",)
     assert differing(model, read_back(tmp_path / "model.gguf")) == []
+
+
+def test_holds_one_tensor_at_a_time(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    alive = []
+    data = exporter.Entry.data
+
+    def watched(entry: exporter.Entry) -> np.ndarray:
+        alive.append(sum(ref() is not None for ref in made))
+        rows = data(entry)
+        made.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(exporter.Entry, "data", watched)
+    report = export_gguf(quantized(tiny()), tokenizer, tmp_path / "model.gguf")
+    assert len(alive) == len(report.tensors)
+    assert max(alive) == 0
+
+
+def test_a_name_that_transformers_would_take_for_an_architecture(tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny("Mistral"))
+    export_gguf(model, tokenizer, tmp_path / "mistral.gguf")
+    assert differing(model, read_back(tmp_path / "mistral.gguf")) == []
 
 
 FAMILIES = [("Mistral", {}), ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
@@ -151,7 +181,7 @@ def test_families(kind: str, changes: dict[str, Any], tokenizer: Any, tmp_path: 
 def test_without_the_row_order_it_would_be_another_model(tokenizer: Any, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(tiny())
-    monkeypatch.setattr(exporter, "interleave", lambda rows, heads: rows)
+    monkeypatch.setattr(exporter, "interleave", lambda rows, _: rows)
     export_gguf(model, tokenizer, tmp_path / "model.gguf")
     wrong = differing(model, read_back(tmp_path / "model.gguf"))
     assert sorted({name.split(".")[-2] for name in wrong}) == ["k_proj", "q_proj"]
@@ -199,7 +229,8 @@ def test_stories260k_lists_its_172_wide_layers(tmp_path: Path) -> None:
     report = export_gguf(quantized(model, Format(bits=3, group_size=32)), tokenizer, tmp_path / "stories.gguf")
     left = [row.name for row in report.tensors if row.linear and row.type == "F32"]
     assert left == [f"blk.{block}.ffn_down.weight" for block in range(5)]
-    assert report.notes[1] == f"172 inputs are not a multiple of 32: left as F32 (32 bits per weight): {', '.join(left)}"
+    why = "172 inputs are not a multiple of 32: left as F32 (32 bits per weight)"
+    assert report.notes[1] == f"{why}: {', '.join(left)}"
     assert 5 < report.bits_per_weight < 32
     assert differing(model, read_back(tmp_path / "stories.gguf")) == []
 
@@ -238,7 +269,8 @@ def test_metadata(tokenizer: Any, tmp_path: Path) -> None:
             "llama.rope.scaling.factor": 2.0, "llama.attention.key_length": 32, "llama.attention.value_length": 32,
             "llama.rope.dimension_count": 32, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": False,
-            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 0, "tokenizer.chat_template": "{{ messages }}"}
+            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 0,
+            "tokenizer.chat_template": "{{ messages }}"}
     assert {name: have.get(name) for name in want} == want
     assert have["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     assert have["tokenizer.ggml.tokens"][:2] == ["<|endoftext|>", "<|begin|>"]
@@ -264,7 +296,7 @@ def test_refuses_what_llama_cpp_would_compute_otherwise(changes: dict[str, Any],
 
 def test_refuses_other_families(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny("Gemma", head_dim=16, pad_token_id=0)
-    with pytest.raises(ExportError, match="GemmaForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
+    with pytest.raises(ExportError, match=r"GemmaForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
         export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf")
 
 
@@ -277,8 +309,8 @@ def test_refuses_llama3_frequencies_where_llama_cpp_reads_none(tokenizer: Any, t
 
 def test_refuses_adapters(tokenizer: Any, tmp_path: Path) -> None:
     model = with_adapter(quantized(tiny()), Pooled())
-    with pytest.raises(ExportError, match="q_proj: carries an adapter.*merge_and_unload"):
-        export_gguf(model.get_base_model(), tokenizer, tmp_path / "model.gguf")
+    with pytest.raises(ExportError, match=r"q_proj: carries an adapter.*merge_and_unload"):
+        export_gguf(model, tokenizer, tmp_path / "model.gguf")
 
 
 def test_refuses_unknown_tensors(tokenizer: Any, tmp_path: Path) -> None:

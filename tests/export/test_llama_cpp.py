@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,8 @@ def test_a_real_model_answers_alike(name: str, merged: bool, tmp_path: Path) -> 
     export_gguf(model, tokenizer, path)
     apart = distance(path, model, ids)
     likely = apart[logits(model, ids).softmax(-1) > 0.1]
-    print(f"{name}: log-probabilities over {len(ids)} tokens differ by at most {apart.max():.3f}, "
-          f"by at most {likely.max():.3f} for tokens of at least 10 %: llama.cpp's CPU kernels round activations to 8 bits")
+    print(f"{name}: log-probabilities over {len(ids)} tokens differ by at most {apart.max():.3f} "
+          f"({likely.max():.3f} for tokens of at least 10 %): llama.cpp's CPU kernels round activations to 8 bits")
     assert not apart.isnan().any()
     assert apart.max() < 1.0
     assert likely.max() < 0.2
@@ -91,7 +93,7 @@ def test_a_real_model_answers_alike(name: str, merged: bool, tmp_path: Path) -> 
 
 
 def greedy(model: nn.Module, ids: list[int], answer: list[int]) -> list[int]:
-    """What the model finds most probable after `ids` and each token of `answer`: equal to it if it is its own answer."""
+    """What the model finds most probable after `ids` and each token of `answer`: equal to it if it is its own."""
     return logits(model, ids + answer)[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
@@ -207,7 +209,8 @@ KINDS = {
 def texts(count: int) -> list[str]:
     """Ordinary lines, and strings of characters that tokenizers stumble over (composed ones, because of NFC)."""
     choose = random.Random(0)
-    pieces = [*"abcXYZ 019'.,!?-\n\t\r  éßñ日本語🎉ʼ’“…—\u00a0\u200b١½²Ⅷ▁", "'s", "'LL", "I'VE", " \n", "\n\n", "   ", "<think>"]
+    pieces = [*"abcXYZ 019'.,!?-\n\t\r  éßñ日本語🎉\u02bc\u2019“…—\u00a0\u200b\u0661½²Ⅷ▁",
+              "'s", "'LL", "I'VE", " \n", "\n\n", "   ", "<think>"]
     return [*TEXT.split("\n"), *("".join(choose.choices(pieces, k=choose.randint(1, 30))) for _ in range(count))]
 
 
@@ -250,7 +253,7 @@ def test_scores_follow_the_merges_as_the_sentencepiece_model_does() -> None:
     import sentencepiece as spm
 
     _, tokenizer = trained("stories260K-hf")
-    vocabulary = gguf_tokenizer._read(__import__("json").loads(tokenizer.backend_tokenizer.to_str()), 512)
+    vocabulary = gguf_tokenizer._read(json.loads(tokenizer.backend_tokenizer.to_str()), 512)
     model = spm.SentencePieceProcessor(str(SHARED / "models" / "stories260K-hf" / "tokenizer.model"))
     merged = [index for index in range(512) if vocabulary.scores[index] > min(vocabulary.scores)]
     assert len(merged) > 100
@@ -286,10 +289,10 @@ def test_refuses_unknown_tokenizers(why: str, tmp_path: Path) -> None:
 
 
 def test_refuses_tokenizers_of_other_models(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="the model only 128 rows"):
+    with pytest.raises(ExportError, match=r"the model only 128 rows"):
         export_gguf(quantized(tiny(vocab_size=128)), tokenizer, tmp_path / "model.gguf")
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ExportError, match="Set tokenizer.eos_token"):
+    with pytest.raises(ExportError, match=r"Set tokenizer.eos_token"):
         export_gguf(quantized(tiny(eos_token_id=None)), endless, tmp_path / "model.gguf")
     with pytest.raises(ExportError, match="not a fast tokenizer"):
         export_gguf(quantized(tiny()), object(), tmp_path / "model.gguf")
@@ -302,6 +305,17 @@ def test_says_what_it_cannot_load(tmp_path: Path, capfd: pytest.CaptureFixture[s
         complete(tmp_path / "bad.gguf", [1], 1)
     assert signal.getsignal(signal.SIGINT) is handler
     assert capfd.readouterr() == ("", "")
+
+
+def test_closes_at_once(tokenizer: Any, tmp_path: Path) -> None:
+    """A server that is closed before its loop runs would never end."""
+    export_gguf(quantized(tiny()), tokenizer, tmp_path / "model.gguf")
+    for _ in range(3):
+        llama = LlamaCpp(tmp_path / "model.gguf")
+        closing = threading.Thread(target=llama.close, daemon=True)
+        closing.start()
+        closing.join(10)
+        assert not closing.is_alive()
 
 
 def test_is_silent_and_leaves_ctrl_c_alone(tokenizer: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ OBJECTS = ("ball", "key", "lamp", "book", "apple", "coin", "hat", "map")
 
 OPENINGS = ("One day", "This morning", "Last night")
 WALK = ("{x} went to the {p}.", "{x} walked to the {p}.", "{x} ran to the {p}.")
+WALK_FROM = ("{x} went from the[ {q}] to the {p}.", "{x} left the[ {q}] and went to the {p}.")
 WALK_BACK = ("{x} went back to the[ {p}].",)
 CARRY = ("{x} carried the[ {o}] to the {p}.", "{x} took the[ {o}] to the {p}.", "{x} brought the[ {o}] to the {p}.")
 TAKE = ("{x} picked up the {o}.", "{x} grabbed the {o}.", "{x} found the {o} in the[ {p}].")
@@ -137,9 +138,10 @@ def _walk(rng: random.Random, world: _World, x: str) -> str:
     held = world.held_by(x)
     back = world.before.get(x) == target
     world.walk(x, target)
-    if held and rng.random() < 0.5:
+    if held and rng.random() < 0.6:
         return rng.choice(CARRY).format(x=x, p=target, o=held[0])
-    return rng.choice(WALK_BACK if back else WALK).format(x=x, p=target)
+    ways = WALK_BACK if back else WALK + WALK_FROM * (x in world.before)
+    return rng.choice(ways).format(x=x, p=target, q=world.before.get(x))
 
 
 def _take(rng: random.Random, world: _World, x: str) -> str:
@@ -212,7 +214,8 @@ def _remark(rng: random.Random, world: _World) -> str:
 def _reveal(rng: random.Random, fact: tuple[str, str, str, str]) -> str:
     kind, subject, now, answer = fact
     z = rng.choice(["Somebody", "Nobody"])
-    return rng.choice(REMARKS[kind]).format(s=subject, now=now, a=answer, z=z)
+    telling = REMARKS[kind][rng.choice([0, 0, 1, 2])]
+    return telling.format(s=subject, now=now, a=answer, z=z)
 
 
 def _ask(rng: random.Random, world: _World, text: str) -> tuple[Question, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.export.files import new_folder
 from quadapt.export.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.export.tensors import TYPES, Source, shape_of, tensors_of
+from quadapt.export.tensors import TYPES, Source, refuse_adapters, shape_of, tensors_of
 from quadapt.kernels import expand
 from quadapt.kernels.reference import rows_per_chunk
 from quadapt.model.quantize import Progress
@@ -46,6 +46,7 @@ def export_hf(model: nn.Module, tokenizer: Any, folder: str | Path, *,
 
     if dtype not in _DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown. Use {', '.join(_DTYPES)}")
+    refuse_adapters(model)
     kind, path = _DTYPES[dtype], Path(folder)
     sources = dict(tensors_of(model))
     meta = {name: torch.empty(shape_of(source), dtype=_target(source, kind), device="meta")

@@ -23,7 +23,7 @@ from quadapt.export.files import new_file
 from quadapt.export.gguf_metadata import family_of, heads_of, namer, rope_factors, write_metadata
 from quadapt.export.gguf_tokenizer import write_tokenizer
 from quadapt.export.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.export.tensors import DTYPES, TYPES, Source, as_numpy, shape_of, tensors_of
+from quadapt.export.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight
 
@@ -81,6 +81,7 @@ def export_gguf(model: nn.Module, tokenizer: Any, path: str | Path, *, dense: Li
 
     if dense not in ("f32", "f16"):
         raise ExportError(f"dense={dense!r} is unknown. Use f32 or f16")
+    refuse_adapters(model)
     path, family = Path(path), family_of(model)
     entries = _entries(model, dense.upper())
     with new_file(path) as partial:

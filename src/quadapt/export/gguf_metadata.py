@@ -95,7 +95,7 @@ def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]
     head_dim, rope = _head_dim(config), _rope(config)
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name("Mistral" if name == "mistral" else name)  # which transformers takes for an architecture
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(min(config.max_position_embeddings, window))

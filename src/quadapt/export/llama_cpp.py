@@ -57,6 +57,7 @@ class LlamaCpp:
         finally:
             _restore_signals()
         self._open = build_opener(ProxyHandler({})).open  # never through a proxy: the server is in this process
+        self._request("/slots")  # waits for its loop, which for a server closed before it runs would never end
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -69,18 +70,19 @@ class LlamaCpp:
         """Unload the model."""
         del self._server
 
-    def _post(self, route: str, question: dict[str, Any]) -> dict[str, Any]:
-        request = Request(self._server.listening_address + route, json.dumps(question).encode(),
-                          {"Content-Type": "application/json"})
+    def _request(self, route: str, question: dict[str, Any] | None = None) -> Any:
+        """Ask the server: a GET without a question, else a POST of it as JSON."""
+        data = None if question is None else json.dumps(question).encode()
+        request = Request(self._server.listening_address + route, data, {"Content-Type": "application/json"})
         try:
             with self._open(request) as answer:
-                return dict(json.load(answer))
+                return json.load(answer)
         except HTTPError as error:
             raise ExportError(f"llama.cpp: {route} failed: {error.read().decode(errors='replace')}") from error
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of a text, with those that the file says to add before and after it."""
-        answer = self._post("/tokenize", {"content": text, "add_special": add_special})
+        answer = self._request("/tokenize", {"content": text, "add_special": add_special})
         return [int(token) for token in answer["tokens"]]
 
     def complete(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
@@ -104,7 +106,7 @@ class LlamaCpp:
     def _ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
         question = {"prompt": [int(token) for token in prompt], "n_predict": max_tokens, "temperature": 0.0,
                     "samplers": ["temperature"], "return_tokens": True, "cache_prompt": True}
-        return self._post("/completion", question | more)
+        return dict(self._request("/completion", question | more))
 
 
 def complete(path: str | Path, prompt_ids: Sequence[int], max_tokens: int, *, lora: str | Path | None = None,

@@ -23,18 +23,7 @@ DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Source]]:
-    """Each tensor of the dense model under its name there: a QuantWeight where the layer is quantized, tied ones once.
-
-    Raises:
-        ExportError: The model carries adapters, which an export would leave out.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if adapted:
-        raise ExportError(f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first "
-                          "(quadapt merge, or model.merge_and_unload()); or take it off (model.unload()) and export it "
-                          "by itself (--format lora)")
+    """Each tensor of the dense model under its name there: a QuantWeight for a quantized layer, tied ones once."""
     layers, seen = quantized_layers(model), set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")
@@ -45,6 +34,17 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Source]]:
             yield name, tensor.detach()
         elif leaf == "weight":
             yield name, layers[module].quant_weight
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ExportError if the model carries adapters, which would be left out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise ExportError(f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first "
+                          "(quadapt merge, or model.merge_and_unload()). Or export it by itself (--format lora), then "
+                          "take it off (model.unload()) and export the base")
 
 
 def shape_of(source: Source) -> tuple[int, ...]:

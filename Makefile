@@ -1,0 +1,40 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help install demo test check bench docs clean
+
+help:
+	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
+	@echo "make demo      tune the embedded model by every method, compare, export, run in llama.cpp (about 6 minutes)"
+	@echo "make test      lint, types and tests (under 15 minutes on two cores)"
+	@echo "make check     lint and types alone"
+	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quadapt needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+demo: install
+	$(BIN)/quadapt demo --output report
+
+check: install
+	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) report
