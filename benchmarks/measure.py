@@ -45,11 +45,30 @@ def environment() -> dict[str, Any]:
             packages[name] = None
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True, check=False).stdout.strip()
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    return {"packages": packages, "python": platform.python_version(), "machine": platform.machine(), "processor": processor,
-            "threads": torch.get_num_threads(), "commit": commit, "uncommitted_changes": bool(dirty)}
+    dirty = subprocess.run(
+        [*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    processor = (
+        next(
+            (
+                line.partition(":")[2].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "uncommitted_changes": bool(dirty),
+    }
 
 
 def store(name: str, figures: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Peak anonymous memory while a sharded model of 1 B parameters is quantized, above that after import.
 
-Limit: packed size + 600 MB. Pages mapped from the checkpoint are not anonymous: the system drops them when memory is short.
+Limit: packed size + 600 MB. Pages mapped from the checkpoint are not anonymous: the system drops them when memory is
+short.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import store, table
 
-CONFIG = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
-                     num_key_value_heads=16, max_position_embeddings=2048, tie_word_embeddings=True)
+CONFIG = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=20,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
 
 
 def anonymous() -> int:
@@ -52,7 +61,11 @@ def child(source: str, target: str) -> None:
     result = quantize(config, UI(quiet=True))
     stop.set()
     watcher.join()
-    print(json.dumps({"above_import": most - base, "packed": result["file_bytes"], "weights": result["quantized_weights"]}))
+    print(
+        json.dumps(
+            {"above_import": most - base, "packed": result["file_bytes"], "weights": result["quantized_weights"]}
+        )
+    )
 
 
 def main() -> dict[str, Any]:
@@ -70,8 +83,12 @@ def main() -> dict[str, Any]:
         del model
         command = [sys.executable, "-m", "benchmarks.memory", str(source), str(target)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    rows = [("parameters", parameters / 1e6), ("packed checkpoint, MB", found["packed"] / 1e6), ("peak above import, MB", found["above_import"] / 1e6),
-            ("limit, MB", found["packed"] / 1e6 + 600)]
+    rows = [
+        ("parameters", parameters / 1e6),
+        ("packed checkpoint, MB", found["packed"] / 1e6),
+        ("peak above import, MB", found["above_import"] / 1e6),
+        ("limit, MB", found["packed"] / 1e6 + 600),
+    ]
     table("quantizing a sharded bf16 model, nearest int4", ("what", "million"), rows)
     figures = {"limit": "packed size + 600 MB", "parameters": parameters, **found}
     store("memory", figures)

@@ -1,7 +1,7 @@
 """How fast weights are quantized.
 
-Limits: nearest int4 at 100 M weights/s, NF4 at 50 M weights/s; GPTQ of a 1024 x 2816 layer within 3 times its floor, which is the
-Cholesky factorization, the triangular inverse and the matrix products that any implementation of it needs.
+Limits: nearest int4 at 100 M weights/s, NF4 at 50 M weights/s; GPTQ of a 1024 x 2816 layer within 3 times its floor,
+which is the Cholesky factorization, the triangular inverse and the matrix products that any implementation of it needs.
 """
 
 from __future__ import annotations
@@ -49,18 +49,32 @@ def main(rounds: int = 7) -> dict[str, Any]:
     weight = torch.randn(SIDE, SIDE, dtype=torch.bfloat16)
     int4 = Format()
     nf4 = Format(levels="nf", group_size=64)
-    times = in_turn({"nearest int4": nearest(int4, Storage(), weight),
-                     "nearest nf4, double-quantized": nearest(nf4, Storage(scales="double", offsets="absent"), weight)}, rounds)
+    times = in_turn(
+        {
+            "nearest int4": nearest(int4, Storage(), weight),
+            "nearest nf4, double-quantized": nearest(nf4, Storage(scales="double", offsets="absent"), weight),
+        },
+        rounds,
+    )
     speed = {name: weight.numel() / statistics.median(taken) / 1e6 for name, taken in times.items()}
     table(f"quantizing a {SIDE} x {SIDE} bf16 matrix", ("rounding", "M weights/s"), list(speed.items()))
     small, inputs = torch.randn(OUT, IN), torch.randn(4096, IN)
     moment = inputs.T @ inputs / len(inputs) + 0.01 * torch.eye(IN)
     layout = Layout(format=int4, storage=Storage(), out=OUT, columns=IN)
-    gptq = in_turn({"GPTQ": lambda: GPTQ()(small, layout, {"second_moment": moment}), "its floor": floor(small, moment)}, rounds)
+    gptq = in_turn(
+        {"GPTQ": lambda: GPTQ()(small, layout, {"second_moment": moment}), "its floor": floor(small, moment)}, rounds
+    )
     over = ratio(gptq, "GPTQ", "its floor")
-    table(f"GPTQ of a {OUT} x {IN} layer", ("step", "median ms"), [(name, 1000 * statistics.median(taken)) for name, taken in gptq.items()])
+    table(
+        f"GPTQ of a {OUT} x {IN} layer",
+        ("step", "median ms"),
+        [(name, 1000 * statistics.median(taken)) for name, taken in gptq.items()],
+    )
     print(f"GPTQ takes {over:.2f} times its floor (limit 3)")
-    figures = {"limit": "nearest int4 100 M weights/s, nf4 50 M weights/s; GPTQ 3 times its floor",
-               "million_weights_per_second": speed, "gptq_of_floor": over}
+    figures = {
+        "limit": "nearest int4 100 M weights/s, nf4 50 M weights/s; GPTQ 3 times its floor",
+        "million_weights_per_second": speed,
+        "gptq_of_floor": over,
+    }
     store("quantize", figures)
     return figures

@@ -1,6 +1,7 @@
 """Bytes that one adapted layer keeps for backward, beyond its own parameters.
 
-Limit: no tensor of a weight's size. The dense weight is never among them; a pooled adapter keeps its inputs summed over groups.
+Limit: no tensor of a weight's size. The dense weight is never among them; a pooled adapter keeps its inputs summed over
+groups.
 """
 
 from __future__ import annotations
@@ -61,9 +62,19 @@ def main() -> dict[str, Any]:
         "PEFT LoRA, bf16": get_peft_model(nn.Sequential(nn.Linear(IN, OUT, bias=False).to(torch.bfloat16)), stock),
     }
     weight = OUT * IN * 2
-    rows = [(name, sum(sizes), max(sizes, default=0) / weight) for name, model in candidates.items() for sizes in [saved_by(model, x)]]
-    table(f"kept for backward by a {OUT} x {IN} layer, {TOKENS} tokens (inputs and parameters not counted)",
-          ("layer", "bytes", "largest, of a bf16 weight"), rows)
-    figures = {"limit": "no tensor of a weight's size", "rows": [{"layer": name, "bytes": size, "largest_of_weight": part} for name, size, part in rows]}
+    rows = [
+        (name, sum(sizes), max(sizes, default=0) / weight)
+        for name, model in candidates.items()
+        for sizes in [saved_by(model, x)]
+    ]
+    table(
+        f"kept for backward by a {OUT} x {IN} layer, {TOKENS} tokens (inputs and parameters not counted)",
+        ("layer", "bytes", "largest, of a bf16 weight"),
+        rows,
+    )
+    figures = {
+        "limit": "no tensor of a weight's size",
+        "rows": [{"layer": name, "bytes": size, "largest_of_weight": part} for name, size, part in rows],
+    }
     store("saved", figures)
     return figures

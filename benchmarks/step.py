@@ -1,7 +1,8 @@
 """A fine-tuning step over quantized weights, against the same step of PEFT LoRA over bfloat16 weights.
 
-Forward and backward of 512 tokens through 4 Llama layers (hidden 1024, intermediate 2816), rank 16 on all linear layers.
-Limits: int4 QA-LoRA and NF4 QLoRA at most 1.10 of PEFT's bf16 LoRA step (goal 1.05), and not slower than PEFT + bitsandbytes NF4.
+Forward and backward of 512 tokens through 4 Llama layers (hidden 1024, intermediate 2816), rank 16 on all linear
+layers. Limits: int4 QA-LoRA and NF4 QLoRA at most 1.10 of PEFT's bf16 LoRA step (goal 1.05), and not slower than PEFT +
+bitsandbytes NF4.
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import quadapt
 from benchmarks.measure import THREADS, in_turn, ratio, store, table
 
-CONFIG = LlamaConfig(vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
-                     num_key_value_heads=16, max_position_embeddings=1024)
+CONFIG = LlamaConfig(
+    vocab_size=1024,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    max_position_embeddings=1024,
+)
 RANK = 16
 STOCK = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -38,7 +46,9 @@ def bitsandbytes() -> nn.Module:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
             kind = {"quant_type": "nf4", "compress_statistics": True}
-            packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, **kind)
+            packed = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, **kind
+            )
             packed.weight = bnb.nn.Params4bit(layer.weight.data.float(), requires_grad=False, module=packed, **kind)
             model.set_submodule(name, packed.to("cpu"))
     return get_peft_model(model, STOCK)
@@ -48,8 +58,12 @@ CANDIDATES: dict[str, Callable[[], nn.Module]] = {
     "PEFT LoRA, bf16": lambda: get_peft_model(dense(), STOCK),
     "PEFT LoRA, bf16, bf16 adapters": lambda: get_peft_model(dense(), STOCK, autocast_adapter_dtype=False),
     "QA-LoRA int4": lambda: quadapt.prepare(dense(), method="qa-lora", rounding="nearest", rank=RANK, alpha=RANK),
-    "QA-LoRA int3": lambda: quadapt.prepare(dense(), method="qa-lora", bits=3, rounding="nearest", rank=RANK, alpha=RANK),
-    "QA-LoRA int2": lambda: quadapt.prepare(dense(), method="qa-lora", bits=2, rounding="nearest", rank=RANK, alpha=RANK),
+    "QA-LoRA int3": lambda: quadapt.prepare(
+        dense(), method="qa-lora", bits=3, rounding="nearest", rank=RANK, alpha=RANK
+    ),
+    "QA-LoRA int2": lambda: quadapt.prepare(
+        dense(), method="qa-lora", bits=2, rounding="nearest", rank=RANK, alpha=RANK
+    ),
     "QLoRA nf4": lambda: quadapt.prepare(dense(), method="qlora", rank=RANK, alpha=RANK, dropout=0.0),
     "GPTQ-LoRA int4": lambda: quadapt.prepare(dense(), method="gptq-lora", rounding="nearest", rank=RANK, alpha=RANK),
     "PEFT + bitsandbytes nf4": bitsandbytes,
@@ -75,10 +89,21 @@ def main(rounds: int = 11) -> dict[str, Any]:
     ids = torch.randint(0, CONFIG.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
     times = in_turn({name: step(build(), ids) for name, build in CANDIDATES.items()}, rounds=rounds)
     bnb = "PEFT + bitsandbytes nf4"
-    rows = [(name, 1000 * statistics.median(taken), ratio(times, name, BASE), ratio(times, name, bnb)) for name, taken in times.items()]
-    table("a fine-tuning step of 512 tokens", ("step", "median ms", "of PEFT bf16 LoRA", "of PEFT + bitsandbytes nf4"), rows)
-    figures = {"limit": "QA-LoRA int4 and QLoRA nf4 at most 1.10 of PEFT bf16 LoRA (goal 1.05), and at most 1.0 of bitsandbytes",
-               "rows": [{"step": name, "median_ms": ms, "of_bf16_lora": of_bf16, "of_bitsandbytes": of_bnb}
-                        for name, ms, of_bf16, of_bnb in rows]}
+    rows = [
+        (name, 1000 * statistics.median(taken), ratio(times, name, BASE), ratio(times, name, bnb))
+        for name, taken in times.items()
+    ]
+    table(
+        "a fine-tuning step of 512 tokens",
+        ("step", "median ms", "of PEFT bf16 LoRA", "of PEFT + bitsandbytes nf4"),
+        rows,
+    )
+    figures = {
+        "limit": "int4 QA-LoRA and nf4 QLoRA at most 1.10 of PEFT's bf16 LoRA (goal 1.05), and 1.0 of bitsandbytes",
+        "rows": [
+            {"step": name, "median_ms": ms, "of_bf16_lora": of_bf16, "of_bitsandbytes": of_bnb}
+            for name, ms, of_bf16, of_bnb in rows
+        ],
+    }
     store("step", figures)
     return figures

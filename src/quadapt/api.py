@@ -15,15 +15,25 @@ if TYPE_CHECKING:
     from quadapt.hf.merge import Certificate
 
 
-def prepare(model: str | nn.Module, *, method: str = "qa-lora", calibration: str | Sequence[Tensor] = (), target_modules: Sequence[str] = (),  # noqa: PLR0913
-            skip: Sequence[str] = (), device: str = "auto", dtype: str = "auto", seed: int = 0, **settings: Any) -> PeftModel:
+def prepare(
+    model: str | nn.Module,
+    *,
+    method: str = "qa-lora",
+    calibration: str | Sequence[Tensor] = (),
+    target_modules: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    **settings: Any,
+) -> PeftModel:
     """Quantize a model in memory and put a method's adapter over it, ready for any trainer.
 
     Args:
         model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
         method: qa-lora, qlora or gptq-lora.
-        calibration: Text for roundings that are calibrated: a file or hub name (only if `model` is a name), or token ids
-            `[sequences, length]`, batch by batch.
+        calibration: Text for roundings that are calibrated: a file or hub name (only if `model` is a name), or token
+            ids `[sequences, length]`, batch by batch.
         target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
         skip: Layers to leave unquantized.
         device: As in torch; auto: a GPU if there is one.
@@ -49,14 +59,31 @@ def prepare(model: str | nn.Module, *, method: str = "qa-lora", calibration: str
     from quadapt.model.select import select
 
     name = model if isinstance(model, str) else "model"
-    config = checked(TuneConfig, {"model": name, "data": "", "output": "", "method": method, "skip": tuple(skip), "device": device,
-                                  "target_modules": tuple(target_modules), "dtype": dtype, "seed": seed, **settings})
+    config = checked(
+        TuneConfig,
+        {
+            "model": name,
+            "data": "",
+            "output": "",
+            "method": method,
+            "skip": tuple(skip),
+            "device": device,
+            "target_modules": tuple(target_modules),
+            "dtype": dtype,
+            "seed": seed,
+            **settings,
+        },
+    )
     plan = config.plan()
     if isinstance(model, str):
         open_folder(model)
         model = load_model(model, dtype=dtype, device=device_of(config))
     if not quantized_layers(model):
-        batches = _batches(calibration, name, model, config.calibration_length, config.calibration_sequences, seed) if plan.needs_data else []
+        batches = (
+            _batches(calibration, name, model, config.calibration_length, config.calibration_sequences, seed)
+            if plan.needs_data
+            else []
+        )
         selection = select(model, skip=skip)
         quantize_model(model.eval(), selection.chosen, plan, batches=batches)
         adopt(model, left=selection.left, made={"method": method})
@@ -64,8 +91,9 @@ def prepare(model: str | nn.Module, *, method: str = "qa-lora", calibration: str
     return adapt(model, config)
 
 
-def _batches(calibration: str | Sequence[Tensor], name: str, model: nn.Module, length: int | None, sequences: int,  # noqa: PLR0913
-             seed: int) -> list[Tensor]:
+def _batches(
+    calibration: str | Sequence[Tensor], name: str, model: nn.Module, length: int | None, sequences: int, seed: int
+) -> list[Tensor]:
     from quadapt.data import calibration_batches, read
     from quadapt.errors import ConfigError
     from quadapt.hf.context import MOST_CONTEXT, context_of
@@ -74,7 +102,9 @@ def _batches(calibration: str | Sequence[Tensor], name: str, model: nn.Module, l
     device = next(model.parameters()).device
     if isinstance(calibration, str):
         length = length or min(context_of(model.config), MOST_CONTEXT)
-        calibration = calibration_batches(read(calibration), load_tokenizer(name), length=length, sequences=sequences, seed=seed).batches
+        calibration = calibration_batches(
+            read(calibration), load_tokenizer(name), length=length, sequences=sequences, seed=seed
+        ).batches
     if not len(calibration):
         raise ConfigError("rounding='gptq' needs text to calibrate on. Give calibration='FILE', or rounding='nearest'")
     return [batch.to(device) for batch in calibration]
@@ -97,11 +127,17 @@ def merge(model: nn.Module, *, probe: Tensor | None = None, requantize: bool = F
     from quadapt.hf.merge import merge as merge_model
     from quadapt.quant.rounding import Nearest
 
-    return merge_model(model, probe=probe, probe_name="the probe given" if probe is not None else "",
-                       requantize=Nearest() if requantize else None)
+    return merge_model(
+        model,
+        probe=probe,
+        probe_name="the probe given" if probe is not None else "",
+        requantize=Nearest() if requantize else None,
+    )
 
 
-def export(model: nn.Module, tokenizer: Any, output: str | Path, *, format: str = "gguf", dtype: str = "bfloat16") -> ExportReport:
+def export(
+    model: nn.Module, tokenizer: Any, output: str | Path, *, format: str = "gguf", dtype: str = "bfloat16"
+) -> ExportReport:
     """Write a model in a format that others serve.
 
     Args:
@@ -126,8 +162,14 @@ def export(model: nn.Module, tokenizer: Any, output: str | Path, *, format: str 
     raise ConfigError(f"format={format!r} is unknown. Use gguf, hf or lora")
 
 
-def load(name: str | Path, *, dtype: str = "auto", device: str = "cpu", base: str | None = None,
-         trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
     """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
 
     Args:

@@ -1,8 +1,8 @@
 """Statistics of a model's inputs, gathered block by block.
 
-The walk keeps one set of hidden states. At each block it runs the block on them as the model would, lets the caller quantize the
-block's layers stage by stage, and runs the then quantized block to get the next hidden states. So every layer is calibrated on
-what it will really see: the outputs of quantized layers before it.
+The walk keeps one set of hidden states. At each block it runs the block on them as the model would, lets the caller
+quantize the block's layers stage by stage, and runs the then quantized block to get the next hidden states. So every
+layer is calibrated on what it will really see: the outputs of quantized layers before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class _Recorder(nn.Module):
         super().__init__()
         self.calls: list[dict[str, Any]] = []
         self.inputs: list[Tensor] = []
-        for name, value in vars(block).items():  # models read some of a block's attributes (attention_type) before calling it
+        for name, value in vars(
+            block
+        ).items():  # models read some of a block's attributes (attention_type) before calling it
             if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
                 self.__dict__.setdefault(name, value)
 
@@ -58,8 +60,10 @@ class BlockWalk:
                 model(input_ids=batch, use_cache=False)
         counts = {len(recorder.calls) for recorder in recorders.values()}
         if counts != {len(batches)}:
-            raise CalibrationError(f"{type(model).__name__} does not call each of its blocks once. It cannot be calibrated; "
-                                   "use --rounding nearest")
+            raise CalibrationError(
+                f"{type(model).__name__} does not call each of its blocks once. It cannot be calibrated; "
+                "use --rounding nearest"
+            )
         self._calls = {name: recorder.calls for name, recorder in recorders.items()}
         self._hidden = next(iter(recorders.values())).inputs
 
@@ -86,9 +90,10 @@ class BlockWalk:
         kept: list[Tensor] = []  # so that no identity is used twice
 
         def note(layer: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
                 kept.append(args[0])
                 seen.setdefault(id(args[0]), []).append(layer)
+
             return hook
 
         call = self._calls[name][0]
@@ -104,7 +109,7 @@ class BlockWalk:
         total: Tensor | None = None
         tokens = 0
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal total, tokens
             x = args[0].flatten(0, -2).float()
             moment = (x.T @ x).double()

@@ -44,15 +44,23 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
 }
 """Settings of each command, and where its function is (imported only when it is called: `--help` stays quick)."""
 
-app = typer.Typer(name="quadapt", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Quantization-aware low-rank fine-tuning of language models: what you train is what you serve.")
+app = typer.Typer(
+    name="quadapt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantization-aware low-rank fine-tuning of language models: what you train is what you serve.",
+)
 
 
 def _command(kind: type[Settings], where: str) -> Callable[..., None]:
     """A function that typer can read: one parameter for each field of the settings, and --json and --debug."""
     parameters = [_parameter(name, field) for name, field in kind.model_fields.items()]
     parameters.sort(key=lambda parameter: parameter.kind)  # arguments before options
-    parameters += [_switch("json", "Print the result as JSON on stdout."), _switch("debug", "Show the traceback of an error.")]
+    parameters += [
+        _switch("json", "Print the result as JSON on stdout."),
+        _switch("debug", "Show the traceback of an error."),
+    ]
 
     def command(**given: Any) -> None:
         as_json, debug = given.pop("json"), given.pop("debug")
@@ -66,7 +74,7 @@ def _command(kind: type[Settings], where: str) -> Callable[..., None]:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """What is not given stays None, so that a setting's own default, and whether it was given, are known to the settings alone."""
+    """One field as typer sees it. What is not given stays None: defaults are the settings' own affair."""
     flag = next((item for item in field.metadata if isinstance(item, Flag)), Flag())
     words = " ".join((field.description or "").split())
     if not field.is_required() and field.default not in (None, (), ""):
@@ -74,22 +82,33 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         words += "" if "Default" in words or isinstance(shown, bool) else f" (default: {shown})"
     kind = _plain(field.annotation)
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    words += f" ({', '.join(map(str, choices))})" if choices and not all(str(choice) in words for choice in choices) else ""
+    words += (
+        f" ({', '.join(map(str, choices))})" if choices and not all(str(choice) in words for choice in choices) else ""
+    )
     if flag.positional:
-        return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                                 annotation=Annotated[kind, typer.Argument(help=words, show_default=False)])
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=Annotated[kind, typer.Argument(help=words, show_default=False)],
+        )
     dashed = name.replace("_", "-")
     names = [f"--{dashed}/--no-{dashed}"] if field.default is True else [f"--{dashed}", *flag.aliases]
     metavar = "" if kind is bool else "CHOICE" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
     option = typer.Option(*names, help=words, rich_help_panel=flag.panel, show_default=False, metavar=metavar)
     if field.is_required():
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option])
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _plain(annotation: Any) -> Any:
     """The type as typer knows it: without None, and lists for tuples."""
-    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] if type(None) in get_args(annotation) else [annotation]
+    kinds = (
+        [kind for kind in get_args(annotation) if kind is not type(None)]
+        if type(None) in get_args(annotation)
+        else [annotation]
+    )
     kind = kinds[0]
     if getattr(kind, "__origin__", None) is tuple:
         return list[get_args(kind)[0]]  # type: ignore[misc]
@@ -103,7 +122,7 @@ def _switch(name: str, words: str) -> inspect.Parameter:
 
 def _load(where: str) -> Callable[[Any, UI], dict[str, Any]]:
     module, _, name = where.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), name)
 
 
 def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool) -> None:
@@ -118,18 +137,28 @@ def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool)
         _fail(str(error), error.exit_code, as_json=as_json, debug=debug)
     except OSError as error:
         full = error.errno in (28, 122, 27)  # no space, quota, file too large
-        _fail(f"{error.filename or 'the disk'}: {error.strerror}" + (". Free some space, or use --output on another disk" if full else ""),
-              2 if full or isinstance(error, (PermissionError, FileNotFoundError)) else 1, as_json=as_json, debug=debug)
+        _fail(
+            f"{error.filename or 'the disk'}: {error.strerror}"
+            + (". Free some space, or use --output on another disk" if full else ""),
+            2 if full or isinstance(error, (PermissionError, FileNotFoundError)) else 1,
+            as_json=as_json,
+            debug=debug,
+        )
     except MemoryError:
         _fail(_OUT_OF_MEMORY, 1, as_json=as_json, debug=debug)
-    except Exception as error:  # noqa: BLE001 - the last resort of a command line
-        text = _OUT_OF_MEMORY if "out of memory" in str(error).lower() else (
-            f"{type(error).__name__}: {error}\nThis is a bug, or something unforeseen. --debug shows where it happened")
+    except Exception as error:
+        text = (
+            _OUT_OF_MEMORY
+            if "out of memory" in str(error).lower()
+            else (f"{type(error).__name__}: {error}\nThis is a bug, or unforeseen. --debug shows where it happened")
+        )
         _fail(text, 1, as_json=as_json, debug=debug)
 
 
-_OUT_OF_MEMORY = ("out of memory. Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits; --dry-run estimates "
-                  "what is needed")
+_OUT_OF_MEMORY = (
+    "out of memory. Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits; --dry-run "
+    "estimates what is needed"
+)
 
 
 def _fail(text: str, code: int, *, as_json: bool, debug: bool) -> None:
@@ -149,8 +178,13 @@ def _quiet(debug: bool) -> None:
         import warnings
 
         warnings.filterwarnings("ignore")
-        for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TOKENIZERS_PARALLELISM", "false"),
-                            ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"), ("TQDM_DISABLE", "1")):
+        for name, value in (
+            ("TRANSFORMERS_VERBOSITY", "error"),
+            ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+            ("TOKENIZERS_PARALLELISM", "false"),
+            ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+            ("TQDM_DISABLE", "1"),
+        ):
             os.environ.setdefault(name, value)
 
 
@@ -159,9 +193,11 @@ for _name, (_kind, _where) in COMMANDS.items():
 
 
 @app.command("run")
-def _run(job: Annotated[str, typer.Argument(help="YAML file with the sections tune, and if wanted merge, eval and export.")],
-         json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-         debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _run(
+    job: Annotated[str, typer.Argument(help="YAML file with the sections tune, and if wanted merge, eval and export.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
     """Do a whole job from one file; given again after an interruption, it goes on."""
     from quadapt.jobs.run import run
 
@@ -177,7 +213,11 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 

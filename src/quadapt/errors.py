@@ -13,8 +13,8 @@
     ├── ResourceError (RuntimeError)    the machine lacks disk space or memory
     └── MissingDependency (ImportError) names the package to install
 
-A message says where, what, what is allowed, and what to do. Code that does not know the name of the layer it works on raises
-without it; the walk over the model adds it with :func:`locate`.
+A message says where, what, what is allowed, and what to do. Code that does not know the name of the layer it works on
+raises without it; the walk over the model adds it with :func:`locate`.
 """
 
 from __future__ import annotations

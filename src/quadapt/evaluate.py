@@ -88,8 +88,16 @@ class ExactMatch:
     """The first prompts."""
 
 
-def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, context: int,
-               stride: int | None = None, batch: int = 8, progress: Progress = iter) -> Perplexity:
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    context: int,
+    stride: int | None = None,
+    batch: int = 8,
+    progress: Progress = iter,
+) -> Perplexity:
     """Loss per token over sliding windows: each token but a document's first is predicted exactly once.
 
     A window has `context` tokens and predicts what follows each of them; the next one begins `stride` tokens later.
@@ -132,12 +140,27 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows,
     with evaluating(model):
         total = math.fsum(_loss(model, group, pad) for group in progress(_grouped(windows, batch)))
     loss = total / tokens
-    return Perplexity(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf, tokens=tokens,
-                      documents=documents, left_out=len(rows) - documents, context=context, stride=stride)
+    return Perplexity(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        tokens=tokens,
+        documents=documents,
+        left_out=len(rows) - documents,
+        context=context,
+        stride=stride,
+    )
 
 
-def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_new_tokens: int = 32,
-                batch: int = 32, samples: int = 3, progress: Progress = iter) -> ExactMatch:
+def exact_match(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    max_new_tokens: int = 32,
+    batch: int = 32,
+    samples: int = 3,
+    progress: Progress = iter,
+) -> ExactMatch:
     """How often the model, given the prompt, generates the completion and then stops.
 
     It generates greedily up to an end of sequence. White space around the answer and the completion does not count.
@@ -155,8 +178,10 @@ def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows
         DataError: The rows have no prompts, or a prompt leaves no room for the answer in the model's context.
     """
     if rows.kind != "prompt-completion":
-        raise DataError(f"{rows.source}: holds {rows.kind} rows, but only answers to prompts are right or wrong. Give "
-                        "data with the columns prompt and completion")
+        raise DataError(
+            f"{rows.source}: holds {rows.kind} rows, but only answers to prompts are right or wrong. Give "
+            "data with the columns prompt and completion"
+        )
     prompts, completions = list(rows.data["prompt"]), list(rows.data["completion"])
     answers = _continuations(model, tokenizer, prompts, list(rows.data["where"]), max_new_tokens, batch, progress)
     correct = sum(answer.strip() == completion.strip() for answer, completion in zip(answers, completions, strict=True))
@@ -165,8 +190,14 @@ def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows
     return ExactMatch(correct / len(prompts), len(prompts), correct, too_long, shown)
 
 
-def generate_samples(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *,
-                     max_new_tokens: int = 32, batch: int = 32) -> list[str]:
+def generate_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    batch: int = 32,
+) -> list[str]:
     """What the model says after each prompt, greedily, without the prompt.
 
     Raises:
@@ -215,8 +246,8 @@ def _windows(ids: Tensor, counts: Tensor, context: int, stride: int, where: str)
     done = 1  # the first token has nothing before it
     for start in range(0, len(ids), stride):
         end = min(start + context + 1, len(ids))
-        counted = counts[start + 1:end].clone()
-        counted[:done - start - 1] = False
+        counted = counts[start + 1 : end].clone()
+        counted[: done - start - 1] = False
         if counted.any():
             yield _Window(ids[start:end], counted, where)
         done = end
@@ -234,10 +265,12 @@ def _loss(model: nn.Module, windows: Sequence[_Window], pad: int) -> float:
     for row, window in zip(logits, windows, strict=True):  # row by row: a float32 copy of all logits may not fit
         counted = window.counted.to(row.device)
         targets = window.ids[1:].to(row.device)[counted]
-        loss = float(F.cross_entropy(row[:len(counted)][counted].float(), targets, reduction="none").double().sum())
+        loss = float(F.cross_entropy(row[: len(counted)][counted].float(), targets, reduction="none").double().sum())
         if not math.isfinite(loss):
-            raise DataError(f"{window.where}: the model's loss is {loss}. Its weights are damaged, or too large for "
-                            f"{row.dtype}; try --dtype float32")
+            raise DataError(
+                f"{window.where}: the model's loss is {loss}. Its weights are damaged, or too large for "
+                f"{row.dtype}; try --dtype float32"
+            )
         total += loss
     return total
 
@@ -253,14 +286,21 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _grouped(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[start:start + size] for start in range(0, len(items), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-def _continuations(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], names: Sequence[str],
-                   max_new_tokens: int, batch: int, progress: Progress) -> list[str]:
+def _continuations(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    names: Sequence[str],
+    max_new_tokens: int,
+    batch: int,
+    progress: Progress,
+) -> list[str]:
     """What the model says after each prompt, in the order of the prompts."""
     head = opening(tokenizer)
     ids = [head + each for each in tokenize(tokenizer, prompts)]
@@ -272,29 +312,40 @@ def _continuations(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts
             tokens = _greedy(model, tokenizer, [ids[index] for index in group], max_new_tokens)
             for index, answer in zip(group, tokens, strict=True):
                 # Decoded by itself, an answer would lose the space before it.
-                before, whole = (tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                                 for each in (ids[index], ids[index] + answer))
-                answers[index] = str(whole)[len(str(before)):]
+                before, whole = (
+                    tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                    for each in (ids[index], ids[index] + answer)
+                )
+                answers[index] = str(whole)[len(str(before)) :]
     return answers
 
 
-def _greedy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]],
-            max_new_tokens: int) -> list[list[int]]:
+def _greedy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
     """Tokens after each prompt, up to the first end of sequence."""
     device, pad, ends = _device(model), pad_token_id(tokenizer), _ends(model, tokenizer)
-    inputs = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_value=pad,
-                          padding_side="left")
+    inputs = pad_sequence(
+        [torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_value=pad, padding_side="left"
+    )
     width = inputs.shape[1]
     mask = torch.arange(width) >= torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
     output = model.generate(  # type: ignore[operator]  # all that a model's own settings may change is set here
-        input_ids=inputs.to(device), attention_mask=mask.long().to(device), max_new_tokens=max_new_tokens,
-        do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True, pad_token_id=pad,
-        eos_token_id=sorted(ends) or None)
+        input_ids=inputs.to(device),
+        attention_mask=mask.long().to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+    )
     return [_until(row, ends) for row in output[:, width:].tolist()]
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:
-    return ids[:next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -310,5 +361,7 @@ def _check_room(model: nn.Module, prompts: Sequence[list[int]], names: Sequence[
         if not prompt:
             raise DataError(f"{name}: the prompt is empty, and the tokenizer puts no token before it to start from")
         if limit is not None and len(prompt) + max_new_tokens > limit:
-            raise DataError(f"{name}: the prompt has {len(prompt)} tokens. With {max_new_tokens} for the answer "
-                            f"(--max-new-tokens) they exceed the model's context, {limit}. Shorten or delete the row")
+            raise DataError(
+                f"{name}: the prompt has {len(prompt)} tokens. With {max_new_tokens} for the answer "
+                f"(--max-new-tokens) they exceed the model's context, {limit}. Shorten or delete the row"
+            )

@@ -1,4 +1,4 @@
-"""The published methods, each a choice along the library's axes. A new paper is usually one new piece and one line here."""
+"""The published methods, each a choice along the library's axes. A new paper is often one new piece and one line."""
 
 from __future__ import annotations
 
@@ -104,8 +104,13 @@ METHODS: dict[str, Method] = {
         storage=Storage(),
         rounding=GPTQ(),
         adapter=LoRA(),
-        recipe=Recipe(learning_rate=2e-5, schedule="cosine", warmup_ratio=0.03, max_grad_norm=1.0,
-                      source="the GPTQ-LoRA baseline of LQ-LoRA (arXiv 2311.12023)"),
+        recipe=Recipe(
+            learning_rate=2e-5,
+            schedule="cosine",
+            warmup_ratio=0.03,
+            max_grad_norm=1.0,
+            source="the GPTQ-LoRA baseline of LQ-LoRA (arXiv 2311.12023)",
+        ),
     ),
     "qa-lora": Method(
         summary="Integers rounded by GPTQ, adapter over pooled inputs. Merges exactly into the offsets.",

@@ -1,4 +1,4 @@
-"""Training, by `transformers.Trainer`, of whatever parameters of a model are trainable; it can be stopped and gone on with."""
+"""Training by `transformers.Trainer` of whatever parameters are trainable; it can be stopped and gone on with."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ class Run:
         per_epoch = max(1, math.ceil(math.ceil(sequences / self.batch_size) / self.gradient_accumulation))
         steps = self.max_steps or math.ceil(self.epochs * per_epoch)
         if steps < 1:
-            raise ConfigError(f"max_steps={self.max_steps} and epochs={self.epochs} give no step. Use --max-steps 1 or more")
+            raise ConfigError(
+                f"max_steps={self.max_steps} and epochs={self.epochs} give no step. Use --max-steps 1 or more"
+            )
         return steps
 
 
@@ -108,12 +110,22 @@ class _Watcher(TrainerCallback):
         self._tick = tick
         self._latest: dict[str, float] = {}
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None,
-               **kwargs: Any) -> None:
-        self._latest.update({name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "learning_rate")})
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._latest.update(
+            {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "learning_rate")}
+        )
         if not math.isfinite(self._latest.get("loss", 0.0)):
-            raise ConfigError(f"step {state.global_step}: the loss is {self._latest['loss']}. Lower the learning rate, or use "
-                              "--dtype float32")
+            raise ConfigError(
+                f"step {state.global_step}: the loss is {self._latest['loss']}. Lower the learning rate, or use "
+                "--dtype float32"
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._tick(state.global_step, state.max_steps, self._latest)
@@ -128,16 +140,25 @@ class AdapterTrainer(Trainer):
     """`Trainer` that saves adapters alone, as safetensors and JSON (only its own optimizer state is a torch file)."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        assert output_dir is not None and self.model is not None
+        assert output_dir is not None
+        model: Any = self.model
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+            model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def _load_best_model(self) -> None:
         raise ConfigError("the best checkpoint is not loaded back; the last one is the result")
 
 
-def train(model: nn.Module, data: Any, run: Run, folder: Path, *, collate: Callable[[Sequence[Any]], Any], eval_data: Any = None,  # noqa: PLR0913
-          tick: Tick = lambda *_: None) -> Trained:
+def train(
+    model: nn.Module,
+    data: Any,
+    run: Run,
+    folder: Path,
+    *,
+    collate: Callable[[Sequence[Any]], Any],
+    eval_data: Any = None,
+    tick: Tick = lambda *_: None,
+) -> Trained:
     """Train the trainable parameters of `model`, in place.
 
     Args:
@@ -156,8 +177,13 @@ def train(model: nn.Module, data: Any, run: Run, folder: Path, *, collate: Calla
         raise ConfigError("nothing is trainable. Add an adapter first (quadapt.prepare)")
     steps = run.steps(len(data))
     trainer = AdapterTrainer(
-        model=model, args=_arguments(run, steps, folder, has_eval=eval_data is not None), train_dataset=data,
-        eval_dataset=eval_data, data_collator=collate, callbacks=[_Watcher(tick)])
+        model=model,
+        args=_arguments(run, steps, folder, has_eval=eval_data is not None),
+        train_dataset=data,
+        eval_dataset=eval_data,
+        data_collator=collate,
+        callbacks=[_Watcher(tick)],
+    )
     trainer.remove_callback(PrinterCallback)  # results alone go to stdout
     set_seed(run.seed)
     last = last_checkpoint(folder)
@@ -167,25 +193,47 @@ def train(model: nn.Module, data: Any, run: Run, folder: Path, *, collate: Calla
     eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    return Trained(steps=trainer.state.global_step, losses=history, final_loss=losses[-1] if losses else result.training_loss,
-                   eval_loss=eval_loss, seconds=result.metrics.get("train_runtime", 0.0))
+    return Trained(
+        steps=trainer.state.global_step,
+        losses=history,
+        final_loss=losses[-1] if losses else result.training_loss,
+        eval_loss=eval_loss,
+        seconds=result.metrics.get("train_runtime", 0.0),
+    )
 
 
 def _arguments(run: Run, steps: int, folder: Path, *, has_eval: bool) -> TrainingArguments:
     recipe = run.recipe
     names = {"constant": "constant_with_warmup" if recipe.warmup_ratio else "constant"}
     return TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=run.batch_size,
-        per_device_eval_batch_size=run.batch_size, gradient_accumulation_steps=run.gradient_accumulation,
-        learning_rate=recipe.learning_rate, lr_scheduler_type=names.get(recipe.schedule, recipe.schedule),
-        warmup_steps=math.ceil(recipe.warmup_ratio * steps), weight_decay=recipe.weight_decay, adam_beta2=recipe.adam_beta2,
-        max_grad_norm=recipe.max_grad_norm, seed=run.seed, data_seed=run.seed,
-        logging_steps=run.logging_steps or max(1, steps // 50), logging_nan_inf_filter=False,
-        save_strategy="steps", save_steps=run.save_steps or max(1, min(500, math.ceil(steps / 10))), save_total_limit=2,
-        eval_strategy="steps" if has_eval and run.eval_steps else "no", eval_steps=run.eval_steps or None,
-        gradient_checkpointing=run.gradient_checkpointing, report_to=[] if run.report_to == "none" else [run.report_to],
-        use_cpu=run.device == "cpu", dataloader_pin_memory=run.device != "cpu", disable_tqdm=True,
-        remove_unused_columns=False, label_names=["labels"])
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=names.get(recipe.schedule, recipe.schedule),
+        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=run.seed,
+        data_seed=run.seed,
+        logging_steps=run.logging_steps or max(1, steps // 50),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=run.save_steps or max(1, min(500, math.ceil(steps / 10))),
+        save_total_limit=2,
+        eval_strategy="steps" if has_eval and run.eval_steps else "no",
+        eval_steps=run.eval_steps or None,
+        gradient_checkpointing=run.gradient_checkpointing,
+        report_to=[] if run.report_to == "none" else [run.report_to],
+        use_cpu=run.device == "cpu",
+        dataloader_pin_memory=run.device != "cpu",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -208,5 +256,3 @@ def last_checkpoint(folder: Path) -> Path | None:
 def trainable_parameters(model: nn.Module) -> int:
     """Numbers that train."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-

@@ -75,8 +75,8 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, alpha: float = 4.0) -> A
     """The model with an adapter that changes its answers."""
     from peft import get_peft_model
 
-    peft_model = get_peft_model(model, lora_config(adapter, rank=4, alpha=alpha))
     torch.manual_seed(1)
+    peft_model = get_peft_model(model, lora_config(adapter, rank=4, alpha=alpha))
     for layer in adapted_layers(peft_model).values():
         nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
     return peft_model.eval()

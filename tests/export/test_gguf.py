@@ -93,8 +93,8 @@ def test_permuted_inputs_leave_as_f32(tokenizer: Any, tmp_path: Path) -> None:
     model = quantized(tiny())
     layer = quantized_layers(model)["model.layers.0.self_attn.q_proj"]
     plain = layer.quant_weight
-    layer.quant_weight = QuantWeight.build(replace(plain.layout, permuted=True), plain.packed, plain.scales, plain.offsets,
-                                           torch.randperm(64))
+    layout = replace(plain.layout, permuted=True)
+    layer.quant_weight = QuantWeight.build(layout, plain.packed, plain.scales, plain.offsets, torch.randperm(64))
     report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
     assert report.notes[1:] == ("its inputs are permuted: left as F32 (32 bits per weight): blk.0.attn_q.weight",)
     assert differing(model, read_back(tmp_path / "model.gguf")) == []
@@ -278,6 +278,21 @@ def test_metadata(tokenizer: Any, tmp_path: Path) -> None:
     assert have["tokenizer.ggml.token_type"][0] == gguf.TokenType.CONTROL
     assert have["tokenizer.ggml.token_type"][-1] == gguf.TokenType.UNUSED
     assert "last 128 tokens" in report.notes[-1]
+
+
+def test_metadata_of_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    model, tokenizer = trained("stories260K-hf")
+    export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    have, kind = metadata(tmp_path / "model.gguf"), gguf.TokenType
+    want = {"general.name": "model", "general.file_type": 0, "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": True,
+            "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
+            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 1,
+            "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2}
+    assert {name: have.get(name) for name in want} == want
+    types = have["tokenizer.ggml.token_type"]
+    assert types == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *256 * [kind.BYTE], *(512 - 259) * [kind.NORMAL]]
+    assert len(have["tokenizer.ggml.scores"]) == len(have["tokenizer.ggml.tokens"]) == 512
 
 
 REFUSED = [

@@ -21,7 +21,7 @@ from quadapt.export import gguf_tokenizer
 from quadapt.export.blocks import cannot_hold
 from quadapt.export.gguf import export_gguf
 from quadapt.export.gguf_lora import export_gguf_lora
-from quadapt.export.llama_cpp import LlamaCpp, complete, token_logprobs, tokenize
+from quadapt.export.llama_cpp import LlamaCpp, complete, differences, tokenize
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import LoRA, Pooled
 from quadapt.quant.format import Format
@@ -30,21 +30,6 @@ pytest.importorskip("xllamacpp", reason="needs xllamacpp (pip install 'quadapt[d
 
 NF4 = Format(levels="nf", bits=4)
 """Leaves as F32, and so is not subject to llama.cpp's rounding of activations: shows that all else is equal."""
-
-
-def table(rows: list[dict[int, float]], size: int) -> Tensor:
-    """Log-probabilities `[positions, vocabulary]`; those that llama.cpp does not give are NaN."""
-    out = torch.full((len(rows), size), torch.nan)
-    for at, row in enumerate(rows):
-        out[at, list(row)] = torch.tensor(list(row.values()))
-    return out
-
-
-def distance(path: Path, model: nn.Module, ids: list[int], **more: Any) -> Tensor:
-    """Absolute differences of log-probabilities `[positions, vocabulary]` between llama.cpp and torch."""
-    ours = logits(model, ids).log_softmax(-1)
-    return (table(token_logprobs(path, ids, **more), ours.shape[1]) - ours).abs()
-
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -63,10 +48,10 @@ def test_computes_the_same_where_nothing_is_rounded(name: str, tokenizer: Any, t
     model = quantized(tiny(kind, **changes), NF4)
     export_gguf(model, tokenizer, tmp_path / "model.gguf")
     ids = torch.randint(2, 300, (100,), generator=torch.Generator().manual_seed(3)).tolist()
-    assert distance(tmp_path / "model.gguf", model, ids).max() < 1e-3
+    assert differences(tmp_path / "model.gguf", model, ids).max() < 1e-3
     if "rope_parameters" in changes:  # and the scaling matters
         plain = quantized(tiny(kind), NF4)
-        assert distance(tmp_path / "model.gguf", plain, ids).max() > 0.1
+        assert differences(tmp_path / "model.gguf", plain, ids).max() > 0.1
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
@@ -82,7 +67,7 @@ def test_a_real_model_answers_alike(name: str, merged: bool, tmp_path: Path) -> 
         assert torch.equal(logits(model, [1, 5, 9]), trained_to)
     path, ids = tmp_path / "model.gguf", story(tokenizer, 200)
     export_gguf(model, tokenizer, path)
-    apart = distance(path, model, ids)
+    apart = differences(path, model, ids)
     likely = apart[logits(model, ids).softmax(-1) > 0.1]
     print(f"{name}: log-probabilities over {len(ids)} tokens differ by at most {apart.max():.3f} "
           f"({likely.max():.3f} for tokens of at least 10 %): llama.cpp's CPU kernels round activations to 8 bits")
@@ -161,7 +146,8 @@ def test_the_rounding_of_activations_explains_the_difference(tmp_path: Path) -> 
     export_gguf(model, tokenizer, path)
     prompts = [[1, token] for token in range(3, 35)]
     with LlamaCpp(path) as llama:
-        theirs = torch.stack([table(llama.token_logprobs(prompt), 105)[-1] for prompt in prompts])
+        answers = [llama.token_logprobs(prompt)[-1] for prompt in prompts]
+    theirs = torch.tensor([[answer[token] for token in range(105)] for answer in answers])
     plain = last(model, prompts)
     for name, layer in quantized_layers(model).items():
         assert cannot_hold(layer.quant_weight) == ""
@@ -180,11 +166,9 @@ def test_serves_base_and_adapter(kind: str, adapter: Any, tokenizer: Any, tmp_pa
     ids = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(3)).tolist()
     base, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
     report = export_gguf_lora(model, lora)
-    ours = logits(model, ids).log_softmax(-1)
-    export_gguf(model.unload(), tokenizer, base)
-    apart = (table(token_logprobs(base, ids, lora=lora), 320) - ours).abs()
-    assert apart.max() < 1e-3
-    assert (table(token_logprobs(base, ids), 320) - ours).abs().max() > 0.1
+    export_gguf(quantized(tiny(kind), NF4), tokenizer, base)
+    assert differences(base, model, ids, lora=lora).max() < 1e-3
+    assert differences(base, model, ids).max() > 0.1
     assert len(report.tensors) == 2 * 14
     assert report.bits_per_weight == pytest.approx(8 * sum(row.nbytes for row in report.tensors) / (2 * 30720))
     assert report.bytes == lora.stat().st_size

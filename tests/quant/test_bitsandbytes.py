@@ -19,7 +19,7 @@ from quadapt.quant.weight import Layout, QuantWeight
 bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes import functional  # noqa: E402 - only where it is installed
 
-SHAPES = [(64, 64), (48, 256), (257, 128), (1, 64), (100, 1024)]
+SHAPES = [(64, 64), (48, 256), (257, 128), (2, 64), (100, 1024)]
 
 
 def qlora(weight: Tensor) -> QuantWeight:

@@ -5,5 +5,16 @@ from quadapt.data.collate import Collator, pad_token_id
 from quadapt.data.encode import DataReport, Encoded, check_loss, encode
 from quadapt.data.read import Rows, read, split_rows
 
-__all__ = ["Calibration", "Collator", "DataReport", "Encoded", "Rows", "calibration_batches", "check_loss", "encode",
-           "pad_token_id", "read", "split_rows"]
+__all__ = [
+    "Calibration",
+    "Collator",
+    "DataReport",
+    "Encoded",
+    "Rows",
+    "calibration_batches",
+    "check_loss",
+    "encode",
+    "pad_token_id",
+    "read",
+    "split_rows",
+]

@@ -42,8 +42,9 @@ class Calibration:
         return self.sequences * self.length
 
 
-def calibration_batches(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, length: int, sequences: int = 128,
-                        batch: int = 8, seed: int = 0) -> Calibration:
+def calibration_batches(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, length: int, sequences: int = 128, batch: int = 8, seed: int = 0
+) -> Calibration:
     """Draw blocks of equal length from rows that are shuffled, tokenized as for training, and joined end to end.
 
     No token is drawn twice. A large dataset is tokenized only as far as is needed.
@@ -72,9 +73,11 @@ def calibration_batches(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, lengt
         if tokens >= sequences * length:
             break
     if tokens < length:
-        raise DataError(f"{rows.source}: has {tokens} tokens, too few for one block of {length} to calibrate on. Use "
-                        "more text, or shorter blocks (--calibration-length)")
-    stream = torch.from_numpy(np.concatenate(parts)[:tokens // length * length]).long()
+        raise DataError(
+            f"{rows.source}: has {tokens} tokens, too few for one block of {length} to calibrate on. Use "
+            "more text, or shorter blocks (--calibration-length)"
+        )
+    stream = torch.from_numpy(np.concatenate(parts)[: tokens // length * length]).long()
     blocks = stream.view(-1, length)
     drawn = blocks[torch.randperm(len(blocks), generator=generator)[:sequences]]
     return Calibration(list(drawn.split(batch)), len(drawn), sequences, length, rows.source)

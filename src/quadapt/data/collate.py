@@ -28,8 +28,10 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise DataError("the tokenizer has neither a pad token nor an end-of-sequence token. Set tokenizer.pad_token to "
-                    "one of its tokens")
+    raise DataError(
+        "the tokenizer has neither a pad token nor an end-of-sequence token. Set tokenizer.pad_token to "
+        "one of its tokens"
+    )
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Collator:
 
     def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `labels` `[batch, length]` and `attention_mask`, or `position_ids` if sequences have them."""
-        batch: dict[str, Any] = {"input_ids": _padded(sequences, "input_ids", self.pad_token_id),
-                                 "labels": _padded(sequences, "labels", NO_LOSS)}
+        batch: dict[str, Any] = {
+            "input_ids": _padded(sequences, "input_ids", self.pad_token_id),
+            "labels": _padded(sequences, "labels", NO_LOSS),
+        }
         if "position_ids" in sequences[0]:
             return batch | {"position_ids": _padded(sequences, "position_ids", 0), "use_cache": False}
         lengths = torch.tensor([len(sequence["input_ids"]) for sequence in sequences])

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
+from datasets import Dataset, Features, List, Value
 
 from quadapt.data.collate import NO_LOSS, pad_token_id
 from quadapt.data.examples import Example, examples
@@ -80,11 +80,13 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for people, line by line, without the example."""
         filled = self.tokens / max(1, self.sequences * self.seq_len)
-        return [f"{self.source}: {self.examples:,} rows ({self.kind}) in {self.sequences:,} sequences of at most "
-                f"{self.seq_len:,} tokens, {filled:.0%} filled",
-                f"{self.tokens:,} tokens, of which {self.loss_tokens:,} bear loss",
-                f"{self.truncated:,} examples truncated ({self.tokens_lost:,} tokens lost), {self.dropped:,} dropped",
-                *self.notes]
+        return [
+            f"{self.source}: {self.examples:,} rows ({self.kind}) in {self.sequences:,} sequences of at most "
+            f"{self.seq_len:,} tokens, {filled:.0%} filled",
+            f"{self.tokens:,} tokens, of which {self.loss_tokens:,} bear loss",
+            f"{self.truncated:,} examples truncated ({self.tokens_lost:,} tokens lost), {self.dropped:,} dropped",
+            *self.notes,
+        ]
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,15 @@ class Encoded:
     """What became of the data."""
 
 
-def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, packing: bool, completion_only: bool = True,
-           add_eos: bool = True) -> Encoded:
+def encode(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    packing: bool,
+    completion_only: bool = True,
+    add_eos: bool = True,
+) -> Encoded:
     """Tokenize rows and cut or pack them into sequences.
 
     Args:
@@ -128,8 +137,10 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, pack
         bins = best_fit(lengths, seq_len) if packing else [[item] for item in range(len(kept))]
         sequences = [_sequence([kept[item] for item in items], packed=packing) for items in bins]
     names = ["input_ids", "labels"] + ["position_ids"] * (packing and rows.kind != "text")
-    data = Dataset.from_dict({name: [columns[name] for columns in sequences] for name in names},
-                             features=Features(dict.fromkeys(names, List(Value("int32")))))
+    data = Dataset.from_dict(
+        {name: [columns[name] for columns in sequences] for name in names},
+        features=Features(dict.fromkeys(names, List(Value("int32")))),
+    )
     return Encoded(data, _report(rows, tokenizer, sequences, tally, seq_len, packing))
 
 
@@ -140,8 +151,10 @@ def check_loss(report: DataReport) -> None:
         DataError: No token bears loss; the message says what to do.
     """
     if not report.loss_tokens:
-        raise DataError(f"{report.source}: no token bears loss. {'; '.join(report.notes)}. Use a longer --seq-len, or "
-                        "data with completions (in messages: turns whose role is assistant)")
+        raise DataError(
+            f"{report.source}: no token bears loss. {'; '.join(report.notes)}. Use a longer --seq-len, or "
+            "data with completions (in messages: turns whose role is assistant)"
+        )
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -180,7 +193,7 @@ def _not_blank(source: Iterable[Example], tally: Counter[str]) -> Iterator[Examp
 def _blocks(source: Iterable[Example], seq_len: int, tally: Counter[str]) -> Iterator[Columns]:
     stream = np.concatenate([np.empty(0, dtype=np.int32), *(example.ids for example in source)])
     for start in range(0, len(stream), seq_len):
-        ids = stream[start:start + seq_len]
+        ids = stream[start : start + seq_len]
         if len(ids) > 1:
             yield _sequence([Example(ids, np.ones(len(ids), dtype=bool))], packed=False)
         else:
@@ -211,32 +224,51 @@ def _sequence(parts: Sequence[Example], *, packed: bool) -> Columns:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def _report(rows: Rows, tokenizer: PreTrainedTokenizerBase, sequences: list[Columns], tally: Counter[str], seq_len: int,
-            packing: bool) -> DataReport:
+def _report(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: list[Columns],
+    tally: Counter[str],
+    seq_len: int,
+    packing: bool,
+) -> DataReport:
     unk = tokenizer.unk_token_id
     if unk in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         unk = None  # as in GPT-2, where it marks ends of texts and nothing else
     tally["unknown"] = sum(int((columns["input_ids"] == unk).sum()) for columns in sequences) if unk is not None else 0
     return DataReport(
-        source=rows.source, kind=rows.kind, seq_len=seq_len, packing=packing or rows.kind == "text",
-        examples=tally["examples"], sequences=len(sequences),
+        source=rows.source,
+        kind=rows.kind,
+        seq_len=seq_len,
+        packing=packing or rows.kind == "text",
+        examples=tally["examples"],
+        sequences=len(sequences),
         tokens=sum(len(columns["input_ids"]) for columns in sequences),
         loss_tokens=sum(int((columns["labels"] != NO_LOSS).sum()) for columns in sequences),
-        unknown=tally["unknown"], truncated=tally["truncated"], tokens_lost=tally["tokens_lost"],
-        dropped=tally["blank"] + tally["beyond"], notes=(*rows.notes, *_notes(rows.kind, tokenizer, tally, seq_len)),
-        example=_render(sequences[0], tokenizer) if sequences else "")
+        unknown=tally["unknown"],
+        truncated=tally["truncated"],
+        tokens_lost=tally["tokens_lost"],
+        dropped=tally["blank"] + tally["beyond"],
+        notes=(*rows.notes, *_notes(rows.kind, tokenizer, tally, seq_len)),
+        example=_render(sequences[0], tokenizer) if sequences else "",
+    )
 
 
 def _notes(kind: Kind, tokenizer: PreTrainedTokenizerBase, tally: Counter[str], seq_len: int) -> Iterator[str]:
-    blank = {"text": "their text is blank", "prompt-completion": "their completion is blank",
-             "messages": "the assistant says nothing in them"}[kind]
+    blank = {
+        "text": "their text is blank",
+        "prompt-completion": "their completion is blank",
+        "messages": "the assistant says nothing in them",
+    }[kind]
     if tally["blank"]:
         yield f"{tally['blank']:,} examples dropped: {blank}"
     if tally["beyond"]:
         yield f"{tally['beyond']:,} examples dropped: what bears loss lies beyond their first {seq_len:,} tokens"
     if tally["apart"]:
-        yield (f"{tally['apart']:,} prompts end inside a token, so that prompt and completion were tokenized apart. "
-               "If they end in a space, put it at the start of the completions")
+        yield (
+            f"{tally['apart']:,} prompts end inside a token, so that prompt and completion were tokenized apart. "
+            "If they end in a space, put it at the start of the completions"
+        )
     if tally["unknown"]:
         yield f"{tally['unknown']:,} tokens are {tokenizer.unk_token}, text that the tokenizer does not know"
     if tokenizer.pad_token_id is None:
@@ -251,7 +283,7 @@ def _render(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> str:
     for start, stop in pairwise([0, *(np.flatnonzero(np.diff(loss)) + 1).tolist(), end]):
         # Decoded by itself, a run of tokens would lose the space before it.
         before, text = (str(tokenizer.decode(ids[:to], clean_up_tokenization_spaces=False)) for to in (start, stop))
-        pieces.append(f"[{'loss' if loss[start] else 'no loss'}]{_shorten(text[len(before):])}")
+        pieces.append(f"[{'loss' if loss[start] else 'no loss'}]{_shorten(text[len(before) :])}")
     return "".join(pieces)
 
 

@@ -43,8 +43,9 @@ class Example:
     """Whether prompt and completion had to be tokenized apart."""
 
 
-def examples(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool = True,
-             add_eos: bool = True) -> Iterator[Example]:
+def examples(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool = True, add_eos: bool = True
+) -> Iterator[Example]:
     """Tokenize rows, one example for each, in their order.
 
     Args:
@@ -68,7 +69,7 @@ def examples(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, completion_only:
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that a tokenizer puts before a text; those that it puts after one are left to `add_eos`."""
     full, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return next((full[:start] for start in range(len(full)) if full[start:start + len(bare)] == bare), [])
+    return next((full[:start] for start in range(len(full)) if full[start : start + len(bare)] == bare), [])
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -82,8 +83,10 @@ class _Encoder:
         if rows.kind == "messages":
             self.turns = _chat_encoder(tokenizer, completion_only)
         elif add_eos and tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end-of-sequence token. Set tokenizer.eos_token to one of its tokens, "
-                            "or pass add_eos=False")
+            raise DataError(
+                "the tokenizer has no end-of-sequence token. Set tokenizer.eos_token to one of its tokens, "
+                "or pass add_eos=False"
+            )
         self.head, self.tail = opening(tokenizer), [tokenizer.eos_token_id] if add_eos else []
 
     def texts(self, batch: Row) -> Iterator[Example]:
@@ -93,11 +96,13 @@ class _Encoder:
 
     def pairs(self, batch: Row) -> Iterator[Example]:
         prompts = tokenize(self.tokenizer, batch["prompt"])
-        wholes = tokenize(self.tokenizer, [prompt + completion for prompt, completion
-                                           in zip(batch["prompt"], batch["completion"], strict=True)])
+        wholes = tokenize(
+            self.tokenizer,
+            [prompt + completion for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)],
+        )
         for where, completion, prompt, whole in zip(batch["where"], batch["completion"], prompts, wholes, strict=True):
-            apart = whole[:len(prompt)] != prompt
-            rest = self._continuation(completion) if apart else whole[len(prompt):]
+            apart = whole[: len(prompt)] != prompt
+            rest = self._continuation(completion) if apart else whole[len(prompt) :]
             yield self._example(where, [*self.head, *prompt], [*rest, *self.tail], not completion.strip(), apart)
 
     def chats(self, batch: Row) -> Iterator[Example]:
@@ -112,15 +117,15 @@ class _Encoder:
         ids = np.array(prompt + rest, dtype=np.int32)
         loss = np.full(len(ids), not blank)
         if self.completion_only:
-            loss[:len(prompt)] = False
+            loss[: len(prompt)] = False
         return Example(ids, loss, where, apart)
 
     def _continuation(self, text: str) -> list[int]:
         """Tokens of a text that goes on from another, without the space that SentencePiece puts before a first word."""
         for anchor in ("\n", "."):  # one of them does not merge with what follows
             before, whole = tokenize(self.tokenizer, [anchor, anchor + text])
-            if whole[:len(before)] == before:
-                return whole[len(before):]
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
         return tokenize(self.tokenizer, [text])[0]
 
 
@@ -132,13 +137,17 @@ _ChatEncoder = Callable[["PreTrainedTokenizerBase", list[Row]], tuple[list[int],
 
 def _chat_encoder(tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> _ChatEncoder:
     if tokenizer.chat_template is None:
-        raise DataError("the tokenizer has no chat template, so messages cannot be rendered. Set "
-                        "tokenizer.chat_template, take the chat variant of the model, or give prompts and completions")
+        raise DataError(
+            "the tokenizer has no chat template, so messages cannot be rendered. Set "
+            "tokenizer.chat_template, take the chat variant of the model, or give prompts and completions"
+        )
     if not completion_only:
         return _everything
     if not tokenizer.is_fast:
-        raise DataError("the tokenizer does not tell where in a text its tokens lie, so loss cannot be confined to "
-                        "what the assistant says. Use a fast tokenizer, or let all tokens bear loss")
+        raise DataError(
+            "the tokenizer does not tell where in a text its tokens lie, so loss cannot be confined to "
+            "what the assistant says. Use a fast tokenizer, or let all tokens bear loss"
+        )
     return _by_marks if _GENERATION.search(tokenizer.get_chat_template()) else _by_turns
 
 
@@ -149,13 +158,15 @@ def _everything(tokenizer: PreTrainedTokenizerBase, messages: list[Row]) -> tupl
 
 def _by_marks(tokenizer: PreTrainedTokenizerBase, messages: list[Row]) -> tuple[list[int], list[bool]]:
     """The template itself marks what the assistant says, by `{% generation %}`."""
-    chat: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True,
-                                              tokenizer_kwargs={"verbose": False})
+    chat: Any = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+    )
     return list(chat["input_ids"]), [bool(bit) for bit in chat["assistant_masks"]]
 
 
 def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Row]) -> tuple[list[int], list[bool]]:
     """What the assistant says is what rendering its turn adds to the turns before it and the generation prompt."""
+
     def render(count: int, *, prompt: bool = False) -> str:
         return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
 
@@ -166,9 +177,11 @@ def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Row]) -> tuple[
             raise DataError("the first message is the assistant's. Put the user's, or a system message, before it")
         before, after = render(turn, prompt=True), render(turn + 1)
         if not (whole.startswith(after) and after.startswith(before)):
-            raise DataError(f"it renders message {turn + 1} differently when others follow or none is there yet, so "
-                            "what the assistant says cannot be found. Put {% generation %} and {% endgeneration %} "
-                            "around it in the template")
+            raise DataError(
+                f"it renders message {turn + 1} differently when others follow or none is there yet, so "
+                "what the assistant says cannot be found. Put {% generation %} and {% endgeneration %} "
+                "around it in the template"
+            )
         spans.append((len(before), len(after)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = [start for start, _ in encoded["offset_mapping"]]

@@ -21,7 +21,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
-from datasets import Dataset, Features, Value  # type: ignore[import-untyped]
+from datasets import Dataset, Features, Value
 
 from quadapt.data.source import Source, file_rows, hub_rows, listing
 from quadapt.errors import ConfigError, DataError
@@ -126,8 +126,10 @@ def _cut_document(rows: Rows, eval_fraction: float) -> tuple[Rows, Rows]:
     middle = text.rfind("\n", 0, middle) + 1 or middle
     parts = text[:middle], text[middle:]
     if not all(part.strip() for part in parts):
-        raise DataError(f"{rows.source}: {len(text)} characters are too few to hold out {eval_fraction:.0%} of them. "
-                        "Give other data with --eval-data")
+        raise DataError(
+            f"{rows.source}: {len(text)} characters are too few to hold out {eval_fraction:.0%} of them. "
+            "Give other data with --eval-data"
+        )
     where = rows.data[0]["where"]
     train, held_out = (_dataset([{"text": part, "where": where}], rows.kind) for part in parts)
     return replace(rows, data=train), replace(rows, data=held_out)
@@ -158,8 +160,10 @@ class _Layout:
         """The checked and converted row."""
         for column in self.columns:
             if column in self.required and column not in row:
-                raise DataError(f"{where}: has no column {column!r}, as the rows before it have, but {listing(row)}. "
-                                "All rows must have the same columns")
+                raise DataError(
+                    f"{where}: has no column {column!r}, as the rows before it have, but {listing(row)}. "
+                    "All rows must have the same columns"
+                )
             if column in self.required or row.get(column) is not None:
                 check = _check_messages if column == "messages" else _check_text
                 check(f"{where}: column {column!r}", row[column])
@@ -170,7 +174,8 @@ _LAYOUTS = (
     _Layout("messages", ("messages",)),
     _Layout("prompt-completion", ("prompt", "completion")),
     _Layout("prompt-completion", ("instruction", "output"), ("input",), _alpaca),
-    _Layout("text", ("text",)))
+    _Layout("text", ("text",)),
+)
 
 
 def _collect(rows: Source, source: str, notes: Sequence[str] = ()) -> Rows:
@@ -202,8 +207,10 @@ def _layout(where: str, row: Row) -> _Layout:
         if all(column in row for column in layout.required):
             return layout
     header = " Does the file lack a first line with the columns' names?" if ".csv:" in where else ""
-    raise DataError(f"{where}: the columns are {listing(row)}. Accepted are: text | prompt, completion | instruction, "
-                    f"output (and input) | messages. Rename the columns.{header}")
+    raise DataError(
+        f"{where}: the columns are {listing(row)}. Accepted are: text | prompt, completion | instruction, "
+        f"output (and input) | messages. Rename the columns.{header}"
+    )
 
 
 def _check_text(where: str, cell: Any) -> None:

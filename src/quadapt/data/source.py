@@ -17,9 +17,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from datasets import Dataset, load_dataset  # type: ignore[import-untyped]
-from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns  # type: ignore[import-untyped]
-from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+from datasets import Dataset, load_dataset
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from datasets.exceptions import DatasetsError
 
 from quadapt.errors import DataError
 
@@ -51,8 +51,10 @@ def hub_rows(source: str, split: str) -> Source:
     try:
         data = load_dataset(name, config or None, split=split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source}: is no file or folder here, and cannot be had from the hub: "
-                        f"{shorten(str(error), 300)}.{_near(source)}") from error
+        raise DataError(
+            f"{source}: is no file or folder here, and cannot be had from the hub: "
+            f"{shorten(str(error), 300)}.{_near(source)}"
+        ) from error
     yield from _numbered(data, source)
 
 
@@ -120,8 +122,10 @@ def _loads(text: str, path: Path, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line}: is not valid JSON ({error.msg}, column {error.colno}). Each line must hold "
-                        "one JSON object, or the whole file one list of objects") from error
+        raise DataError(
+            f"{path}:{line}: is not valid JSON ({error.msg}, column {error.colno}). Each line must hold "
+            "one JSON object, or the whole file one list of objects"
+        ) from error
 
 
 def _csv_rows(path: Path) -> Source:
@@ -133,16 +137,20 @@ def _csv_rows(path: Path) -> Source:
         for cells in reader:
             line, end = end + 1, reader.line_num  # a row may have several lines
             if len(cells) > len(header) > 0:
-                raise DataError(f"{path}:{line}: has {len(cells)} cells, but the header {len(header)}. Put cells with "
-                                "commas or line ends between double quotes")
+                raise DataError(
+                    f"{path}:{line}: has {len(cells)} cells, but the header {len(header)}. Put cells with "
+                    "commas or line ends between double quotes"
+                )
             if header and cells:  # a blank line is no row
                 yield f"{path}:{line}", dict(zip_longest(header, cells))
             header = header or cells
             if len(set(header)) < len(header):
                 raise DataError(f"{path}:{line}: two columns have the same name. The header is {listing(header)}")
     except csv.Error as error:
-        raise DataError(f"{path}:{end + 1}: is not valid CSV ({error}). Put cells with commas, quotes or line ends "
-                        "between double quotes, and double the quotes in them") from error
+        raise DataError(
+            f"{path}:{end + 1}: is not valid CSV ({error}). Put cells with commas, quotes or line ends "
+            "between double quotes, and double the quotes in them"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -157,7 +165,12 @@ def _parquet_rows(path: Path) -> Source:
 
 
 _READERS: dict[str, Callable[[Path], Source]] = {
-    ".txt": _text_rows, ".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    ".txt": _text_rows,
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
 
 
 def _near(source: str) -> str:

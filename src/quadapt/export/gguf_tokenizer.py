@@ -96,10 +96,12 @@ def _write_special(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]:
 
 
 def _ends(tokenizer: Any, model: Any) -> list[int]:
-    """Tokens that end a text: the tokenizer's first, then those of the generation config."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or model.config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-    ends = [end for end in dict.fromkeys(ends) if end is not None]
+    """Tokens that end a text: the tokenizer's first, then those of the model's configs."""
+    named = [tokenizer.eos_token_id]
+    for config in (getattr(model, "generation_config", None), model.config):
+        end = getattr(config, "eos_token_id", None)
+        named += end if isinstance(end, list) else [end]
+    ends = [end for end in dict.fromkeys(named) if end is not None]
     if not ends:
         raise ExportError("neither the tokenizer nor the model names a token that ends a text; llama.cpp would take "
                           "one by its number. Set tokenizer.eos_token")

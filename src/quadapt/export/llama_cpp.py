@@ -17,6 +17,9 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+import torch
+from torch import Tensor, nn
+
 from quadapt.errors import ExportError, require
 
 
@@ -121,6 +124,22 @@ def token_logprobs(path: str | Path, ids: Sequence[int], *, lora: str | Path | N
     """Load a file and take the log-probabilities after each token; see :meth:`LlamaCpp.token_logprobs`."""
     with LlamaCpp(path, context=len(ids) + 2, lora=lora, threads=threads) as llama:
         return llama.token_logprobs(ids, top=top)
+
+
+def differences(path: str | Path, model: nn.Module, ids: Sequence[int], *, lora: str | Path | None = None,
+                threads: int = 1, top: int = 1024) -> Tensor:
+    """How far llama.cpp's log-probabilities are from a model's, after each of `ids`.
+
+    Returns:
+        Absolute differences, float32 `[ids, vocabulary]`; NaN for tokens that are not among the `top` most probable.
+    """
+    with torch.no_grad():
+        ours = model(torch.tensor([list(ids)], device=next(model.parameters()).device)).logits[0]
+    ours = ours.float().log_softmax(-1).cpu()
+    theirs = torch.full_like(ours, torch.nan)
+    for at, row in enumerate(token_logprobs(path, ids, lora=lora, threads=threads, top=top)):
+        theirs[at, list(row)] = torch.tensor(list(row.values()))
+    return (theirs - ours).abs()
 
 
 def tokenize(path: str | Path, text: str) -> list[int]:

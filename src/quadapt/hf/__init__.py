@@ -1,1 +1,1 @@
-"""The Hugging Face stack: loading, saving, and the one PEFT layer. Plugs itself in when transformers and PEFT are imported."""
+"""The Hugging Face stack: loading, saving, the one PEFT layer. Plugged in when transformers and PEFT are imported."""

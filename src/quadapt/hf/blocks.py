@@ -40,7 +40,11 @@ class BlockFiles:
     def keep(self, unit: str, weights: dict[str, QuantWeight], rows: list[LayerRow]) -> dict[str, QuantWeight]:
         """Write the block under a temporary name, rename, and map it back: the copy in memory can go."""
         target = self._file(unit)
-        tensors = {f"{name}.{part}": tensor.cpu() for name, weight in weights.items() for part, tensor in weight.tensors.items()}
+        tensors = {
+            f"{name}.{part}": tensor.cpu()
+            for name, weight in weights.items()
+            for part, tensor in weight.tensors.items()
+        }
         layouts = {name: asdict(weight.layout) for name, weight in weights.items()}
         about = {"layouts": json.dumps(layouts), "rows": json.dumps([asdict(row) for row in rows])}
         temporary = target.with_suffix(".tmp")
@@ -53,6 +57,8 @@ class BlockFiles:
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
             for name, fields in json.loads(about["layouts"]).items():
-                layout = Layout(**{**fields, "format": Format(**fields["format"]), "storage": Storage(**fields["storage"])})
+                layout = Layout(
+                    **{**fields, "format": Format(**fields["format"]), "storage": Storage(**fields["storage"])}
+                )
                 weights[name] = QuantWeight(layout, {part: file.get_tensor(f"{name}.{part}") for part in layout.shapes})
         return weights, [LayerRow(**row) for row in json.loads(about["rows"])]

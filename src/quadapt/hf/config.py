@@ -19,7 +19,7 @@ VERSION = 1
 """Of the stored form; a checkpoint of a later version is refused."""
 
 
-class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QuadaptConfig(QuantizationConfigMixin):
     """Either a wish (quantize on loading, to nearest), or what a checkpoint holds.
 
     Args:
@@ -38,16 +38,36 @@ class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: Always "quadapt".
     """
 
-    def __init__(self, *, bits: int = 4, group_size: int = 32, levels: str = "int", zero: str = "", scales: str = "",  # noqa: PLR0913
-                 range: str = "minmax", skip: Sequence[str] = (), schemes: Sequence[Mapping[str, Any]] = (),
-                 left: Mapping[str, str] | None = None, made: Mapping[str, Any] | None = None, fingerprint: str = "",
-                 version: int = VERSION, quant_method: str = "quadapt") -> None:
+    def __init__(  # noqa: PLR0913 - the fields of config.json
+        self,
+        *,
+        bits: int = 4,
+        group_size: int = 32,
+        levels: str = "int",
+        zero: str = "default",
+        scales: str = "",
+        range: str = "minmax",
+        skip: Sequence[str] = (),
+        schemes: Sequence[Mapping[str, Any]] = (),
+        left: Mapping[str, str] | None = None,
+        made: Mapping[str, Any] | None = None,
+        fingerprint: str = "",
+        version: int = VERSION,
+        quant_method: str = "quadapt",
+    ) -> None:
         if version > VERSION:
-            raise CheckpointError(f"the checkpoint has version {version} of the stored form, this quadapt reads up to {VERSION}. "
-                                  "Upgrade quadapt")
-        self.quant_method, self.version = "quadapt", version
+            raise CheckpointError(
+                f"the checkpoint has version {version} of the stored form, this quadapt reads up to {VERSION}. "
+                "Upgrade quadapt"
+            )
+        self.quant_method, self.version = "quadapt", version  # type: ignore[assignment]  # an enum of transformers' own
         if schemes:
-            self.schemes, self.left, self.made, self.fingerprint = list(schemes), dict(left or {}), dict(made or {}), fingerprint
+            self.schemes, self.left, self.made, self.fingerprint = (
+                list(schemes),
+                dict(left or {}),
+                dict(made or {}),
+                fingerprint,
+            )
         else:
             self.bits, self.group_size, self.levels, self.zero = bits, group_size, levels, zero
             self.scales, self.range, self.skip = scales, range, list(skip)
@@ -64,7 +84,9 @@ class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return Plan(format=format, storage=storage, rounding=rounding)
 
     @staticmethod
-    def of(layouts: Mapping[str, Layout], *, left: Mapping[str, str], made: Mapping[str, Any], fingerprint: str) -> QuadaptConfig:
+    def of(
+        layouts: Mapping[str, Layout], *, left: Mapping[str, str], made: Mapping[str, Any], fingerprint: str
+    ) -> QuadaptConfig:
         """The config of a checkpoint that holds these layers."""
         schemes: dict[tuple[Format, Storage, bool], dict[str, list[int]]] = {}
         for name, layout in layouts.items():
@@ -73,9 +95,14 @@ class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if not schemes:
             raise ConfigError("the model has no quantized layer")
         return QuadaptConfig(
-            schemes=[{"format": asdict(format), "storage": asdict(storage), "permuted": permuted, "layers": layers}
-                     for (format, storage, permuted), layers in schemes.items()],
-            left=left, made=made, fingerprint=fingerprint)
+            schemes=[
+                {"format": asdict(format), "storage": asdict(storage), "permuted": permuted, "layers": layers}
+                for (format, storage, permuted), layers in schemes.items()
+            ],
+            left=left,
+            made=made,
+            fingerprint=fingerprint,
+        )
 
     @property
     def holds(self) -> bool:
@@ -90,8 +117,16 @@ class QuadaptConfig(QuantizationConfigMixin):  # type: ignore[misc]
             CheckpointError: An entry is damaged.
         """
         try:
-            return {name: Layout(format=Format(**scheme["format"]), storage=Storage(**scheme["storage"]), out=out,
-                                 columns=columns, permuted=scheme["permuted"])
-                    for scheme in self.schemes for name, (out, columns) in scheme["layers"].items()}
+            return {
+                name: Layout(
+                    format=Format(**scheme["format"]),
+                    storage=Storage(**scheme["storage"]),
+                    out=out,
+                    columns=columns,
+                    permuted=scheme["permuted"],
+                )
+                for scheme in self.schemes
+                for name, (out, columns) in scheme["layers"].items()
+            }
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error}). Restore config.json") from error

@@ -1,7 +1,7 @@
 """The folders that quadapt writes, and how any of them is loaded.
 
-Beside what transformers and PEFT write stands `quadapt.json`: what the folder is, where its base is, how it was made, what it
-measured, and the digests that `inspect --verify` checks.
+Beside what transformers and PEFT write stands `quadapt.json`: what the folder is, where its base is, how it was made,
+what it measured, and the digests that `inspect --verify` checks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def open_folder(name: str) -> Folder:
     path = Path(name).expanduser()
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            near = difflib.get_close_matches(path.name, [item.name for item in path.parent.glob("*")] if path.parent.exists() else [])
+            near = difflib.get_close_matches(
+                path.name, [item.name for item in path.parent.glob("*")] if path.parent.exists() else []
+            )
             hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
             raise CheckpointError(f"{name!r} does not exist.{hint}")
         return Folder(name, "model", {})  # a hub name: transformers will say if there is no such model
@@ -68,7 +70,9 @@ def open_folder(name: str) -> Folder:
     if not adapter and not model:
         partial = path.with_name(path.name + ".partial")
         hint = f" An unfinished run lies in {str(partial)!r}: give its command again" if partial.exists() else ""
-        raise CheckpointError(f"{name!r} has neither config.json nor adapter_config.json: it is not a model folder.{hint}")
+        raise CheckpointError(
+            f"{name!r} has neither config.json nor adapter_config.json: it is not a model folder.{hint}"
+        )
     _check_files(path)
     note = read_json(path / NOTE) if (path / NOTE).exists() else {}
     config = read_json(path / "config.json") if model and not adapter else {}
@@ -77,6 +81,11 @@ def open_folder(name: str) -> Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -93,7 +102,9 @@ def _check_files(path: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: is damaged or truncated ({error}). Copy it again from its source") from error
+            raise CheckpointError(
+                f"{file}: is damaged or truncated ({error}). Copy it again from its source"
+            ) from error
     index = path / "model.safetensors.index.json"
     if index.exists():
         for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
@@ -119,8 +130,10 @@ def find_base(folder: Folder, given: str | None = None) -> str:
     named = base.get("hub") or read_json(folder.path / "adapter_config.json").get("base_model_name_or_path")
     if named and (Path(named).exists() or (not tried and named.count("/") <= 1 and not named.startswith("/"))):
         return str(named)
-    raise CheckpointError(f"{folder.name}: its base is neither at {' nor at '.join(repr(item) for item in [*tried, named] if item)}. "
-                          "Say where it is with --base")
+    raise CheckpointError(
+        f"{folder.name}: its base is neither at {' nor at '.join(repr(item) for item in [*tried, named] if item)}. "
+        "Say where it is with --base"
+    )
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
@@ -134,12 +147,18 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
     from transformers import AutoModelForCausalLM
 
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = reading(name, AutoModelForCausalLM.from_pretrained, name, dtype=wanted, device_map=None if device == "cpu" else device,
-                    trust_remote_code=trust_remote_code)
+    model = reading(
+        name,
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        dtype=wanted,
+        device_map=None if device == "cpu" else device,
+        trust_remote_code=trust_remote_code,
+    )
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -161,8 +180,9 @@ def reading(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         raise CheckpointError(f"{name!r} cannot be loaded: {reason[:500]}") from error
 
 
-def load(name: str, *, dtype: str = "auto", device: str = "cpu", base: str | None = None,
-         trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+def load(
+    name: str, *, dtype: str = "auto", device: str = "cpu", base: str | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
 
     Args:
@@ -179,8 +199,10 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu", base: str | Non
         return _load_gguf(Path(name), dtype, device)
     folder = open_folder(name)
     if folder.kind != "adapter":
-        return (load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
-                load_tokenizer(folder.name, trust_remote_code=trust_remote_code))
+        return (
+            load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+            load_tokenizer(folder.name, trust_remote_code=trust_remote_code),
+        )
     where = find_base(folder, base)
     model = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     check_base(folder, model)
@@ -199,8 +221,10 @@ def check_base(folder: Folder, model: nn.Module) -> None:
     config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
     wanted = identity_of(config).get("base_fingerprint")
     if wanted and wanted != base_config(model).fingerprint:
-        raise CheckpointError(f"{folder.name}: this adapter was trained over another base (fingerprint {str(wanted)[:12]}, this one "
-                              f"has {base_config(model).fingerprint[:12]}). Give its own base with --base")
+        raise CheckpointError(
+            f"{folder.name}: this adapter was trained over another base (fingerprint {str(wanted)[:12]}, this one "
+            f"has {base_config(model).fingerprint[:12]}). Give its own base with --base"
+        )
 
 
 def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -209,12 +233,16 @@ def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r} does not exist")
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    model = reading(str(path), AutoModelForCausalLM.from_pretrained, str(path.parent), gguf_file=path.name, dtype=wanted)
-    return model.eval().to(device), reading(str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name)
+    model = reading(
+        str(path), AutoModelForCausalLM.from_pretrained, str(path.parent), gguf_file=path.name, dtype=wanted
+    )
+    return model.eval().to(device), reading(
+        str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name
+    )
 
 
 def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping[str, Any]) -> None:
-    """Write a quantized model: transformers' files, the tokenizer, a model card, and `quadapt.json` with digests of every tensor.
+    """Write a quantized model: transformers' files, tokenizer, model card, and `quadapt.json` with all digests.
 
     The folder should be one in the making, see `Workspace`.
     """
@@ -227,8 +255,10 @@ def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping
 
 
 def _card(config: QuadaptConfig, note: Mapping[str, Any]) -> str:
+    about = {key: note[key] for key in ("made", "bits_per_weight") if key in note}
     formats = ", ".join(sorted({layout.format.name for layout in config.layouts.values()}))
-    return (f"---\nlibrary_name: quadapt\ntags: [quantized, quadapt]\n---\n\n# A quantized model ({formats})\n\n"
-            "Written by [quadapt](https://pypi.org/project/quadapt). Load it with `quadapt.load(folder)`, or with transformers "
-            "after `import quadapt`; without that import transformers cannot read the weights.\n\n"
-            f"```json\n{json.dumps({key: note[key] for key in ('made', 'bits_per_weight') if key in note}, indent=2)}\n```\n")
+    return (
+        f"---\nlibrary_name: quadapt\ntags: [quantized, quadapt]\n---\n\n# A quantized model ({formats})\n\n"
+        "Written by quadapt. Load it with `quadapt.load(folder)`, or with transformers after `import quadapt`; without "
+        f"that import transformers cannot read the weights.\n\n```json\n{json.dumps(about, indent=2)}\n```\n"
+    )

@@ -1,4 +1,4 @@
-"""Run code when a module gets imported, so that `import quadapt` need not import transformers and PEFT (five to ten seconds)."""
+"""Run code when a module gets imported, so that `import quadapt` need not import transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class _Finder(MetaPathFinder):
 
     _searching: ClassVar[set[str]] = set()
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in _waiting or fullname in self._searching:  # the search below comes through here again
             return None
         self._searching.add(fullname)
@@ -42,7 +44,7 @@ class _Finder(MetaPathFinder):
 
 
 class _ThenCall(Loader):
-    """A loader that calls the action once the module has run. (A spec may also be looked up and never loaded.)"""
+    """A loader that calls the action once the module has run; a spec may also be looked up and never loaded."""
 
     def __init__(self, loader: Loader, name: str) -> None:
         self._loader, self._name = loader, name

@@ -1,8 +1,8 @@
 """Merge adapters into a quantized model, and certify what the merge did.
 
 * **exact**: trained in the merged form, and the logits on the probe are equal bit for bit in the named dtype.
-* **equivalent**: the adapter was a side branch; the merge rounds its offsets, and the certificate says how much of what the adapter
-  does was lost.
+* **equivalent**: the adapter was a side branch; the merge rounds its offsets, and the certificate says how much of what
+  the adapter does was lost.
 * **lossy**: the adapted weights were quantized anew, by name (`requantize`).
 """
 
@@ -19,7 +19,7 @@ from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.model.quantize import Plan, quantize_layer, quantize_model
+from quadapt.model.quantize import Plan, quantize_layer, quantize_model, quantized_layers
 from quadapt.quant.rounding import Rounding
 from quadapt.quant.weight import QuantWeight
 
@@ -57,7 +57,8 @@ class Certificate:
     """Whether all logits are equal bit for bit."""
 
     effect_lost: float
-    """`||merged - adapted|| / ||adapted - base||` over the logits: the share of what the adapter does that the merge lost."""
+    """`||merged - adapted|| / ||adapted - base||` over the logits: the share of what the adapter does that the merge
+    lost."""
 
     kl: float
     """Mean KL divergence of the merged model's predictions from the adapted one's, in nats."""
@@ -80,9 +81,11 @@ class Certificate:
 
     def __str__(self) -> str:
         worst = max(self.layers, key=lambda layer: layer.difference)
-        return (f"{self.verdict}: {'logits bit-equal' if self.logits_equal else f'{self.effect_lost:.2%} of the effect lost'} in "
-                f"{self.dtype} on {self.probe}; largest weight difference {worst.difference:.2g} steps, "
-                f"{sum(layer.codes_changed for layer in self.layers)} codes changed, KL {self.kl:.1e}")
+        lost = "logits bit-equal" if self.logits_equal else f"{self.effect_lost:.2%} of the effect lost"
+        return (
+            f"{self.verdict}: {lost} in {self.dtype} on {self.probe}; largest weight difference {worst.difference:.2g} "
+            f"steps, {sum(layer.codes_changed for layer in self.layers)} codes changed, KL {self.kl:.1e}"
+        )
 
 
 def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> Tensor:
@@ -90,8 +93,15 @@ def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> T
     return torch.randint(0, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
 
 
-def merge(model: nn.Module, *, probe: Tensor | None = None, probe_name: str = "", requantize: Rounding | None = None,
-          batches: Sequence[Tensor] = (), progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> tuple[nn.Module, Certificate]:
+def merge(
+    model: Any,
+    *,
+    probe: Tensor | None = None,
+    probe_name: str = "",
+    requantize: Rounding | None = None,
+    batches: Sequence[Tensor] = (),
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> tuple[nn.Module, Certificate]:
     """Merge all active adapters of a PEFT model into its quantized base.
 
     Args:
@@ -127,7 +137,7 @@ def merge(model: nn.Module, *, probe: Tensor | None = None, probe_name: str = ""
         with locate(name), torch.no_grad():
             weights[name], row = _merge_layer(name, layers[name], requantize)
         rows.append(row)
-    merged = model.unload()  # type: ignore[operator]
+    merged = model.unload()
     if requantize is not None and requantize.needs:
         rows = _round_again(merged, layers, requantize, batches)
     made = {**config.made, "merge": "requantized" if requantize else "exact" if exact else "equivalent"}
@@ -142,10 +152,14 @@ def _check_mergeable(layers: dict[str, QuantLoraLinear]) -> None:
     for name, layer in layers.items():
         for active in layer.active_adapters:
             if layer.lora_bias[active]:
-                raise MergeError(f"{name}: the adapter {active!r} has a bias. Only adapters without one (lora_bias=False) merge")
+                raise MergeError(
+                    f"{name}: the adapter {active!r} has a bias. Only adapters without one (lora_bias=False) merge"
+                )
             if layer.adapters[active].exactness == "none":
                 with locate(name):
-                    layer.adapters[active].merge(layer.quant.quant_weight, *layer.factors(active), layer.scaling[active])
+                    layer.adapters[active].merge(
+                        layer.quant.quant_weight, *layer.factors(active), layer.scaling[active]
+                    )
 
 
 def _merge_layer(name: str, layer: QuantLoraLinear, requantize: Rounding | None) -> tuple[QuantWeight, MergedLayer]:
@@ -183,8 +197,9 @@ def _difference(name: str, base: QuantWeight, merged: QuantWeight, adapted: Tens
     return MergedLayer(name=name, difference=difference, codes_changed=int((merged.codes() != base.codes()).sum()))
 
 
-def _round_again(model: nn.Module, layers: dict[str, QuantLoraLinear], rounding: Rounding,
-                 batches: Sequence[Tensor]) -> list[MergedLayer]:
+def _round_again(
+    model: nn.Module, layers: dict[str, QuantLoraLinear], rounding: Rounding, batches: Sequence[Tensor]
+) -> list[MergedLayer]:
     """Requantize with a rounding that must see the model run: every layer dense first, then block by block."""
     bases = {name: layer.quant.quant_weight for name, layer in layers.items()}
     adapted = {name: dense_adapted(layer).detach() for name, layer in layers.items()}
@@ -197,11 +212,15 @@ def _round_again(model: nn.Module, layers: dict[str, QuantLoraLinear], rounding:
         model.set_submodule(name, linear)
         linears[name] = linear
     first = next(iter(bases.values())).layout
-    plan = Plan(format=first.format, storage=first.storage, rounding=rounding,
-                layers={name: (weight.format, weight.layout.storage) for name, weight in bases.items()})
+    plan = Plan(
+        format=first.format,
+        storage=first.storage,
+        rounding=rounding,
+        layers={name: (weight.format, weight.layout.storage) for name, weight in bases.items()},
+    )
     quantize_model(model, linears, plan, batches=batches)
-    return [_difference(name, base, model.get_submodule(name).quant_weight, adapted[name])  # type: ignore[union-attr, arg-type]
-            for name, base in bases.items()]
+    again = quantized_layers(model)
+    return [_difference(name, base, again[name].quant_weight, adapted[name]) for name, base in bases.items()]
 
 
 @torch.no_grad()
@@ -211,19 +230,35 @@ def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _compare(adapted: Tensor, merged: Tensor, base: Tensor, probe: Tensor, *, verdict: Verdict,  # noqa: PLR0913
-             probe_name: str, rows: list[MergedLayer]) -> Certificate:
+def _compare(
+    adapted: Tensor,
+    merged: Tensor,
+    base: Tensor,
+    probe: Tensor,
+    *,
+    verdict: Verdict,
+    probe_name: str,
+    rows: list[MergedLayer],
+) -> Certificate:
     if not bool(torch.isfinite(adapted).all()):
-        raise ConfigError("the adapted model gives NaN or infinite logits on the probe. Training diverged; lower the learning rate")
+        raise ConfigError(
+            "the adapted model gives NaN or infinite logits on the probe. Training diverged; lower the learning rate"
+        )
     effect = float((adapted - base).float().norm())
     lost = float((merged - adapted).float().norm())
     before, after = adapted.float().log_softmax(-1), merged.float().log_softmax(-1)
     return Certificate(
-        verdict=verdict, dtype=str(adapted.dtype).removeprefix("torch."), probe=probe_name,
-        logits_equal=bool(torch.equal(adapted, merged)), effect_lost=lost / effect if effect else float(lost > 0),
+        verdict=verdict,
+        dtype=str(adapted.dtype).removeprefix("torch."),
+        probe=probe_name,
+        logits_equal=bool(torch.equal(adapted, merged)),
+        effect_lost=lost / effect if effect else float(lost > 0),
         kl=max(0.0, float((before.exp() * (before - after)).sum(-1).mean())),
         argmax_changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
-        perplexity_before=_perplexity(before, probe), perplexity_after=_perplexity(after, probe), layers=tuple(rows))
+        perplexity_before=_perplexity(before, probe),
+        perplexity_after=_perplexity(after, probe),
+        layers=tuple(rows),
+    )
 
 
 def _perplexity(log_probabilities: Tensor, probe: Tensor) -> float:

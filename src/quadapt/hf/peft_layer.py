@@ -1,8 +1,8 @@
 """The one PEFT layer: every adapter of ours, and stock LoRA, over a :class:`QuantLinear`.
 
-PEFT sees an ordinary LoRA adapter (`peft_type` is LORA), so saving, loading, `load_adapter` and resuming are its own. Which adapter
-of ours it is, with its settings and the fingerprint of its base, stands in `adapter_config.json` under `auto_mapping`, the one
-field that PEFT keeps without reading it (as long as `task_type` is set).
+PEFT sees an ordinary LoRA adapter (`peft_type` is LORA), so saving, loading, `load_adapter` and resuming are its own.
+Which adapter of ours it is, with its settings and the fingerprint of its base, stands in `adapter_config.json` under
+`auto_mapping`, the one field that PEFT keeps without reading it (as long as `task_type` is set).
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ KEY = "quadapt"
 """Key of our entry in `auto_mapping`."""
 
 
-def lora_config(adapter: Adapter, *, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | str = "all-linear",
-                base_fingerprint: str = "") -> LoraConfig:
+def lora_config(
+    adapter: Adapter,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: list[str] | str = "all-linear",
+    base_fingerprint: str = "",
+) -> LoraConfig:
     """A PEFT config for one of our adapters.
 
     Args:
@@ -41,8 +48,14 @@ def lora_config(adapter: Adapter, *, rank: int, alpha: float, dropout: float = 0
         target_modules: As in PEFT.
         base_fingerprint: Of the quantized base; merging into another is refused.
     """
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM",
-                      auto_mapping={KEY: {**adapter.identity(), "base_fingerprint": base_fingerprint}})
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+        auto_mapping={KEY: {**adapter.identity(), "base_fingerprint": base_fingerprint}},
+    )
 
 
 def identity_of(config: LoraConfig) -> dict[str, Any]:
@@ -56,21 +69,26 @@ def adapter_of(config: LoraConfig) -> Adapter:
     Raises:
         ConfigError: It asks for a variant of LoRA that has no meaning over codes.
     """
-    for option, advice in (("use_dora", "DoRA rescales the dense weight"), ("use_qalora", "use quadapt's qa-lora, which merges"),
-                           ("alora_invocation_tokens", "activated LoRA is not supported")):
+    for option, advice in (
+        ("use_dora", "DoRA rescales the dense weight"),
+        ("use_qalora", "use quadapt's qa-lora, which merges"),
+        ("alora_invocation_tokens", "activated LoRA is not supported"),
+    ):
         if getattr(config, option, None):
             raise ConfigError(f"LoraConfig.{option}: {advice}. Leave it unset")
     if config.init_lora_weights not in (True, False, "gaussian", "eva"):
-        raise ConfigError(f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
-                          "layer no longer has. Use True or 'gaussian'")
+        raise ConfigError(
+            f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
+            "layer no longer has. Use True or 'gaussian'"
+        )
     return adapter_from({name: value for name, value in identity_of(config).items() if name != "base_fingerprint"})
 
 
-class QuantLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
+class QuantLoraLinear(nn.Module, LoraLayer):
     """Adapters over a quantized linear layer.
 
     Args:
-        base_layer: The quantized layer.
+        base_layer: The quantized layer (or PEFT's layer over one).
         adapter_name: PEFT's name of the first adapter.
         config: Its configuration.
         r: Its rank.
@@ -78,8 +96,15 @@ class QuantLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         kwargs: What PEFT passes on to `LoraLayer`.
     """
 
-    def __init__(self, base_layer: QuantLinear, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: float = 1,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: float = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
@@ -94,14 +119,15 @@ class QuantLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         with locate(kwargs.get("target_name") or "layer"):
             adapter.check(self.quant.layout, r, config.lora_dropout)
         self.adapters[adapter_name] = adapter
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]
         inputs = adapter.inputs(self.quant.layout)
+        A, B = self.factors(adapter_name)
         if inputs != self.in_features:
-            old = self.lora_A[adapter_name].weight
-            shape = nn.Linear(inputs, r, bias=False, device=old.device, dtype=old.dtype)
-            self.lora_A[adapter_name] = shape.requires_grad_(old.requires_grad)
-        if config.init_lora_weights is True and self.lora_A[adapter_name].weight.device.type != "meta":
-            adapter.reset(self.lora_A[adapter_name].weight.data, self.lora_B[adapter_name].weight.data)
+            pooled = nn.Linear(inputs, r, bias=False, device=A.device, dtype=A.dtype)
+            self.lora_A[adapter_name] = pooled.requires_grad_(A.requires_grad)
+            A = pooled.weight
+        if config.init_lora_weights is True and A.device.type != "meta":
+            adapter.reset(A.data, B.data)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter (PEFT's hook)."""
@@ -117,21 +143,29 @@ class QuantLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """`lora_A` and `lora_B` of an adapter."""
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        return self.lora_A[name].get_parameter("weight"), self.lora_B[name].get_parameter("weight")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with all active adapters."""
         self._check_forward_args(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
-            raise ConfigError("adapter_names: a batch that mixes adapters is not supported over quantized layers. "
-                              "Run one batch per adapter")
+            raise ConfigError(
+                "adapter_names: a batch that mixes adapters is not supported over quantized layers. "
+                "Run one batch per adapter"
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [] if self.disable_adapters or self.merged else [name for name in self.active_adapters if name in self.adapters]
+        active = (
+            []
+            if self.disable_adapters or self.merged
+            else [name for name in self.active_adapters if name in self.adapters]
+        )
         x = autocast(x)
         weight = self.quant.quant_weight
         inside = [name for name in active if self.adapters[name].merged_form]
-        move = MergedForm(tuple((self.adapters[name], float(self.scaling[name])) for name in inside)) if inside else None
+        move = (
+            MergedForm(tuple((self.adapters[name], float(self.scaling[name])) for name in inside)) if inside else None
+        )
         y = quant_matmul(x, weight, move, tuple(factor for name in inside for factor in self.factors(name)))
         for name in active:
             y = self.adapters[name].side(self.lora_dropout[name](x), y, weight, *self.factors(name), self.scaling[name])
@@ -172,7 +206,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make PEFT put our layer over quantized layers: one guarded wrapper, since PEFT has no public registry of layers."""
+    """Make PEFT put our layer over quantized ones: one guarded wrapper, since PEFT has no public registry of layers."""
     stock: Callable[..., nn.Module] = LoraModel._create_new_module
     if getattr(stock, "_quadapt", False):
         return
@@ -185,13 +219,17 @@ def register() -> None:
         return stock(lora_config, adapter_name, target, **kwargs)
 
     create._quadapt = True  # type: ignore[attr-defined]
-    LoraModel._create_new_module = staticmethod(create)
+    LoraModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, QuantLoraLinear]:
     """The layers of a model that carry adapters over a quantized weight, by their name in the base model."""
     prefix = "base_model.model."
-    return {name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, QuantLoraLinear)}
+    return {
+        name.removeprefix(prefix): module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLoraLinear)
+    }
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""transformers' side of the stored form: `AutoModelForCausalLM.from_pretrained` loads and saves quantized checkpoints."""
+"""The plug-in with which transformers loads and saves quantized checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import Layout
 
 
-class QuadaptQuantizer(HfQuantizer):  # type: ignore[misc]
+class QuadaptQuantizer(HfQuantizer):
     """Swaps linear layers for quantized ones before weights are loaded, and checks afterwards that all of them were."""
 
     quantization_config: QuadaptConfig
@@ -42,7 +42,7 @@ class QuadaptQuantizer(HfQuantizer):  # type: ignore[misc]
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, QuantLinear) and name == "weight"
 
-    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element, for `device_map="auto"`."""
         if self.param_needs_quantization(model, param_name):
             return float(self.quantization_config.bits) / 8
@@ -52,19 +52,25 @@ class QuadaptQuantizer(HfQuantizer):  # type: ignore[misc]
         """How a float weight is quantized on loading."""
         return _QuantizeOnLoading(self.quantization_config)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
             selection = select(model, skip=config.skip)
             self._left = selection.left
             for name, linear in selection.chosen.items():
-                self._swap(model, name, config.plan().layout(name, linear.out_features, linear.in_features), dtype, wish=True)
+                self._swap(
+                    model, name, config.plan().layout(name, linear.out_features, linear.in_features), dtype, wish=True
+                )
             return
         for name, layout in config.layouts.items():
             linear = _linear(model, name)
             if (linear.out_features, linear.in_features) != (layout.out, layout.columns):
-                raise CheckpointError(f"{name}: is {linear.out_features} x {linear.in_features} in the model, {layout.out} x "
-                                      f"{layout.columns} in quantization_config. config.json belongs to another model")
+                raise CheckpointError(
+                    f"{name}: is {linear.out_features} x {linear.in_features} in the model, {layout.out} x "
+                    f"{layout.columns} in quantization_config. config.json belongs to another model"
+                )
             self._swap(model, name, layout, dtype, wish=False)
 
     def _swap(self, model: nn.Module, name: str, layout: Layout, dtype: torch.dtype | None, *, wish: bool) -> None:
@@ -79,8 +85,10 @@ class QuadaptQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in layers.items():
             for tensor_name in layer.layout.shapes:
                 if not getattr(layer.get_parameter(tensor_name), "_is_hf_initialized", False):
-                    raise CheckpointError(f"{name}.{tensor_name}: is not in the checkpoint. The download is incomplete, "
-                                          "or config.json belongs to another model")
+                    raise CheckpointError(
+                        f"{name}.{tensor_name}: is not in the checkpoint. The download is incomplete, "
+                        "or config.json belongs to another model"
+                    )
             for parameter in layer.parameters():
                 parameter.requires_grad_(False)  # the loader makes float tensors trainable
         if not self.pre_quantized:
@@ -97,11 +105,12 @@ class QuadaptQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-class _QuantizeOnLoading(ConversionOps):  # type: ignore[misc]
+class _QuantizeOnLoading(ConversionOps):
     def __init__(self, config: QuadaptConfig) -> None:
         self.config = config
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        full_layer_name, model = kwargs["full_layer_name"], kwargs["model"]
         weight = next(iter(input_dict.values()))
         weight = weight[0] if isinstance(weight, list) else weight
         name = full_layer_name.rpartition(".")[0]
@@ -120,20 +129,26 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):
-        raise CheckpointError(f"{name}: the checkpoint says that this layer is quantized, but {type(model).__name__} has no linear "
-                              "layer of that name. config.json belongs to another model")
+        raise CheckpointError(
+            f"{name}: the checkpoint says that this layer is quantized, but {type(model).__name__} has no linear "
+            "layer of that name. config.json belongs to another model"
+        )
     return module
 
 
-def adopt(model: nn.Module, *, left: Mapping[str, str], made: Mapping[str, Any]) -> nn.Module:
-    """Make a model whose layers have been quantized in place known to transformers as quantized, so that it saves as such."""
+def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> Any:
+    """Make a model that was quantized in place known to transformers as quantized, so that it saves as such."""
     weights = {name: layer.quant_weight for name, layer in quantized_layers(model).items()}
-    config = QuadaptConfig.of({name: weight.layout for name, weight in weights.items()}, left=left, made=made,
-                              fingerprint=fingerprint(weights))
-    model.hf_quantizer = QuadaptQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
-    model.config.quantization_config = config  # type: ignore[union-attr, assignment]
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    config = QuadaptConfig.of(
+        {name: weight.layout for name, weight in weights.items()},
+        left=left,
+        made=made,
+        fingerprint=fingerprint(weights),
+    )
+    model.hf_quantizer = QuadaptQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
     return model
 
 

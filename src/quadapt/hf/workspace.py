@@ -1,7 +1,8 @@
 """Write folders all or nothing, and go on where an interrupted run stopped.
 
-Work happens in `OUTPUT.partial`. A file there, `job.json`, says which job it belongs to: the same command finds it and goes on, another
-one starts over and says so. The finished folder is renamed to `OUTPUT`, so that `OUTPUT` is complete whenever it exists.
+Work happens in `OUTPUT.partial`. A file there, `job.json`, says which job it belongs to: the same command finds it and
+goes on, another one starts over and says so. The finished folder is renamed to `OUTPUT`, so that `OUTPUT` is complete
+whenever it exists.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Workspace:
 
     Args:
         output: Its final name.
-        job: What is being made, as JSON: settings and the identity of inputs. Decides whether an interrupted run is gone on with.
+        job: What is being made, as JSON: settings and the identity of inputs. Decides whether an interrupted run is
+            gone on with.
         overwrite: Replace a finished `output` once the new one is complete.
         needs: Bytes that the job will write.
 
@@ -54,7 +56,9 @@ class Workspace:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"output={str(output)!r} cannot be written ({error.strerror}). Use another --output") from error
+            raise ConfigError(
+                f"output={str(output)!r} cannot be written ({error.strerror}). Use another --output"
+            ) from error
         self._lock()
         self.resumed = self._resume()
 
@@ -64,7 +68,9 @@ class Workspace:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock_file.close()
-            raise ConfigError(f"another quadapt is writing {str(self.output)!r}. Wait for it, or use another --output") from error
+            raise ConfigError(
+                f"another quadapt is writing {str(self.output)!r}. Wait for it, or use another --output"
+            ) from error
 
     def _resume(self) -> bool:
         """Whether what lies in the folder belongs to this job; if not, it is removed."""
@@ -94,10 +100,16 @@ class Workspace:
     def __enter__(self) -> Workspace:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Release the folder. After an error it stays as it is, for the next run, unless nothing was done in it."""
         self._lock_file.close()
-        if kind is not None and self.path.is_dir() and {item.name for item in self.path.iterdir()} <= {"job.json", ".lock"}:
+        if (
+            kind is not None
+            and self.path.is_dir()
+            and {item.name for item in self.path.iterdir()} <= {"job.json", ".lock"}
+        ):
             remove(self.path)
 
 
@@ -107,8 +119,10 @@ def check_disk(folder: Path, needs: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needs > free:
-        raise ResourceError(f"{str(folder)!r} has {free / 1e9:.2f} GB free, the output needs {needs / 1e9:.2f} GB. "
-                            "Free some space, or use --output on another disk")
+        raise ResourceError(
+            f"{str(folder)!r} has {free / 1e9:.2f} GB free, the output needs {needs / 1e9:.2f} GB. "
+            "Free some space, or use --output on another disk"
+        )
 
 
 def remove(path: Path) -> None:

@@ -38,10 +38,20 @@ def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> Pef
     recipe = chosen.recipe
     wasted = [name for name in names if recipe.rank > chosen.adapter.inputs(layers[name].layout)]
     if wasted and not on_meta:
-        log.warning("rank %d is more than the %d inputs of the adapter at %s%s: the rest of the rank is wasted", recipe.rank,
-                    chosen.adapter.inputs(layers[wasted[0]].layout), wasted[0],
-                    f" and {len(wasted) - 1} more" if len(wasted) > 1 else "")
+        log.warning(
+            "rank %d is more than the %d inputs of the adapter at %s%s: the rest of the rank is wasted",
+            recipe.rank,
+            chosen.adapter.inputs(layers[wasted[0]].layout),
+            wasted[0],
+            f" and {len(wasted) - 1} more" if len(wasted) > 1 else "",
+        )
     fingerprint = "" if on_meta else base_config(model).fingerprint
-    settings = lora_config(chosen.adapter, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, target_modules=names,
-                           base_fingerprint=fingerprint)
-    return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)  # type: ignore[arg-type, return-value]
+    settings = lora_config(
+        chosen.adapter,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
+        dropout=recipe.dropout,
+        target_modules=names,
+        base_fingerprint=fingerprint,
+    )
+    return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)

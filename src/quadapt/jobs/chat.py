@@ -17,15 +17,23 @@ from quadapt.report.ui import UI
 
 def chat(config: ChatConfig, ui: UI) -> dict[str, Any]:
     """Run the command: answer one prompt, or keep asking until the input ends."""
-    model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), base=config.base,
-                            trust_remote_code=config.trust_remote_code)
+    model, tokenizer = load(
+        config.model,
+        dtype=config.dtype,
+        device=device_of(config),
+        base=config.base,
+        trust_remote_code=config.trust_remote_code,
+    )
     torch.manual_seed(config.seed)
     history: list[dict[str, str]] = []
     if config.prompt is not None:
         said = answer(model, tokenizer, config, config.prompt, history)
         ui.show(said)
         return {"prompt": config.prompt, "answer": said}
-    ui.say("an empty line or Ctrl-D ends" + ("" if tokenizer.chat_template else "; the model has no chat template and continues your text"))
+    ui.say(
+        "an empty line or Ctrl-D ends"
+        + ("" if tokenizer.chat_template else "; the model has no chat template and continues your text")
+    )
     while True:
         try:
             prompt = input("> ")
@@ -46,17 +54,25 @@ def answer(model: nn.Module, tokenizer: Any, config: ChatConfig, prompt: str, hi
     """
     if tokenizer.chat_template:
         turns = [*history, {"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
     else:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     room = context_of(model.config) - ids.shape[1]
     if room < 1:
-        raise DataError(f"the prompt has {ids.shape[1]} tokens, the model's context {context_of(model.config)}. Shorten it")
+        raise DataError(
+            f"the prompt has {ids.shape[1]} tokens, the model's context {context_of(model.config)}. Shorten it"
+        )
     sampled = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
     device = next(model.parameters()).device
     output = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device), max_new_tokens=min(config.max_new_tokens, room),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id, **sampled)
-    said = str(tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True))
+        input_ids=ids.to(device),
+        attention_mask=torch.ones_like(ids).to(device),
+        max_new_tokens=min(config.max_new_tokens, room),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampled,
+    )
+    said = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": said}]
     return said

@@ -49,7 +49,7 @@ class Sketch:
         return memory.parameter_bytes(self.model)
 
 
-def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, ui: UI, *, target_modules: Sequence[str] = ()) -> Sketch:
+def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modules: Sequence[str] = ()) -> Sketch:
     """The model that `config` would make of `name`, or the one that lies there, if it is quantized.
 
     Raises:
@@ -60,7 +60,9 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, ui: UI, *, tar
     about = model_config(name, trust_remote_code=machine.trust_remote_code)
     quantized = getattr(about, "quantization_config", None)
     if isinstance(quantized, dict) and quantized.get("quant_method") != "quadapt":
-        raise CheckpointError(f"{name!r} is quantized already, by {quantized.get('quant_method')}. Give the dense model")
+        raise CheckpointError(
+            f"{name!r} is quantized already, by {quantized.get('quant_method')}. Give the dense model"
+        )
     stored = getattr(about, "dtype", None)
     dtype = stored if machine.dtype == "auto" else getattr(torch, machine.dtype)
     if quantized is not None:
@@ -85,22 +87,29 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, ui: UI, *, tar
 
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     """`quantize --dry-run`."""
-    found = sketch(config.model, config, ui, target_modules=config.target_modules)
+    found = sketch(config.model, config, target_modules=config.target_modules)
     plan, device = config.plan(), device_of(config)
-    work = memory.quantizing_bytes(found.largest, max(layout.columns for layout in found.layouts.values()),
-                                   calibrated=plan.needs_data)
+    work = memory.quantizing_bytes(
+        found.largest, max(layout.columns for layout in found.layouts.values()), calibrated=plan.needs_data
+    )
     hidden = 0
     if plan.needs_data:
         length = config.calibration_length or min(found.context, 2048)
         hidden = memory.step_bytes(found.model, 8, length, trains=False)
-    source = sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors")) if Path(config.model).is_dir() else 0
-    estimate = MemoryEstimate(libraries=memory.library_bytes(device), weights=source + found.bytes_on_disk, adapters=0, step=work + hidden)
+    source = (
+        sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors"))
+        if Path(config.model).is_dir()
+        else 0
+    )
+    estimate = MemoryEstimate(
+        libraries=memory.library_bytes(device), weights=source + found.bytes_on_disk, adapters=0, step=work + hidden
+    )
     return show(found, estimate, ui)
 
 
 def tune(config: TuneConfig, ui: UI, *, seq_len: int) -> dict[str, Any]:
     """`tune --dry-run`."""
-    found = sketch(config.model, config, ui)
+    found = sketch(config.model, config)
     return show(found, tuning(config, found, seq_len=seq_len), ui)
 
 
@@ -114,8 +123,9 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int) -> MemoryEstimate
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     step = memory.step_bytes(model, config.batch_size, seq_len)
-    return MemoryEstimate(libraries=memory.library_bytes(device), weights=weights, adapters=4 * trainable,
-                          step=memory.held(step, device))
+    return MemoryEstimate(
+        libraries=memory.library_bytes(device), weights=weights, adapters=4 * trainable, step=memory.held(step, device)
+    )
 
 
 def check_fits(estimate: MemoryEstimate, device: str, ui: UI) -> None:
@@ -123,23 +133,46 @@ def check_fits(estimate: MemoryEstimate, device: str, ui: UI) -> None:
     total, available = memory.machine_bytes(device)
     advice = "Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits"
     if estimate.total > total:
-        raise ResourceError(f"about {estimate.total / 1e9:.1f} GB of memory are needed, {device} has {total / 1e9:.1f} GB. {advice}")
+        raise ResourceError(
+            f"about {estimate.total / 1e9:.1f} GB of memory are needed, {device} has {total / 1e9:.1f} GB. {advice}"
+        )
     if estimate.total > available:
-        ui.say(f"warning: about {estimate.total / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free. {advice}")
+        ui.say(
+            f"warning: about {estimate.total / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free. "
+            f"{advice}"
+        )
 
 
 def show(found: Sketch, estimate: MemoryEstimate, ui: UI) -> dict[str, Any]:
     """Print a dry run."""
     from quadapt.jobs.quantize import show_left
 
-    rows = [LayerRow(name=name, out=layout.out, columns=layout.columns, format=layout.format.name,
-                     bits_per_weight=layout.bits_per_weight, error=0, seconds=0) for name, layout in found.layouts.items()]
-    ui.table("layers", ("layer", "shape", "format", "bits"),
-             [(row.name, f"{row.out} x {row.columns}", row.format, f"{row.bits_per_weight:.3f}") for row in rows])
+    rows = [
+        LayerRow(
+            name=name,
+            out=layout.out,
+            columns=layout.columns,
+            format=layout.format.name,
+            bits_per_weight=layout.bits_per_weight,
+            error=0,
+            seconds=0,
+        )
+        for name, layout in found.layouts.items()
+    ]
+    ui.table(
+        "layers",
+        ("layer", "shape", "format", "bits"),
+        [(row.name, f"{row.out} x {row.columns}", row.format, f"{row.bits_per_weight:.3f}") for row in rows],
+    )
     show_left(found.left, ui)
     bits = bits_of(list(found.layouts.values()))
     ui.show(f"{bits:.3f} true bits per quantized weight, {found.bytes_on_disk / 1e6:.1f} MB on disk")
     parts = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in estimate.as_dict().items() if name != "total")
     ui.show(f"estimated peak memory {estimate.total / 1e6:.0f} MB ({parts})")
-    return {"layers": {row.name: row.format for row in rows}, "left": dict(found.left), "bits_per_weight": bits,
-            "memory": estimate.as_dict(), "file_bytes": found.bytes_on_disk}
+    return {
+        "layers": {row.name: row.format for row in rows},
+        "left": dict(found.left),
+        "bits_per_weight": bits,
+        "memory": estimate.as_dict(),
+        "file_bytes": found.bytes_on_disk,
+    }

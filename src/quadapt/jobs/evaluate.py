@@ -26,28 +26,51 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
     rows = held_out(config.data)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
-    model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), base=config.base,
-                            trust_remote_code=config.trust_remote_code)
+    model, tokenizer = load(
+        config.model,
+        dtype=config.dtype,
+        device=device_of(config),
+        base=config.base,
+        trust_remote_code=config.trust_remote_code,
+    )
     context = config.context or min(context_of(model.config), MOST_CONTEXT)
 
     def bar(label: str) -> Any:
         return lambda batches: ui.over(label, batches)
 
-    found = perplexity(model, tokenizer, rows, context=context, stride=config.stride, batch=config.batch_size,
-                       progress=bar("perplexity"))
+    found = perplexity(
+        model,
+        tokenizer,
+        rows,
+        context=context,
+        stride=config.stride,
+        batch=config.batch_size,
+        progress=bar("perplexity"),
+    )
     result: dict[str, Any] = {"model": config.model, "data": config.data, "perplexity": asdict(found)}
-    ui.show(f"perplexity {found.perplexity:.4f} (loss {found.loss:.4f} nats per token, {found.tokens:,} tokens counted, context "
-            f"{found.context}, stride {found.stride})")
+    ui.show(
+        f"perplexity {found.perplexity:.4f} (loss {found.loss:.4f} nats per token, {found.tokens:,} tokens counted, "
+        f"context {found.context}, stride {found.stride})"
+    )
     if rows.kind == "prompt-completion":
-        match = exact_match(model, tokenizer, rows, max_new_tokens=config.max_new_tokens, batch=4 * config.batch_size,
-                            samples=config.samples, progress=bar("answers"))
+        match = exact_match(
+            model,
+            tokenizer,
+            rows,
+            max_new_tokens=config.max_new_tokens,
+            batch=4 * config.batch_size,
+            samples=config.samples,
+            progress=bar("answers"),
+        )
         result["exact_match"] = asdict(match)
         ui.show(f"exact match {match.accuracy:.1%} ({match.correct} of {match.count})")
         _show_samples(ui, [(sample.prompt, sample.answer, sample.expected) for sample in match.samples])
     elif config.samples:
         prompts = _openings(rows, config.samples)
         answers = generate_samples(model, tokenizer, prompts, max_new_tokens=min(config.max_new_tokens, context // 2))
-        result["samples"] = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+        result["samples"] = [
+            {"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         _show_samples(ui, [(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)])
     if config.output:
         write_json(Path(config.output), result)
@@ -66,4 +89,7 @@ def _openings(rows: Rows, count: int) -> list[str]:
 
 def _show_samples(ui: UI, samples: Sequence[tuple[str, str, str | None]]) -> None:
     for prompt, answer, expected in samples:
-        ui.show(f"\n> {prompt.strip()[-300:]}\n{answer.strip()}" + (f"   (right: {expected.strip()})" if expected is not None else ""))
+        ui.show(
+            f"\n> {prompt.strip()[-300:]}\n{answer.strip()}"
+            + (f"   (right: {expected.strip()})" if expected is not None else "")
+        )

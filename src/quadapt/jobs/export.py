@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from torch import nn
 
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError
+from quadapt.export import dense, gguf, gguf_lora, lora
+from quadapt.export.report import ExportReport
 from quadapt.hf.folder import Folder, find_base, load, open_folder
 from quadapt.hf.merge import dense_adapted
 from quadapt.hf.merge import merge as merge_model
@@ -25,38 +29,20 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, or the format cannot hold it; see the message.
     """
-    from quadapt.export import dense, gguf, gguf_lora, lora
-
     folder, output = open_folder(config.model), Path(config.output)
-    if folder.kind == "model":
-        raise CheckpointError(f"{config.model!r} is a dense model. Quantize or tune it first")
-    if output.exists() and not config.overwrite:
-        raise ConfigError(f"output={config.output!r} exists. Use --overwrite to replace it, or another --output")
-    adapted = folder.kind == "adapter"
-    where = find_base(folder, config.base) if adapted else folder.name
-    weights = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
-    check_disk(output.parent, weights)
-    model, tokenizer = load_adapted(folder, where, config) if adapted else load(
-        config.model, dtype=config.dtype, device=device_of(config), trust_remote_code=config.trust_remote_code)
-    if config.format == "lora" and not adapted:
-        raise ConfigError(f"{config.model!r} has no adapter to export. Give the folder that tune wrote, or use --format hf")
-    model, beside = (model, None) if not adapted or config.format == "lora" else _settle(model, config, ui)
-    if config.overwrite and output.is_dir():
-        remove(output)
-
-    def bar(items: Any) -> Any:
-        return ui.over("exporting", items)
-
-    reports = []
-    if config.format == "lora":
-        reports.append(lora.export_lora(model, output, base=_dense_source(folder, where)))
-    elif config.format == "hf":
-        dtype: Any = "bfloat16" if config.dtype == "auto" else config.dtype
-        reports.append(dense.export_hf(model, tokenizer, output, dtype=dtype, progress=bar))
+    where = _check(config, folder, output)
+    if folder.kind == "adapter":
+        model, tokenizer = load_adapted(folder, where, config)
     else:
-        reports.append(gguf.export_gguf(model, tokenizer, output, dense=config.dense, name=output.stem, progress=bar))
-        if beside is not None:
-            reports.append(gguf_lora.export_gguf_lora(beside, output.with_name(f"{output.stem}-lora.gguf")))
+        code = config.trust_remote_code
+        model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), trust_remote_code=code)
+    beside = None
+    if folder.kind == "adapter" and config.format != "lora":
+        model, beside = _settle(model, config, ui)
+    source = str(folder.note.get("settings", {}).get("model", where))  # the dense model that the base was made from
+    reports = _write(config, output, model, tokenizer, source, ui)
+    if beside is not None:
+        reports.append(gguf_lora.export_gguf_lora(beside, output.with_name(f"{output.stem}-lora.gguf")))
     for report in reports:
         for note in report.notes:
             ui.show(note)
@@ -64,9 +50,42 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     return {"output": config.output, "reports": [report.as_dict() for report in reports]}
 
 
-def _settle(model: nn.Module, config: ExportConfig, ui: UI) -> tuple[nn.Module, nn.Module | None]:
+def _check(config: ExportConfig, folder: Folder, output: Path) -> str:
+    """Refuse what cannot be done before anything is loaded; where the quantized weights are."""
+    if folder.kind == "model":
+        raise CheckpointError(f"{config.model!r} is a dense model. Quantize or tune it first")
+    if config.format == "lora" and folder.kind != "adapter":
+        raise ConfigError(f"{config.model!r} is no adapter. Give the folder that tune wrote, or use --format hf")
+    if output.exists() and not config.overwrite:
+        raise ConfigError(f"output={config.output!r} exists. Use --overwrite to replace it, or another --output")
+    where = find_base(folder, config.base) if folder.kind == "adapter" else folder.name
+    check_disk(output.parent, sum(file.stat().st_size for file in Path(where).glob("*.safetensors")))
+    return where
+
+
+def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, source: str, ui: UI) -> list[ExportReport]:
+    """Write beside the output; what is there is replaced once the new file or folder is whole."""
+
+    def bar(items: Any) -> Any:
+        return ui.over("exporting", items)
+
+    if config.format == "gguf":
+        return [gguf.export_gguf(model, tokenizer, output, dense=config.dense, name=output.stem, progress=bar)]
+    new = output.with_name(f".{output.name}.new")
+    remove(new)
+    if config.format == "lora":
+        report = lora.export_lora(model, new, base=source)
+    else:
+        dtype: Any = "bfloat16" if config.dtype == "auto" else config.dtype
+        report = dense.export_hf(model, tokenizer, new, dtype=dtype, progress=bar)
+    remove(output)
+    os.rename(new, output)
+    return [replace(report, path=str(output))]
+
+
+def _settle(model: Any, config: ExportConfig, ui: UI) -> tuple[Any, Any]:
     """A model without adapters to export; and, where the adapter must stay beside it, the adapted model."""
-    mergeable = all(adapter_of(about).exactness != "none" for about in model.peft_config.values())  # type: ignore[union-attr, operator]
+    mergeable = all(adapter_of(about).exactness != "none" for about in model.peft_config.values())
     if mergeable:
         merged, certificate = merge_model(model)
         ui.say(f"merged first: {certificate}")
@@ -87,9 +106,4 @@ def _densified(model: nn.Module) -> nn.Module:
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
         plain.set_submodule(name, linear)
-    return plain  # type: ignore[no-any-return]
-
-
-def _dense_source(folder: Folder, where: str) -> str:
-    """The dense model that an adapter's base stands for, as far as is known."""
-    return str(folder.note.get("settings", {}).get("model", where))
+    return plain

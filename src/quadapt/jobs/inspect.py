@@ -24,22 +24,41 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
     if folder.kind == "adapter":
         return _adapter(folder, config, ui)
     if folder.kind == "model":
-        raise CheckpointError(f"{config.model!r} is a dense model, not written by quadapt. Give what quantize, tune or merge wrote")
+        raise CheckpointError(
+            f"{config.model!r} is a dense model, not written by quadapt. Give what quantize, tune or merge wrote"
+        )
     found = QuadaptConfig(**read_json(folder.path / "config.json")["quantization_config"])
     layouts = found.layouts
-    ui.show(f"{folder.name}: {len(layouts)} quantized layers, {bits_of(list(layouts.values())):.3f} true bits per weight, "
-            f"fingerprint {found.fingerprint[:12]}")
+    ui.show(
+        f"{folder.name}: {len(layouts)} quantized layers, {bits_of(list(layouts.values())):.3f} true bits per weight, "
+        f"fingerprint {found.fingerprint[:12]}"
+    )
     for name, value in found.made.items():
         ui.show(f"{name}: {value}")
     rows = [LayerRow(**row) for row in folder.note.get("rows", [])] or [
-        LayerRow(name=name, out=layout.out, columns=layout.columns, format=layout.format.name,
-                 bits_per_weight=layout.bits_per_weight, error=float("nan"), seconds=0) for name, layout in layouts.items()]
+        LayerRow(
+            name=name,
+            out=layout.out,
+            columns=layout.columns,
+            format=layout.format.name,
+            bits_per_weight=layout.bits_per_weight,
+            error=float("nan"),
+            seconds=0,
+        )
+        for name, layout in layouts.items()
+    ]
     show_rows(rows, ui, every=config.layers)
     show_left(found.left, ui)
     _show_certificate(folder, ui)
-    result = {"kind": folder.kind, "bits_per_weight": bits_of(list(layouts.values())), "fingerprint": found.fingerprint,
-              "made": found.made, "layers": {name: layout.format.name for name, layout in layouts.items()},
-              "left": found.left, "certificate": folder.note.get("certificate")}
+    result = {
+        "kind": folder.kind,
+        "bits_per_weight": bits_of(list(layouts.values())),
+        "fingerprint": found.fingerprint,
+        "made": found.made,
+        "layers": {name: layout.format.name for name, layout in layouts.items()},
+        "left": found.left,
+        "certificate": folder.note.get("certificate"),
+    }
     if config.verify:
         _verify(folder, found, ui)
         result["verified"] = True
@@ -49,8 +68,10 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
 def _verify(folder: Folder, found: QuadaptConfig, ui: UI) -> None:
     wrong = verify(folder.path, folder.note.get("digests", {}), found)
     if wrong:
-        raise CheckpointError(f"{folder.name}: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: "
-                              "not what was written. The certificate does not hold; write the folder again")
+        raise CheckpointError(
+            f"{folder.name}: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: "
+            "not what was written. The certificate does not hold; write the folder again"
+        )
     ui.show("verified: every tensor is what was written")
 
 
@@ -59,18 +80,28 @@ def _show_certificate(folder: Folder, ui: UI) -> None:
     if not certificate:
         return
     worst = max(certificate["layers"], key=lambda layer: layer["difference"])
-    ui.show(f"merge: {certificate['verdict']} in {certificate['dtype']} on {certificate['probe']}; effect lost "
-            f"{certificate['effect_lost']:.2%}, largest weight difference {worst['difference']:.2g} steps ({worst['name']}), codes changed "
-            f"{sum(layer['codes_changed'] for layer in certificate['layers'])}, KL {certificate['kl']:.1e}")
+    ui.show(
+        f"merge: {certificate['verdict']} in {certificate['dtype']} on {certificate['probe']}; effect lost "
+        f"{certificate['effect_lost']:.2%}, largest weight difference {worst['difference']:.2g} steps "
+        f"({worst['name']}), codes changed {sum(layer['codes_changed'] for layer in certificate['layers'])}, KL {certificate['kl']:.1e}"
+    )
 
 
 def _adapter(folder: Folder, config: InspectConfig, ui: UI) -> dict[str, Any]:
     if config.verify:
-        raise CheckpointError(f"{folder.name}: is an adapter; digests are kept for quantized and merged models. Merge it, then verify")
+        raise CheckpointError(
+            f"{folder.name}: is an adapter; digests are kept for quantized and merged models. Merge it, then verify"
+        )
     note = folder.note
-    ui.show(f"{folder.name}: a {note.get('adapter', {}).get('kind', 'PEFT')} adapter ({note.get('method', 'unknown method')}) over "
-            f"{find_base(folder)}")
+    ui.show(
+        f"{folder.name}: a {note.get('adapter', {}).get('kind', 'PEFT')} adapter "
+        f"({note.get('method', 'unknown method')}) over {find_base(folder)}"
+    )
     for name in ("adapter", "recipe", "bits", "steps", "final_loss", "eval_loss", "trainable_parameters"):
         if note.get(name) is not None:
             ui.show(f"{name}: {note[name]}")
-    return {"kind": "adapter", "base": find_base(folder), **{name: value for name, value in note.items() if name != "losses"}}
+    return {
+        "kind": "adapter",
+        "base": find_base(folder),
+        **{name: value for name, value in note.items() if name != "losses"},
+    }

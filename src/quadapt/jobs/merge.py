@@ -50,16 +50,27 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
         rounding = None
         if config.requantize:
             rounding = GPTQ(range=config.range) if config.rounding == "gptq" else Nearest(range=config.range)
-        batches = [] if rounding is None or not rounding.needs else _calibration(config, folder, tokenizer, context_of(model.config))
+        batches = (
+            []
+            if rounding is None or not rounding.needs
+            else _calibration(config, folder, tokenizer, context_of(model.config))
+        )
         merged, certificate = merge_model(
-            model, probe=probe, probe_name=name, requantize=rounding, batches=batches,
-            progress=lambda layers: ui.over("merging", layers))
+            model,
+            probe=probe,
+            probe_name=name,
+            requantize=rounding,
+            batches=batches,
+            progress=lambda layers: ui.over("merging", layers),
+        )
         note = _note(merged, certificate, folder, before)
         save_quantized(merged, tokenizer, space.path, note)
         space.commit()
     ui.show(str(certificate))
-    ui.show(f"{note['bits']['merged']:.3f} true bits per quantized weight after the merge, {before:.3f} before "
-            f"({note['bits']['with_adapter']:.3f} with the adapter)")
+    ui.show(
+        f"{note['bits']['merged']:.3f} true bits per quantized weight after the merge, {before:.3f} before "
+        f"({note['bits']['with_adapter']:.3f} with the adapter)"
+    )
     ui.say(f"wrote {config.output}. Next: quadapt export {config.output} --format gguf --output FILE")
     return {"output": config.output, **note}
 
@@ -116,6 +127,11 @@ def _calibration(config: MergeConfig, folder: Folder, tokenizer: Any, context: i
 def _note(merged: nn.Module, certificate: Certificate, folder: Folder, before: float) -> dict[str, Any]:
     layouts = list(base_config(merged).layouts.values())
     with_adapter = folder.note.get("bits", {}).get("with_adapter", float("nan"))
-    return {"made": dict(base_config(merged).made), "left": base_config(merged).left, "bits_per_weight": bits_of(layouts),
-            "bits": {"base": before, "with_adapter": with_adapter, "merged": bits_of(layouts)},
-            "certificate": certificate.as_dict(), "trained": {name: folder.note.get(name) for name in ("method", "recipe", "steps")}}
+    return {
+        "made": dict(base_config(merged).made),
+        "left": base_config(merged).left,
+        "bits_per_weight": bits_of(layouts),
+        "bits": {"base": before, "with_adapter": with_adapter, "merged": bits_of(layouts)},
+        "certificate": certificate.as_dict(),
+        "trained": {name: folder.note.get(name) for name in ("method", "recipe", "steps")},
+    }

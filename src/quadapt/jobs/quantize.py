@@ -36,25 +36,45 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     """
     folder, plan, device = dense_folder(config.model), config.plan(), device_of(config)
     if plan.needs_data and not config.calibration_data:
-        raise ConfigError("rounding='gptq' needs text to calibrate on. Give --calibration-data FILE, or use --rounding nearest")
+        raise ConfigError(
+            "rounding='gptq' needs text to calibrate on. Give --calibration-data FILE, or use --rounding nearest"
+        )
     if config.dry_run:
         return dry.quantize(config, ui)
-    sketch = dry.sketch(folder.name, config, ui, target_modules=config.target_modules)
+    sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
     job = job_of("quantize", config.model_dump(mode="json"), [config.model, config.calibration_data])
-    with (Workspace(Path(config.output), job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
-          measured_peak(device) as peak):
+    with (
+        Workspace(Path(config.output), job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
+        measured_peak(device) as peak,
+    ):
         if space.resumed:
             ui.say(f"going on with {space.path}")
-        summary = quantize_into(space.path, config, ui, target_modules=config.target_modules,
-                                calibration_data=config.calibration_data, device=device, seed=config.seed)
+        summary = quantize_into(
+            space.path,
+            config,
+            ui,
+            target_modules=config.target_modules,
+            calibration_data=config.calibration_data,
+            device=device,
+            seed=config.seed,
+        )
         summary["peak_memory"] = peak()
         space.commit("blocks")
     ui.say(f"wrote {config.output}")
     return {"output": config.output, **summary}
 
 
-def quantize_into(path: Path, config: Grid, ui: UI, *, target_modules: Sequence[str], calibration_data: str | None,  # noqa: PLR0913
-                  device: str, seed: int, most_length: int = MOST_CONTEXT) -> dict[str, Any]:
+def quantize_into(
+    path: Path,
+    config: Grid,
+    ui: UI,
+    *,
+    target_modules: Sequence[str],
+    calibration_data: str | None,
+    device: str,
+    seed: int,
+    most_length: int = MOST_CONTEXT,
+) -> dict[str, Any]:
     """Quantize `config.model` into a folder that exists, going on from the blocks that are finished in it.
 
     Args:
@@ -80,36 +100,56 @@ def quantize_into(path: Path, config: Grid, ui: UI, *, target_modules: Sequence[
     if plan.needs_data:
         assert calibration_data is not None
         length = config.calibration_length or min(context_of(model.config), most_length)
-        calibration = calibration_batches(read(calibration_data), tokenizer, length=length,
-                                          sequences=config.calibration_sequences, seed=seed)
+        calibration = calibration_batches(
+            read(calibration_data), tokenizer, length=length, sequences=config.calibration_sequences, seed=seed
+        )
         ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration_data}")
     batches = [batch.to(device) for batch in calibration.batches] if calibration else []
-    rows = quantize_model(model, selection.chosen, plan, batches=batches, keeper=BlockFiles(path / "blocks"),
-                          progress=lambda units: ui.over("quantizing", units))
+    rows = quantize_model(
+        model,
+        selection.chosen,
+        plan,
+        batches=batches,
+        keeper=BlockFiles(path / "blocks"),
+        progress=lambda units: ui.over("quantizing", units),
+    )
     if dtype != "auto":
         model.to(getattr(torch, dtype))
-    made = {"method": config.method, "rounding": _described(plan),  # type: ignore[attr-defined]
-            "source": str(Path(name).resolve()) if Path(name).exists() else name}
+    made = {
+        "method": config.method,
+        "rounding": _described(plan),
+        "source": str(Path(name).resolve()) if Path(name).exists() else name,
+    }
     if calibration:
-        made["calibration"] = {"data": calibration.source, "sequences": calibration.sequences, "length": calibration.length,
-                               "seed": seed}
+        made["calibration"] = {
+            "data": calibration.source,
+            "sequences": calibration.sequences,
+            "length": calibration.length,
+            "seed": seed,
+        }
     adopt(model, left=selection.left, made=made)
     return write_model(model, tokenizer, path, rows, made, ui)
 
 
-def write_model(model: nn.Module, tokenizer: Any, path: Path, rows: Sequence[LayerRow], made: Mapping[str, Any],  # noqa: PLR0913
-                ui: UI) -> dict[str, Any]:
+def write_model(
+    model: nn.Module, tokenizer: Any, path: Path, rows: Sequence[LayerRow], made: Mapping[str, Any], ui: UI
+) -> dict[str, Any]:
     """Save a quantized model with its report; show the report's summary."""
     layouts = base_config(model).layouts
-    summary = {"made": dict(made), "bits_per_weight": bits_of(list(layouts.values())), "layers": len(layouts),
-               "quantized_weights": sum(layout.out * layout.columns for layout in layouts.values()),
-               "left": base_config(model).left, "rows": [asdict(row) for row in rows]}
+    summary = {
+        "made": dict(made),
+        "bits_per_weight": bits_of(list(layouts.values())),
+        "layers": len(layouts),
+        "quantized_weights": sum(layout.out * layout.columns for layout in layouts.values()),
+        "left": base_config(model).left,
+        "rows": [asdict(row) for row in rows],
+    }
     save_quantized(model, tokenizer, path, summary)
-    summary["file_bytes"] = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     show_rows(rows, ui)
     show_left(base_config(model).left, ui)
-    ui.show(f"{summary['bits_per_weight']:.3f} true bits per quantized weight, {summary['file_bytes'] / 1e6:.2f} MB on disk")
-    return summary
+    ui.show(f"{summary['bits_per_weight']:.3f} true bits per quantized weight, {size / 1e6:.2f} MB on disk")
+    return {**summary, "file_bytes": size}
 
 
 def show_rows(rows: Sequence[LayerRow], ui: UI, *, every: bool = False) -> None:
@@ -118,10 +158,17 @@ def show_rows(rows: Sequence[LayerRow], ui: UI, *, every: bool = False) -> None:
     for row in rows:
         key = (row.name,) if every else (row.name.rpartition(".")[2], f"{row.out} x {row.columns}", row.format)
         kinds.setdefault(key, []).append(row)
-    table = [(f"{len(group)} x {group[0].name.rpartition('.')[2]}" if not every else group[0].name,
-              f"{group[0].out} x {group[0].columns}", group[0].format, f"{group[0].bits_per_weight:.3f}",
-              f"{sum(row.error for row in group) / len(group):.4f}", f"{sum(row.seconds for row in group):.1f}")
-             for group in kinds.values()]
+    table = [
+        (
+            f"{len(group)} x {group[0].name.rpartition('.')[2]}" if not every else group[0].name,
+            f"{group[0].out} x {group[0].columns}",
+            group[0].format,
+            f"{group[0].bits_per_weight:.3f}",
+            f"{sum(row.error for row in group) / len(group):.4f}",
+            f"{sum(row.seconds for row in group):.1f}",
+        )
+        for group in kinds.values()
+    ]
     ui.table("quantized", ("layer", "shape", "format", "bits", "error", "seconds"), table)
     for row in rows:
         if row.note:

@@ -34,22 +34,47 @@ def run(config: RunConfig, where: str, ui: UI) -> dict[str, Any]:
     settings.chosen_method()
     stages.append(("tune", settings, tune, folder / "adapter"))
     if config.merge is not None:
-        stages.append(("merge", checked(MergeConfig, {**config.merge, "adapter": adapter, "output": merged}, f"{where}: merge"), merge,
-                       folder / "merged"))
+        stages.append(
+            (
+                "merge",
+                checked(MergeConfig, {**config.merge, "adapter": adapter, "output": merged}, f"{where}: merge"),
+                merge,
+                folder / "merged",
+            )
+        )
     if config.eval is not None:
         output = folder / "eval.json"
-        stages.append(("eval", checked(EvalConfig, {**config.eval, "model": result, "output": str(output)}, f"{where}: eval"), evaluate,
-                       output))
+        stages.append(
+            (
+                "eval",
+                checked(EvalConfig, {**config.eval, "model": result, "output": str(output)}, f"{where}: eval"),
+                evaluate,
+                output,
+            )
+        )
     if config.export is not None:
         output = folder / SUFFIX.get(config.export.get("format", "gguf"), "export")
-        stages.append(("export", checked(ExportConfig, {**config.export, "model": result, "output": str(output)}, f"{where}: export"),
-                       export, output))
+        stages.append(
+            (
+                "export",
+                checked(ExportConfig, {**config.export, "model": result, "output": str(output)}, f"{where}: export"),
+                export,
+                output,
+            )
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return {name: _stage(name, settings, work, output, folder, config, ui) for name, settings, work, output in stages}
 
 
-def _stage(name: str, settings: Any, work: Callable[[Any, UI], dict[str, Any]], output: Path, folder: Path, config: RunConfig,  # noqa: PLR0913
-           ui: UI) -> dict[str, Any]:
+def _stage(
+    name: str,
+    settings: Any,
+    work: Callable[[Any, UI], dict[str, Any]],
+    output: Path,
+    folder: Path,
+    config: RunConfig,
+    ui: UI,
+) -> dict[str, Any]:
     """Do a stage, unless its output is there from the same settings and inputs."""
     stamp = folder / f"{name}.json" if output.name != f"{name}.json" else folder / f".{name}.json"
     inputs = [getattr(settings, field, None) for field in ("model", "adapter", "data", "eval_data", "calibration_data")]

@@ -42,14 +42,16 @@ def dense_folder(name: str) -> Folder:
     """
     folder = open_folder(name)
     if folder.kind == "quantized":
-        raise CheckpointError(f"{name!r} is quantized already. Give the dense model, or go on with it: quadapt tune {name}")
+        raise CheckpointError(
+            f"{name!r} is quantized already. Give the dense model, or go on with it: quadapt tune {name}"
+        )
     if folder.kind == "adapter":
         raise CheckpointError(f"{name!r} is an adapter. Merge it first: quadapt merge {name} --output FOLDER")
     return folder
 
 
 def model_config(name: str, *, trust_remote_code: bool) -> Any:
-    """transformers' configuration of a model.
+    """Transformers' configuration of a model.
 
     Raises:
         CheckpointError: There is none, or it is of a model that is not a causal language model, or comes with code.
@@ -64,8 +66,10 @@ def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = reading("model", AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval()  # type: ignore[no-any-return]
+        model = reading(
+            "model", AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return model.eval()
 
 
 def held_out(source: str) -> Rows:
@@ -74,7 +78,7 @@ def held_out(source: str) -> Rows:
 
 
 def identity(*names: str | None) -> list[Any]:
-    """What tells whether files are still the same: name, size and time of change of each; of a folder, of what is in it."""
+    """What tells whether files (and the files in folders) are still the same: name, size and time of change."""
     found: list[Any] = []
     for name in names:
         path = Path(name) if name else None
@@ -82,7 +86,9 @@ def identity(*names: str | None) -> list[Any]:
             found.append(name)
             continue
         files = sorted(item for item in path.iterdir() if item.is_file()) if path.is_dir() else [path]
-        found.append([str(path.resolve()), [[item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in files]])
+        found.append(
+            [str(path.resolve()), [[item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in files]]
+        )
     return found
 
 
@@ -98,4 +104,9 @@ def versions() -> dict[str, str]:
     import peft
     import transformers
 
-    return {"quadapt": quadapt.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return {
+        "quadapt": quadapt.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }

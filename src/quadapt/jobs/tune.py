@@ -1,4 +1,4 @@
-"""`quadapt tune`: quantize a model if it is not yet, train an adapter over it, write adapter and base into one folder."""
+"""`quadapt tune`: quantize a model if it is not yet, train an adapter over it, write both into one folder."""
 
 from __future__ import annotations
 
@@ -38,10 +38,14 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     """
     folder, device, chosen = open_folder(config.model), device_of(config), config.chosen_method()
     if folder.kind == "adapter":
-        raise CheckpointError(f"{config.model!r} is an adapter. To train on, merge it first: quadapt merge {config.model} --output FOLDER")
+        raise CheckpointError(
+            f"{config.model!r} is an adapter. To train on, merge it first: quadapt merge {config.model} --output FOLDER"
+        )
     if folder.kind == "quantized" and config.given():
-        raise ConfigError(f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give the "
-                          "dense model")
+        raise ConfigError(
+            f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give "
+            "the dense model"
+        )
     about = model_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
     if seq_len > context_of(about):
@@ -50,18 +54,20 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         return dry.tune(config, ui, seq_len=seq_len)
     tokenizer = load_tokenizer(folder.name, trust_remote_code=config.trust_remote_code)
     data, held_out = _data(config, tokenizer, seq_len, ui)
-    found = dry.sketch(folder.name, config, ui)
+    found = dry.sketch(folder.name, config)
     needs = found.bytes_on_disk if folder.kind == "model" else 0
     dry.check_fits(dry.tuning(config, found, seq_len=seq_len), device, ui)
-    job = job_of("tune", config.model_dump(mode="json"), [config.model, config.data, config.eval_data, config.calibration_data])
+    job = job_of(
+        "tune", config.model_dump(mode="json"), [config.model, config.data, config.eval_data, config.calibration_data]
+    )
     with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=needs) as space:
         if space.resumed:
             ui.say(f"going on with {space.path}")
         base = folder.path if folder.kind == "quantized" else _make_base(space.path, config, ui, device, seq_len)
         summary = _train(config, space, base, folder, tokenizer, (data, held_out), ui)
         space.commit("checkpoints")
-    ui.say(f"wrote {config.output}. Next: quadapt merge {config.output} --output FOLDER" if chosen.adapter.exactness != "none" else
-           f"wrote {config.output}. Next: quadapt eval {config.output} --data FILE, or quadapt export {config.output} --format lora")
+    next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
+    ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return {"output": config.output, **summary}
 
 
@@ -90,15 +96,30 @@ def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, seq_len: int
     if not base.exists():
         making = path / "base.partial"
         making.mkdir(exist_ok=True)
-        quantize_into(making, config, ui, target_modules=(), calibration_data=config.calibration_data or config.data,
-                      device=device, seed=config.seed, most_length=min(2048, seq_len))
+        quantize_into(
+            making,
+            config,
+            ui,
+            target_modules=(),
+            calibration_data=config.calibration_data or config.data,
+            device=device,
+            seed=config.seed,
+            most_length=min(2048, seq_len),
+        )
         remove(making / "blocks")
         os.rename(making, base)
     return base
 
 
-def _train(config: TuneConfig, space: Workspace, base: Path, folder: Folder, tokenizer: Any,  # noqa: PLR0913
-           data: tuple[Encoded, Encoded | None], ui: UI) -> dict[str, Any]:
+def _train(
+    config: TuneConfig,
+    space: Workspace,
+    base: Path,
+    folder: Folder,
+    tokenizer: Any,
+    data: tuple[Encoded, Encoded | None],
+    ui: UI,
+) -> dict[str, Any]:
     from transformers.trainer_utils import set_seed
 
     from quadapt.train import Run, train, trainable_parameters
@@ -109,36 +130,60 @@ def _train(config: TuneConfig, space: Workspace, base: Path, folder: Folder, tok
     model = adapt(quantized, config)
     _say_recipe(chosen.recipe, ui)
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {base_config(quantized).fingerprint[:12]}")
-    fields = {name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"}
+    fields = {
+        name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"
+    }
     run = Run(recipe=chosen.recipe, device=device, **fields)
     with ui.working("training") as tick, measured_peak(device) as peak:
-        trained = train(model, data[0].data, run, space.path / "checkpoints", collate=Collator(pad_token_id(tokenizer)),
-                        eval_data=None if data[1] is None else data[1].data, tick=tick)
+        trained = train(
+            model,
+            data[0].data,
+            run,
+            space.path / "checkpoints",
+            collate=Collator(pad_token_id(tokenizer)),
+            eval_data=None if data[1] is None else data[1].data,
+            tick=tick,
+        )
         most = peak()
     summary = {
-        "kind": "adapter", "method": config.method, "adapter": chosen.adapter.identity(), "recipe": asdict(chosen.recipe),
-        "bits": _bits(model, quantized), "data": {**asdict(data[0].report), "example": None}, "steps": trained.steps,
-        "final_loss": trained.final_loss, "eval_loss": trained.eval_loss, "seconds": trained.seconds, "peak_memory": most,
-        "trainable_parameters": trainable_parameters(model), "losses": trained.losses, "versions": versions(),
-        "settings": config.model_dump(mode="json")}
+        "kind": "adapter",
+        "method": config.method,
+        "adapter": chosen.adapter.identity(),
+        "recipe": asdict(chosen.recipe),
+        "bits": _bits(model, quantized),
+        "data": {**asdict(data[0].report), "example": None},
+        "steps": trained.steps,
+        "final_loss": trained.final_loss,
+        "eval_loss": trained.eval_loss,
+        "seconds": trained.seconds,
+        "peak_memory": most,
+        "trainable_parameters": trainable_parameters(model),
+        "losses": trained.losses,
+        "versions": versions(),
+        "settings": config.model_dump(mode="json"),
+    }
     _write(space, model, tokenizer, base, folder, summary)
-    ui.show(f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
-            + (f", held-out loss {trained.eval_loss:.4f}" if trained.eval_loss is not None else "")
-            + f", peak memory {most / 1e6:.0f} MB")
+    ui.show(
+        f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
+        + (f", held-out loss {trained.eval_loss:.4f}" if trained.eval_loss is not None else "")
+        + f", peak memory {most / 1e6:.0f} MB"
+    )
     return summary
 
 
-def _write(space: Workspace, model: nn.Module, tokenizer: Any, base: Path, folder: Folder, summary: Mapping[str, Any]) -> None:  # noqa: PLR0913
+def _write(
+    space: Workspace, model: Any, tokenizer: Any, base: Path, folder: Folder, summary: Mapping[str, Any]
+) -> None:
     """Adapter, tokenizer, and where the base is: beside the adapter, at its present place, or on the hub."""
     final = space.output.resolve() / "base" if base == space.path / "base" else base.resolve()
     named = str(final) if final.parent == space.output.resolve() or final.exists() else folder.name
     where = {"relative": os.path.relpath(final, space.output.resolve()), "absolute": str(final), "hub": None}
     if folder.kind == "quantized" and not folder.path.exists():
         where = {"relative": None, "absolute": None, "hub": folder.name}
-    where["fingerprint"] = base_config(model.get_base_model()).fingerprint  # type: ignore[operator]
-    config = model.peft_config["default"]  # type: ignore[index, union-attr]
-    model.peft_config["default"] = replace(config, base_model_name_or_path=named)  # type: ignore[index, union-attr, operator]
-    model.save_pretrained(space.path, save_embedding_layers=False)  # type: ignore[operator]
+    where["fingerprint"] = base_config(model.get_base_model()).fingerprint
+    config = model.peft_config["default"]
+    model.peft_config["default"] = replace(config, base_model_name_or_path=named)
+    model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)
     write_json(space.path / NOTE, {**summary, "base": where})
 
@@ -147,10 +192,14 @@ def _bits(model: nn.Module, quantized: nn.Module) -> dict[str, float]:
     """True bits per quantized weight: of the base, and with the adapter as it is stored."""
     layouts = list(base_config(quantized).layouts.values())
     weights = sum(layout.out * layout.columns for layout in layouts)
-    adapter = sum(parameter.numel() * parameter.itemsize * 8 for parameter in model.parameters() if parameter.requires_grad)
+    adapter = sum(
+        parameter.numel() * parameter.itemsize * 8 for parameter in model.parameters() if parameter.requires_grad
+    )
     return {"base": bits_of(layouts), "with_adapter": bits_of(layouts) + adapter / weights}
 
 
 def _say_recipe(recipe: Recipe, ui: UI) -> None:
-    ui.say(f"AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}), rank {recipe.rank}, alpha {recipe.alpha:g}, dropout "
-           f"{recipe.dropout:g}, gradient norm at most {recipe.max_grad_norm:g}; defaults from {recipe.source}")
+    ui.say(
+        f"AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}), rank {recipe.rank}, alpha "
+        f"{recipe.alpha:g}, dropout {recipe.dropout:g}, gradient norm at most {recipe.max_grad_norm:g}; defaults from {recipe.source}"
+    )

@@ -1,7 +1,7 @@
 """The compute-heavy steps, each written once per kind of device, behind one dispatch.
 
-`reference.py` (plain torch) serves every device and is what the others are tested against; `cpu.py` (numba) serves the CPU.
-A further set of kernels is one module with the same signatures and one line in :func:`kernels_for`.
+`reference.py` (plain torch) serves every device and is what the others are tested against; `cpu.py` (numba) serves the
+CPU. A further set of kernels is one module with the same signatures and one line in :func:`kernels_for`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,20 @@ def kernels_for(device: torch.device) -> ModuleType:
 
 
 @torch.library.custom_op("quadapt::dequantize", mutates_args=())
-def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int,
-               columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    levels: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Dequantize: `scales * levels[codes] + offsets`, computed in float32 and rounded once to `dtype`.
 
-    One opaque operator, so that `torch.compile` traces past it; the matrix product stays outside, where autocast sees it.
+    One opaque operator, so that `torch.compile` traces past it; the matrix product stays outside, where autocast sees
+    it.
 
     Args:
         packed: uint8 `[out, ceil(columns * bits / 8)]`.
@@ -50,6 +59,14 @@ def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: T
 
 
 @dequantize.register_fake
-def _(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int,
-      columns: int, dtype: torch.dtype) -> Tensor:
+def _(
+    packed: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    levels: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return packed.new_empty(packed.shape[0], columns, dtype=dtype)

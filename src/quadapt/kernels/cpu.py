@@ -1,7 +1,8 @@
 """The kernels for the CPU: numba, one pass over the packed bytes, rows shared out over threads.
 
-Tensors are handed over as addresses. Turning a parameter into a NumPy array would make its storage non-resizable, which FSDP2
-needs it to be. The signatures are those of `reference.py`, whose results these equal: codes exactly, weights bit for bit.
+Tensors are handed over as addresses. Turning a parameter into a NumPy array would make its storage non-resizable, which
+FSDP2 needs it to be. The signatures are those of `reference.py`, whose results these equal: codes exactly, weights bit
+for bit.
 """
 
 from __future__ import annotations
@@ -54,12 +55,17 @@ def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):
 
 
 @_jit
-def _decode_rows(kind, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group):  # noqa: E501
-    """Rows `first` to `last`. The vector step reads ahead, so runs at the very end, and broken runs, are copied out first."""
+def _decode_rows(
+    kind, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group
+):
+    """Rows `first` to `last`. The vector step reads ahead: the last runs of all, and broken ones, are copied first."""
     size = 4 if kind == FP32 else 2
     groups = -(-columns // group)
     scale, offset = numba.carray(_f32(scales), (rows, groups)), numba.carray(_f32(offsets), (rows, groups))
-    bytes_in, bytes_out = numba.carray(_u8(packed), (rows, row_bytes)), numba.carray(_u8(target), (rows, columns * size))
+    bytes_in, bytes_out = (
+        numba.carray(_u8(packed), (rows, row_bytes)),
+        numba.carray(_u8(target), (rows, columns * size)),
+    )
     spare_in, spare_out = np.zeros(32, np.uint8), np.zeros(64, np.uint8)
     for row in range(first, last):
         for k in range(groups):
@@ -69,14 +75,25 @@ def _decode_rows(kind, lookup, packed, rows, row_bytes, scales, offsets, shifted
             shift = offset[row, k] if shifted else np.float32(0)
             left = (rows - row) * row_bytes - at
             safe = min(count // LANES, max(0, (left - 8 + bits) // (2 * bits)))
-            _decode_run(kind, lookup, packed + row * row_bytes + at, safe, bits, scale[row, k], shift, table,
-                        target + (row * columns + start) * size)
+            _decode_run(
+                kind,
+                lookup,
+                packed + row * row_bytes + at,
+                safe,
+                bits,
+                scale[row, k],
+                shift,
+                table,
+                target + (row * columns + start) * size,
+            )
             for i in range(safe * LANES, count, LANES):
                 here = (start + i) * bits // 8
                 spare_in[:] = 0
                 for j in range(min(2 * bits, row_bytes - here)):
                     spare_in[j] = bytes_in[row, here + j]
-                _decode_run(kind, lookup, spare_in.ctypes.data, 1, bits, scale[row, k], shift, table, spare_out.ctypes.data)
+                _decode_run(
+                    kind, lookup, spare_in.ctypes.data, 1, bits, scale[row, k], shift, table, spare_out.ctypes.data
+                )
                 for j in range(min(LANES, count - i) * size):
                     bytes_out[row, (start + i) * size + j] = spare_out[j]
 
@@ -95,7 +112,7 @@ def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last,
 
 @_jit
 def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, first, last):
-    """Nearest code of each weight, then eight codes into `bits` bytes. Without thresholds the levels are 0 .. 2**bits - 1."""
+    """Nearest code of each weight, then eight codes into `bits` bytes. No thresholds: levels 0 .. 2**bits - 1."""
     columns = weight.shape[1]
     top = np.float32(2**bits - 1)
     codes = np.zeros(columns + 8, np.uint8)
@@ -163,7 +180,7 @@ def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, err
 
 @_jit
 def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits, codes, first, last):
-    """GPTQ's inner loop over a few columns: round one, hand its error on to those after it. Leaves the errors in `weight`."""
+    """GPTQ's inner loop over a few columns: round one, hand its error on. Leaves the errors in `weight`."""
     columns = weight.shape[1]
     top = 2**bits - 1
     for row in range(first, last):
@@ -185,8 +202,16 @@ def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits
                 weight[row, j] -= miss * upper[i, j]
 
 
-def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
-               group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    levels: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """As `reference.dequantize`, bit for bit."""
     if dtype not in _KINDS or (group_size % LANES and group_size < columns):
         return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
@@ -195,7 +220,14 @@ def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: T
     if levels is not None and len(levels) > LANES:
         weight = torch.empty(rows, columns)
         packed = packed.contiguous()
-        arrays = (packed.data_ptr(), _numpy(scales), _numpy(shifts), offsets is not None, _numpy(levels), weight.numpy())
+        arrays = (
+            packed.data_ptr(),
+            _numpy(scales),
+            _numpy(shifts),
+            offsets is not None,
+            _numpy(levels),
+            weight.numpy(),
+        )
         over_rows(lambda first, last: _decode_bytes(*arrays, first, last, group_size), rows, columns)
         return weight.to(dtype)
     weight = torch.empty(rows, columns, dtype=dtype)
@@ -203,14 +235,31 @@ def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: T
     table = scales if levels is None else torch.nn.functional.pad(levels, (0, LANES - len(levels)))
     over_rows(
         lambda first, last: _decode_rows(
-            _KINDS[dtype], levels is not None, packed.data_ptr(), rows, packed.shape[1], scales.data_ptr(), shifts.data_ptr(),
-            offsets is not None, table.data_ptr(), weight.data_ptr(), first, last, columns, bits, group_size),
-        rows, columns)
+            _KINDS[dtype],
+            levels is not None,
+            packed.data_ptr(),
+            rows,
+            packed.shape[1],
+            scales.data_ptr(),
+            shifts.data_ptr(),
+            offsets is not None,
+            table.data_ptr(),
+            weight.data_ptr(),
+            first,
+            last,
+            columns,
+            bits,
+            group_size,
+        ),
+        rows,
+        columns,
+    )
     return weight
 
 
-def encode(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
-           group_size: int) -> Tensor:
+def encode(
+    weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     """As `reference.encode`."""
     if scales.dtype != torch.float32:
         return reference.encode(weight, scales, offsets, levels, bits, group_size)
@@ -232,8 +281,9 @@ def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def group_error(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
-                group_size: int) -> Tensor:
+def group_error(
+    weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     """As `reference.group_error`."""
     if scales.dtype != torch.float32:
         return reference.group_error(weight, scales, offsets, levels, bits, group_size)
@@ -243,17 +293,21 @@ def group_error(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: 
     return error
 
 
-def compensate(weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None,
-               bits: int) -> Tensor:
+def compensate(
+    weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int
+) -> Tensor:
     """As `reference.compensate`: codes; the errors are left in `weight`, which must be contiguous."""
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     mids = reference.midpoints(levels) if levels is not None else scales[:0]
     arrays = [_numpy(t.to(weight.dtype)) for t in (upper, scales, scales if offsets is None else offsets)]
     tables = [_numpy(t.to(weight.dtype)) for t in (mids, mids if levels is None else levels)]
     over_rows(
-        lambda first, last: _compensate_rows(weight.numpy(), *arrays, offsets is not None, *tables, bits, codes.numpy(),
-                                             first, last),
-        weight.shape[0], weight.shape[1] ** 2)
+        lambda first, last: _compensate_rows(
+            weight.numpy(), *arrays, offsets is not None, *tables, bits, codes.numpy(), first, last
+        ),
+        weight.shape[0],
+        weight.shape[1] ** 2,
+    )
     return codes
 
 

@@ -1,8 +1,8 @@
 """Sixteen weights at a time: the vector step of the CPU kernels, written in LLVM's own vector types.
 
-Left to itself the compiler vectorizes neither the unpacking of odd bit widths nor a table lookup (ten times slower), so this
-one step is spelled out. Sixteen codes of `bits` bits are two runs of `bits` bytes; each run is read as one 64-bit word,
-spread over eight lanes by a shift per lane, and masked. That holds for every width up to eight bits.
+Left to itself the compiler vectorizes neither the unpacking of odd bit widths nor a table lookup (ten times slower), so
+this one step is spelled out. Sixteen codes of `bits` bits are two runs of `bits` bytes; each run is read as one 64-bit
+word, spread over eight lanes by a shift per lane, and masked. That holds for every width up to eight bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
 def _splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
     vector = _vector(value.type, lanes)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(_vector(_I32, lanes), [0] * lanes))
+    return builder.shuffle_vector(
+        first, ir.Constant(vector, ir.Undefined), ir.Constant(_vector(_I32, lanes), [0] * lanes)
+    )
 
 
 def _all(element: ir.Type, value: int, lanes: int = LANES) -> ir.Constant:
@@ -87,12 +89,13 @@ def _narrow(builder: Any, value: Any, kind: int) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def decode16(typingctx: Any, kind: Any, lookup: Any, source: Any, bits: Any, scale: Any, offset: Any, table: Any,
-             target: Any) -> Any:
+def decode16(
+    typingctx: Any, kind: Any, lookup: Any, source: Any, bits: Any, scale: Any, offset: Any, table: Any, target: Any
+) -> Any:
     """Write 16 weights `scale * level + offset` at address `target`.
 
-    `kind` and `lookup` are literals: the output dtype, and whether levels come from the 16 floats at `table` or are the codes
-    themselves. Reads up to 6 bytes past the last code. The product is rounded before the sum, as in torch.
+    `kind` and `lookup` are literals: the output dtype, and whether levels come from the 16 floats at `table` or are the
+    codes themselves. Reads up to 6 bytes past the last code. The product is rounded before the sum, as in torch.
     """
     signature = types.void(kind, lookup, types.intp, types.intp, types.float32, types.float32, types.intp, types.intp)
 

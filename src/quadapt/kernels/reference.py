@@ -1,7 +1,7 @@
 """The kernels in plain torch: any device, any float dtype, meant to be read and to be compared with.
 
-A packed row is a little-endian stream of bits: code `i` occupies bits `i * bits` to `(i + 1) * bits - 1` of the row, so eight
-codes fill exactly `bits` bytes. Rows are worked on in chunks, so that the temporaries stay small.
+A packed row is a little-endian stream of bits: code `i` occupies bits `i * bits` to `(i + 1) * bits - 1` of the row, so
+eight codes fill exactly `bits` bytes. Rows are worked on in chunks, so that the temporaries stay small.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def rows_per_chunk(columns: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes (uint8 `[out, in]`, each below `2**bits`) into uint8 `[out, ceil(in * bits / 8)]`."""
-    out, columns = codes.shape
+    columns = codes.shape[1]
     nbytes = -(-columns * bits // 8)
     shifts = torch.arange(8, device=codes.device) * bits
     byte = torch.arange(bits, device=codes.device) * 8
@@ -43,8 +43,16 @@ def expand(groups: Tensor, group_size: int, columns: int) -> Tensor:
     return groups.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
-               group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    levels: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Compute `scales * levels[codes] + offsets` in float32 (float64 for float64), then round once to `dtype`."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     weight = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
@@ -60,8 +68,9 @@ def dequantize(packed: Tensor, scales: Tensor, offsets: Tensor | None, levels: T
     return weight
 
 
-def encode(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
-           group_size: int) -> Tensor:
+def encode(
+    weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     """Pack the code of the nearest level for each weight (float `[out, in]`), given scales and offsets `[out, groups]`.
 
     Integers: `round((w - offset) / scale)`, halves to even, clamped. Tables: the nearest level, ties to the lower one.
@@ -83,8 +92,9 @@ def midpoints(levels: Tensor) -> Tensor:
     return (levels[1:] + levels[:-1]) / 2
 
 
-def group_error(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int,
-                group_size: int) -> Tensor:
+def group_error(
+    weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     """Sum over each group of the squared error of rounding to nearest, in the dtype of `scales`, `[out, groups]`."""
     columns = weight.shape[1]
     packed = encode(weight, scales, offsets, levels, bits, group_size)
@@ -93,13 +103,15 @@ def group_error(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: 
     return missed.square().unflatten(1, (-1, group_size)).sum(-1)
 
 
-def compensate(weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None,
-               bits: int) -> Tensor:
+def compensate(
+    weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int
+) -> Tensor:
     """GPTQ's inner loop over columns that share a scale: round one column, hand its error on to those after it.
 
     Args:
         weight: `[out, n]`, float. On return it holds the errors `(w - w_rounded) / upper[i, i]`, column by column.
-        upper: `[n, n]`, the block of the upper Cholesky factor of the inverse second moment that belongs to these columns.
+        upper: `[n, n]`, the block of the upper Cholesky factor of the inverse second moment that belongs to these
+            columns.
         scales: `[out]`; `offsets` `[out]` or None; `levels`: a table, or None for integers.
         offsets: See `scales`.
         levels: See `scales`.

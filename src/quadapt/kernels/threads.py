@@ -1,7 +1,8 @@
 """Rows shared out over threads.
 
-The compiled kernels release the interpreter lock, so plain Python threads suffice. That avoids numba's own thread layers: under
-`omp` a forked child's first kernel dies, and under `workqueue` two threads that launch kernels at once abort the process.
+The compiled kernels release the interpreter lock, so plain Python threads suffice. That avoids numba's own thread
+layers: under `omp` a forked child's first kernel dies, and under `workqueue` two threads that launch kernels at once
+abort the process.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 
 def over_rows(kernel: Callable[[int, int], object], rows: int, columns: int) -> None:
-    """Call `kernel(first, last)` on slices that cover `rows`, on as many threads as torch uses; return when all are done."""
+    """Call `kernel(first, last)` on slices that cover `rows`, on as many threads as torch uses, and wait for all."""
     parts = min(torch.get_num_threads(), rows, max(1, rows * columns // _WORTH_A_THREAD))
     if parts <= 1:
         kernel(0, rows)

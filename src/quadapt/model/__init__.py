@@ -1,4 +1,4 @@
-"""Work on whole models, of any class: which layers to quantize, quantizing them, merging adapters into them, reporting on them.
+"""Work on whole models, of any class: which layers to quantize, and quantizing them.
 
 Nothing here knows of files, configurations or trainers.
 """

@@ -1,7 +1,8 @@
 """Quantize a model in place, block by block, keeping each finished block so that an interrupted run can go on.
 
-Float weights are read where they lie (a checkpoint that is mapped into memory is paged in and out by the system), one layer at a
-time; a finished block is handed to a :class:`Keeper`, which may put it on disk and give back tensors mapped from there.
+Float weights are read where they lie (a checkpoint that is mapped into memory is paged in and out by the system), one
+layer at a time; a finished block is handed to a :class:`Keeper`, which may put it on disk and give back tensors mapped
+from there.
 """
 
 from __future__ import annotations
@@ -104,8 +105,15 @@ Progress = Callable[[Sequence[str]], Iterator[str]]
 """Wraps the names of the units to work on, like `tqdm`."""
 
 
-def quantize_model(model: nn.Module, layers: Mapping[str, nn.Linear], plan: Plan, *, batches: Sequence[Tensor] = (),
-                   keeper: Keeper | None = None, progress: Progress = iter) -> list[LayerRow]:
+def quantize_model(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    plan: Plan,
+    *,
+    batches: Sequence[Tensor] = (),
+    keeper: Keeper | None = None,
+    progress: Progress = iter,
+) -> list[LayerRow]:
     """Replace linear layers by quantized ones, in place.
 
     Args:
@@ -153,7 +161,9 @@ class _Worker:
         for name, weight in weights.items():
             self._replace(name, weight)
 
-    def _quantize(self, unit: str, names: list[str], walk: BlockWalk | None) -> tuple[dict[str, QuantWeight], list[LayerRow]]:
+    def _quantize(
+        self, unit: str, names: list[str], walk: BlockWalk | None
+    ) -> tuple[dict[str, QuantWeight], list[LayerRow]]:
         weights: dict[str, QuantWeight] = {}
         rows = []
         for stage in self._stages(unit, names, walk):
@@ -182,7 +192,8 @@ class _Worker:
 def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics) -> tuple[QuantWeight, LayerRow]:
     """Quantize one weight matrix by plan. What cannot be done as asked is done in the nearest way, with a note.
 
-    Outside the blocks there are no statistics: such layers are rounded to nearest. Scales that fp16 cannot hold become fp32.
+    Outside the blocks there are no statistics: such layers are rounded to nearest. Scales that fp16 cannot hold become
+    fp32.
     """
     start = time.perf_counter()
     layout, rounding, note = plan.layout(name, *weight.shape), plan.rounding, ""
@@ -194,9 +205,16 @@ def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics
         offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
         layout = replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
         quantized, note = rounding(weight, layout, statistics), f"fp32 scales: {error}"
-    row = LayerRow(name=name, out=layout.out, columns=layout.columns, format=layout.format.name,
-                   bits_per_weight=quantized.layout.bits_per_weight, error=relative_error(quantized, weight),
-                   seconds=time.perf_counter() - start, note=note)
+    row = LayerRow(
+        name=name,
+        out=layout.out,
+        columns=layout.columns,
+        format=layout.format.name,
+        bits_per_weight=quantized.layout.bits_per_weight,
+        error=relative_error(quantized, weight),
+        seconds=time.perf_counter() - start,
+        note=note,
+    )
     return quantized, row
 
 
@@ -215,9 +233,11 @@ def bits_of(layouts: Sequence[Layout]) -> float:
 
 
 def quantized_layers(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, QuantLinear]:
-    """The quantized layers of a model (inside adapters too), by name, those that match some pattern if there are any."""
+    """Quantized layers of a model (inside adapters too), by name; those that match some pattern if there are any."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    return {name: layer for name, layer in found.items() if not patterns or any(matches(name, each) for each in patterns)}
+    return {
+        name: layer for name, layer in found.items() if not patterns or any(matches(name, each) for each in patterns)
+    }
 
 
 def fingerprint(weights: Mapping[str, QuantWeight]) -> str:

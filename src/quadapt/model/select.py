@@ -31,7 +31,8 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
 
     Args:
         model: May be on the meta device.
-        target_modules: Quantize only these: full names, or runs of their dotted parts (`q_proj`, `layers.0.mlp`). Empty: all.
+        target_modules: Quantize only these: full names, or runs of their dotted parts (`q_proj`, `layers.0.mlp`).
+            Empty: all.
         skip: Leave these as they are.
 
     Raises:
@@ -50,19 +51,27 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
             if reason:
                 left[full] = reason
             elif parameter.ndim > 2 or not isinstance(module, nn.Linear):
-                kind = f"a stack of {parameter.shape[0]} matrices (experts)" if parameter.ndim > 2 else f"a {type(module).__name__}"
-                raise ShapeError(f"{full}: is {kind}, which cannot be quantized yet. To leave it unquantized, list it under skip "
-                                 f"(--skip {full.rsplit('.', 1)[-1]})")
+                kind = (
+                    f"a stack of {parameter.shape[0]} matrices (experts)"
+                    if parameter.ndim > 2
+                    else f"a {type(module).__name__}"
+                )
+                raise ShapeError(
+                    f"{full}: is {kind}, which cannot be quantized yet. To leave it unquantized, list it under skip "
+                    f"(--skip {full.rsplit('.', 1)[-1]})"
+                )
             else:
                 chosen[name] = module
     _check_names(model, [*target_modules, *skip])
     if not chosen:
-        raise ConfigError(f"no layer is left to quantize: {len(left)} matrices are skipped. Change target_modules or skip")
+        raise ConfigError(
+            f"no layer is left to quantize: {len(left)} matrices are skipped. Change target_modules or skip"
+        )
     return Selection(chosen, left)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` is `name`, or a run of its dotted parts: `q_proj` and `layers.0` match `model.layers.0.attn.q_proj`."""
+    """Whether `pattern` is a run of the dotted parts of `name`: `q_proj` and `layers.0` match `a.layers.0.q_proj`."""
     return f".{pattern}." in f".{name}."
 
 
@@ -79,8 +88,9 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]
 
 
-def _reason(module: nn.Module, name: str, head: nn.Module | None, tied: set[int], targets: Sequence[str],
-            skip: Sequence[str]) -> str:
+def _reason(
+    module: nn.Module, name: str, head: nn.Module | None, tied: set[int], targets: Sequence[str], skip: Sequence[str]
+) -> str:
     if any(matches(name, pattern) for pattern in skip):
         return "listed under skip"
     if isinstance(module, nn.Embedding):
@@ -124,19 +134,26 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's repeated blocks (decoder layers), by name, in order: the list of modules with the most linear weights.
+    """The model's decoder layers, by name, in order: the list of modules with the most linear weights.
 
     Raises:
         ConfigError: There is no list of modules.
     """
+
     def weight(item: tuple[str, nn.ModuleList]) -> int:
         linears = [module for module in item[1].modules() if isinstance(module, nn.Linear)]
         return sum(module.in_features * module.out_features for module in linears)
 
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     if not lists or not weight(max(lists, key=weight)):
-        raise ConfigError(f"{type(model).__name__} has no list of blocks to walk through. Only decoder models are supported")
-    name, blocks = max(lists, key=weight)  # of nested lists the outermost wins: max keeps the first, and parents come first
+        raise ConfigError(
+            f"{type(model).__name__} has no list of blocks to walk through. Only decoder models are supported"
+        )
+    name, blocks = max(
+        lists, key=weight
+    )  # of nested lists the outermost wins: max keeps the first, and parents come first
     return {f"{name}.{index}": block for index, block in enumerate(blocks)}
 
 

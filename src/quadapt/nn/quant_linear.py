@@ -1,9 +1,9 @@
 """The quantized linear layer.
 
-`weight` holds packed codes as a frozen uint8 parameter of an `nn.Linear`, and scales and offsets are uint8 parameters beside it.
-With plain parameters, stock PEFT, safetensors, `torch.compile`, DDP and FSDP2 work without code of ours: buffers would be sent
-around by DDP at every step and not be sharded by FSDP2; a tensor subclass would need a dispatch table and lose its state under
-FSDP2. Codes are packed along the last axis, so that a shard of axis 0 is whole rows.
+`weight` holds packed codes as a frozen uint8 parameter of an `nn.Linear`, and scales and offsets are uint8 parameters
+beside it. With plain parameters, stock PEFT, safetensors, `torch.compile`, DDP and FSDP2 work without code of ours:
+buffers would be sent around by DDP at every step and not be sharded by FSDP2; a tensor subclass would need a dispatch
+table and lose its state under FSDP2. Codes are packed along the last axis, so that a shard of axis 0 is whole rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,21 @@ class QuantLinear(nn.Linear):
         dtype: Of the bias.
     """
 
-    def __init__(self, layout: Layout, *, bias: bool = False, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a dense weight
         self.in_features, self.out_features, self.layout = layout.columns, layout.out, layout
         for name, shape in layout.shapes.items():
             kind = torch.int32 if name == "perm" else torch.uint8
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False))
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False)
+            )
         kept = nn.Parameter(torch.empty(layout.out, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", kept)
 
@@ -74,8 +82,10 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """Shape, format and true bits per weight."""
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"format={self.layout.format.name}, bits_per_weight={self.layout.bits_per_weight:.3f}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.layout.format.name}, bits_per_weight={self.layout.bits_per_weight:.3f}"
+        )
 
 
 def autocast(x: Tensor) -> Tensor:

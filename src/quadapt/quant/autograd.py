@@ -1,7 +1,8 @@
 """The product with a quantized matrix, differentiable, without ever keeping the dense matrix.
 
-Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored form itself
-(which exists anyway) and, where offsets are trained, the inputs pooled over groups: `1 / group_size` of the inputs.
+Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored
+form itself (which exists anyway) and, where offsets are trained, the inputs pooled over groups: `1 / group_size` of the
+inputs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     W[o, i] = scales[o, g] * levels[codes[o, i]] + offsets[o, g],    g = perm[i] // group_size
 
 Integers have the levels 0, 1, .. 2**bits - 1. NormalFloat has quantiles of the normal distribution between -1 and 1. A
-:class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is `storage.py`'s affair.
+:class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is `storage.py`'s
+affair.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ WHOLE_ROW = -1
 """`group_size` that gives each row a single scale."""
 
 _DELTA = 0.9677083
-"""Outermost quantile of NF4 (QLoRA's code: 1 - (1/30 + 1/32) / 2); the same for every width, as in LQ-LoRA and IR-QLoRA."""
+"""Outermost quantile of NF4 (QLoRA's code: 1 - (1/30 + 1/32) / 2); the same for every width, as in LQ-LoRA and
+IR-QLoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Format:
     """What one weight matrix may hold."""
 
     levels: Levels = "int"
-    """int: evenly spaced. nf: NormalFloat (nf2 is then {-1, 0, 0.34, 1}, as in LoftQ). nf-sym: symmetric nf2, as in IR-QLoRA."""
+    """int: evenly spaced. nf: NormalFloat (nf2 is then {-1, 0, 0.34, 1}, as in LoftQ). nf-sym: symmetric nf2, as in
+    IR-QLoRA."""
 
     bits: int = 4
     """Width of a code: 2, 3, 4 or 8."""
@@ -41,12 +44,12 @@ class Format:
     group_size: int = 32
     """Inputs of a row that share a scale: a multiple of 16 from 16 to 256, or -1 for the whole row."""
 
-    zero: Zero = ""  # type: ignore[assignment]  # filled in below
-    """none: symmetric. integer: the offset is a whole number of steps. float: the offset is free (for int the group's minimum).
-    Default: float for int, none for nf and nf-sym."""
+    zero: Zero | Literal["default"] = "default"
+    """none: symmetric. integer: the offset is a whole number of steps. float: the offset is free (for int the group's
+    minimum). Default: float for int, none for nf and nf-sym."""
 
     def __post_init__(self) -> None:
-        if not self.zero:
+        if self.zero == "default":
             object.__setattr__(self, "zero", "float" if self.levels == "int" else "none")
         if self.bits not in (2, 3, 4, 8):
             raise ConfigError(f"bits={self.bits} is not supported. Use 2, 3, 4 or 8")
@@ -55,8 +58,10 @@ class Format:
         if self.levels == "nf-sym" and self.bits != 2:
             raise ConfigError(f"levels='nf-sym' is defined for bits=2 alone, not bits={self.bits}. Use levels='nf'")
         if self.group_size != WHOLE_ROW and (self.group_size % 16 or not 16 <= self.group_size <= 256):
-            raise ConfigError(f"group_size={self.group_size} is not a multiple of 16 from 16 to 256. Use 32, 64 or 128, "
-                              "or -1 for the whole row")
+            raise ConfigError(
+                f"group_size={self.group_size} is not a multiple of 16 from 16 to 256. Use 32, 64 or 128, "
+                "or -1 for the whole row"
+            )
         if self.zero not in ("none", "integer", "float"):
             raise ConfigError(f"zero={self.zero!r} is unknown. Use none, integer or float")
         if self.zero == "integer" and self.levels != "int":
@@ -83,7 +88,7 @@ class Format:
         return -(-columns * self.bits // 8)
 
     def table(self, like: Tensor) -> Tensor | None:
-        """The levels as float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""
+        """Levels as float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""
         if self.levels == "int":
             return None
         return _table(self.bits, self.levels == "nf-sym", like.device)

@@ -1,9 +1,9 @@
 r"""GPTQ: round column by column, and move each column's error onto the columns not yet rounded.
 
-With `H = X^T X / n` (the layer's second moment) it greedily lowers `||(W - Q) X^T||^2`. `U` is the upper Cholesky factor of the
-damped inverse of `H`; after column `i` is rounded, its error over `U[i, i]`, times row `i` of `U`, is taken from the later
-columns. Columns are worked on group by group (a group's scale is chosen from its columns as they then are), and the errors of 128
-columns are handed to the rest of the matrix in one product.
+With `H = X^T X / n` (the layer's second moment) it greedily lowers `||(W - Q) X^T||^2`. `U` is the upper Cholesky
+factor of the damped inverse of `H`; after column `i` is rounded, its error over `U[i, i]`, times row `i` of `U`, is
+taken from the later columns. Columns are worked on group by group (a group's scale is chosen from its columns as they
+then are), and the errors of 128 columns are handed to the rest of the matrix in one product.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from quadapt.quant.weight import Layout, QuantWeight
 class GPTQ(Rounding):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323, Algorithm 1) for any levels.
 
-    Differs: a group's scale is chosen from columns that carry all errors so far; the authors' code uses, for groups smaller than
-    its block of 128, columns that still lack the errors of the block at hand.
+    Differs: a group's scale is chosen from columns that carry all errors so far; the authors' code uses, for groups
+        smaller than its block of 128, columns that still lack the errors of the block at hand.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
@@ -41,26 +41,32 @@ class GPTQ(Rounding):
     """How a group's span is chosen, as in `Nearest`."""
 
     act_order: bool = False
-    """Round the columns of largest second moment first. Stores an input permutation, which block formats cannot hold."""
+    """Round the columns of largest second moment first. Stores an input permutation, which block formats cannot hold.
+    """
 
     static_groups: bool = False
     """Choose all scales from the original weights, before any error has moved. Double-quantized scales need it."""
 
     true_sequential: bool = True
-    """Within a block too, calibrate each layer on the already quantized layers before it (k, q, v; then o; then gate, up; ..)."""
+    """Within a block too, calibrate each layer on the already quantized layers before it (k, q, v; then o; then gate,
+    up; ..)."""
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
         if "double" in (layout.storage.scales, layout.storage.offsets) and not self.static_groups:
-            raise ConfigError("GPTQ chooses scales as it goes, double quantization needs them all at once. "
-                              "Use static_groups=True, or fp16 scales and offsets")
+            raise ConfigError(
+                "GPTQ chooses scales as it goes, double quantization needs them all at once. "
+                "Use static_groups=True, or fp16 scales and offsets"
+            )
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics) -> QuantWeight:
         self.check(layout)
         if "second_moment" not in statistics:
-            raise CalibrationError("GPTQ needs second moments of the layer's inputs. Give calibration data (--calibration-data)")
+            raise CalibrationError(
+                "GPTQ needs second moments of the layer's inputs. Give calibration data (--calibration-data)"
+            )
         moment = statistics["second_moment"]
         if tuple(moment.shape) != (layout.columns, layout.columns):
             raise ShapeError(f"second_moment is {tuple(moment.shape)}, the layer has {layout.columns} inputs")
@@ -135,15 +141,19 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
     """
     moment = second_moment.clone()
     if not bool(torch.isfinite(moment).all()):
-        raise CalibrationError("the second moment of the inputs has NaN or infinite entries. The model overflows on this data; "
-                               "calibrate in float32 (--dtype float32)")
+        raise CalibrationError(
+            "the second moment of the inputs has NaN or infinite entries. The model overflows on this data; "
+            "calibrate in float32 (--dtype float32)"
+        )
     diagonal = moment.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
     lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
     if int(failed):
-        raise CalibrationError(f"the second moment is not positive definite with damping={damping}. Use more calibration "
-                               "sequences, or a larger damping")
+        raise CalibrationError(
+            f"the second moment is not positive definite with damping={damping}. Use more calibration "
+            "sequences, or a larger damping"
+        )
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
 

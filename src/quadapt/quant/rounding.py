@@ -1,7 +1,7 @@
 """Rounding: from a weight matrix to codes, scales and offsets.
 
-`Nearest` looks at the weights alone; `GPTQ` (gptq.py) also at second moments of the inputs. Both are frozen dataclasses whose
-fields are their settings, called as `rounding(weight, layout, statistics)`.
+`Nearest` looks at the weights alone; `GPTQ` (gptq.py) also at second moments of the inputs. Both are frozen dataclasses
+whose fields are their settings, called as `rounding(weight, layout, statistics)`.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class Nearest(Rounding):
             scales, shift = grid.scales, grid.offsets
         else:
             shift = implied_offsets(layout, scales, offsets)
-        packed = torch.cat([_encode(weight[rows], layout, scales[rows], None if shift is None else shift[rows])
-                            for rows in chunks])
+        packed = torch.cat(
+            [_encode(weight[rows], layout, scales[rows], None if shift is None else shift[rows]) for rows in chunks]
+        )
         return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
 
 
@@ -88,7 +89,9 @@ def row_chunks(weight: Tensor) -> list[slice]:
 
 def _encode(part: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
     width = layout.format.width(layout.columns)
-    return kernels_for(part.device).encode(as_float(part), scales, offsets, layout.format.table(part), layout.format.bits, width)
+    return kernels_for(part.device).encode(
+        as_float(part), scales, offsets, layout.format.table(part), layout.format.bits, width
+    )
 
 
 def as_float(weight: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def as_float(weight: Tensor) -> Tensor:
 
 
 def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[Tensor, Tensor | None]:
-    """Scales and offsets for some rows (or columns that form whole groups), before they are rounded to their stored dtype.
+    """Scales and offsets of some rows (or of columns that form whole groups), not yet rounded to their stored dtype.
 
     Args:
         weight: Float `[rows, in]`.
@@ -105,15 +108,17 @@ def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[T
         range_: minmax or mse, see :class:`Nearest`.
 
     Returns:
-        Scales and offsets, `[rows, groups]`. For `zero="integer"` the latter are zero-points in steps (as they are stored); for
-        `zero="none"` None.
+        Scales and offsets, `[rows, groups]`. For `zero="integer"` the latter are zero-points in steps (as they are
+        stored); for `zero="none"` None.
     """
     width = layout.format.width(weight.shape[1])
     weight = as_float(weight)
     low, high = kernels_for(weight.device).group_range(weight, width)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         count = int((~torch.isfinite(weight)).sum())
-        raise ShapeError(f"{count} of {weight.numel()} weights are NaN or infinite. Repair the model before quantizing it")
+        raise ShapeError(
+            f"{count} of {weight.numel()} weights are NaN or infinite. Repair the model before quantizing it"
+        )
     scales, offsets = _grid(low, high, layout)
     _check_underflow(scales, layout.storage)
     if range_ == "minmax":
@@ -123,7 +128,13 @@ def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[T
     for shrink in (1 - 0.8 * step / 100 for step in range(100)):
         tried, tried_offsets = snap(layout.storage, *_grid(low * shrink, high * shrink, layout))
         error = kernels_for(weight.device).group_error(
-            weight, tried, implied_offsets(layout, tried, tried_offsets), layout.format.table(weight), layout.format.bits, width)
+            weight,
+            tried,
+            implied_offsets(layout, tried, tried_offsets),
+            layout.format.table(weight),
+            layout.format.bits,
+            width,
+        )
         better = error < best
         best = torch.where(better, error, best)
         kept = torch.where(better, tried, kept)
@@ -160,23 +171,26 @@ def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> T
 
 
 def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Round scales and offsets to their stored dtype. Double-quantized ones stay: their codes depend on the whole matrix."""
+    """Round scales and offsets as stored. Double-quantized ones stay: their codes depend on the whole matrix."""
+
     def rounded(values: Tensor, kind: str) -> Tensor:
         return values.float().to(stored.FLOATS[kind]).to(values.dtype) if kind in stored.FLOATS else values
 
     return rounded(scales, storage.scales), None if offsets is None else rounded(offsets, storage.offsets)
 
 
-class ScaleUnderflow(ShapeError):
+class ScaleUnderflow(ShapeError):  # noqa: N818
     """Scales are too small (or too large) for fp16; the layer needs fp32 scales."""
 
 
 def _check_underflow(scales: Tensor, storage: Storage) -> None:
-    """Raise ScaleUnderflow where fp16 would change a scale by more than 1/64: below 32 of its smallest steps, or above its top."""
+    """Raise ScaleUnderflow where fp16 changes a scale by over 1/64: under 32 of its smallest steps, or over its top."""
     if storage.scales == "fp16":
         worst = [float(scales.min()), float(scales.max())]
         if worst[0] < 32 * 2.0**-24 or worst[1] > torch.finfo(torch.float16).max:
-            raise ScaleUnderflow(f"scales from {worst[0]:.1e} to {worst[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)")
+            raise ScaleUnderflow(
+                f"scales from {worst[0]:.1e} to {worst[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)"
+            )
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,9 +1,9 @@
 """The bytes: how scales and offsets are held.
 
-Floats are kept as their bits, in uint8 tensors `[out, groups * itemsize]`. A cast of the model (`model.to(bfloat16)`, the mixed
-precision of FSDP2 and DeepSpeed) turns every float parameter into bfloat16, and the model that is then merged is not the one
-that was trained; bytes survive. Scales and offsets are rounded to their stored form once, when they are made, and that is the
-model.
+Floats are kept as their bits, in uint8 tensors `[out, groups * itemsize]`. A cast of the model (`model.to(bfloat16)`,
+the mixed precision of FSDP2 and DeepSpeed) turns every float parameter into bfloat16, and the model that is then merged
+is not the one that was trained; bytes survive. Scales and offsets are rounded to their stored form once, when they are
+made, and that is the model.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
     Args:
         values: What to store.
         kind: fp16, fp32, integer (whole numbers 0 to 255) or double.
-        centre: Whether double quantization subtracts the mean first: for scales as in QLoRA, not for offsets (IR-QLoRA).
+        centre: Whether double quantization subtracts the mean first: for scales as in QLoRA, not for offsets
+            (IR-QLoRA).
     """
     if kind in FLOATS:
         return {"": _as_bytes(values.float().to(FLOATS[kind]))}
@@ -75,8 +76,11 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
     unit = blocks / torch.where(absmax == 0, 1, absmax)[:, None]
     table = dynamic_map().to(values.device)
     codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
-    return {"": codes.to(torch.uint8).flatten()[: values.numel()].view(values.shape),
-            "_absmax": _as_bytes(absmax[:, None]), "_mean": _as_bytes(mean.view(1, 1))}
+    return {
+        "": codes.to(torch.uint8).flatten()[: values.numel()].view(values.shape),
+        "_absmax": _as_bytes(absmax[:, None]),
+        "_mean": _as_bytes(mean.view(1, 1)),
+    }
 
 
 def decode(stored: dict[str, Tensor], kind: str) -> Tensor:
@@ -110,10 +114,10 @@ def stored_bits(kind: str, out: int, groups: int) -> int:
 
 @cache
 def dynamic_map() -> Tensor:
-    """QLoRA's signed dynamic 8-bit map: 256 values from -0.993 to 1, dense near zero (bitsandbytes' `create_dynamic_map`).
+    """QLoRA's signed dynamic 8-bit map: 256 values from -0.993 to 1, dense near zero.
 
-    Decade `d` of seven, `10**(d - 6)`, has the `2**d` midpoints of an even division of [0.1, 1], with both signs; 0 and 1 are
-    added.
+    As bitsandbytes' `create_dynamic_map`: decade `d` of seven, `10**(d - 6)`, has the `2**d` midpoints of an even
+    division of [0.1, 1], with both signs; 0 and 1 are added.
     """
     values = [0.0, 1.0]
     for decade in range(7):

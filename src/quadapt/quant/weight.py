@@ -2,10 +2,10 @@
 
     W[o, i] = scales[o, g] * levels[codes[o, i]] + offsets[o, g],    g = perm[i] // group_size
 
-The product is rounded to float32 before the sum, and the sum once to the dtype asked for: this order of operations is part of the
-form, and every kernel keeps it. Offsets are additive floats for integers and NormalFloat alike, so that one merge rule
-(`offsets += scaling * B @ A`) serves both; zero-points in units of codes would need a subtraction and a division, and could not
-carry NormalFloat.
+The product is rounded to float32 before the sum, and the sum once to the dtype asked for: this order of operations is
+part of the form, and every kernel keeps it. Offsets are additive floats for integers and NormalFloat alike, so that one
+merge rule (`offsets += scaling * B @ A`) serves both; zero-points in units of codes would need a subtraction and a
+division, and could not carry NormalFloat.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.out < 1 or self.columns < 1:
-            raise ShapeError(f"a weight of {self.out} rows and {self.columns} columns cannot be quantized. Skip the layer")
+            raise ShapeError(
+                f"a weight of {self.out} rows and {self.columns} columns cannot be quantized. Skip the layer"
+            )
 
     @property
     def groups(self) -> int:
@@ -57,13 +59,15 @@ class Layout:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the stored form, in a fixed order; all are uint8 but `perm`, which is int32.
+        """Name and shape of every tensor of the stored form, in a fixed order; all uint8, but `perm` int32.
 
-        Eight-bit codes have a third axis of one: a loader that does not know this form must fail on the shape of `weight`, and
-        at eight bits only that axis tells it from the dense matrix.
+        Eight-bit codes have a third axis of one: a loader that does not know this form must fail on the shape of
+        `weight`, and at eight bits only that axis tells it from the dense matrix.
         """
         row = self.format.row_bytes(self.columns)
-        shapes: dict[str, tuple[int, ...]] = {"weight": (self.out, row, 1) if self.format.bits == 8 else (self.out, row)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight": (self.out, row, 1) if self.format.bits == 8 else (self.out, row)
+        }
         for name, kind in (("scales", self.storage.scales), ("offsets", self.storage.offsets)):
             for suffix, shape in stored.stored_shapes(kind, self.out, self.groups).items():
                 shapes[name + suffix] = shape
@@ -90,7 +94,8 @@ class QuantWeight:
 
     tensors: Mapping[str, Tensor] = field(repr=False)
     """`weight`: packed codes, uint8 `[out, ceil(in * bits / 8)]`, stored in group order. `scales`, `offsets` and their
-    second-level constants: bytes of floats, see `storage.py`. `perm`: int32 `[in]`, the position of each input in the row."""
+    second-level constants: bytes of floats, see `storage.py`. `perm`: int32 `[in]`, the position of each input in the
+    row."""
 
     def __post_init__(self) -> None:
         want = self.layout.shapes
@@ -99,10 +104,15 @@ class QuantWeight:
             raise ShapeError(f"tensors {have} do not fit {self.layout.format.name}: expected {want}")
 
     @staticmethod
-    def build(layout: Layout, packed: Tensor, scales: Tensor, offsets: Tensor | None, perm: Tensor | None = None) -> QuantWeight:
-        """Store packed codes, scales and (for `zero="integer"`: as zero-points; else as offsets) `[out, groups]` floats."""
+    def build(
+        layout: Layout, packed: Tensor, scales: Tensor, offsets: Tensor | None, perm: Tensor | None = None
+    ) -> QuantWeight:
+        """Store packed codes, and scales and offsets `[out, groups]` (zero-points, for `zero="integer"`)."""
         tensors = {"weight": packed.view(layout.shapes["weight"])}
-        for name, kind, values in (("scales", layout.storage.scales, scales), ("offsets", layout.storage.offsets, offsets)):
+        for name, kind, values in (
+            ("scales", layout.storage.scales, scales),
+            ("offsets", layout.storage.offsets, offsets),
+        ):
             if values is not None:
                 for suffix, tensor in stored.encode(values, kind, centre=name == "scales").items():
                     tensors[name + suffix] = tensor
@@ -125,7 +135,7 @@ class QuantWeight:
 
     @property
     def offsets(self) -> Tensor | None:
-        """Float32 `[out, groups]`: stored, or what the format implies; None where it is zero (NormalFloat without a shift)."""
+        """Float32 `[out, groups]`: stored, or what the format implies; None if zero (NormalFloat without a shift)."""
         kind = self.layout.storage.offsets
         if kind == "absent":
             return None if self.format.levels != "int" else -self.scales * 2 ** (self.format.bits - 1)
@@ -162,8 +172,9 @@ class QuantWeight:
 
     def with_offsets(self, offsets: Tensor, kind: stored.Offsets) -> QuantWeight:
         """The same codes and scales over other offsets (float32 `[out, groups]`), stored as `kind` (fp16 or fp32)."""
-        layout = replace(self.layout, format=replace(self.format, zero="float"),
-                         storage=replace(self.layout.storage, offsets=kind))
+        layout = replace(
+            self.layout, format=replace(self.format, zero="float"), storage=replace(self.layout.storage, offsets=kind)
+        )
         kept = {name: tensor for name, tensor in self.tensors.items() if name in layout.shapes and name != "offsets"}
         moved = {"offsets" + suffix: tensor for suffix, tensor in stored.encode(offsets, kind, centre=False).items()}
         return QuantWeight(layout, {name: {**kept, **moved}[name] for name in layout.shapes})
@@ -178,7 +189,7 @@ class QuantWeight:
 
 
 def hash_tensor(state: hashlib._Hash, tensor: Tensor) -> None:
-    """Feed the bytes of a tensor to a hash. (Through an address: `.numpy()` would pin a parameter's storage, see cpu.py.)"""
+    """Feed the bytes of a tensor to a hash; by address, since `.numpy()` would pin a parameter's storage (cpu.py)."""
     tensor = tensor.detach().contiguous().cpu()
     if tensor.numel():
         state.update((ctypes.c_char * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr()))

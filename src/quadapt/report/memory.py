@@ -1,7 +1,8 @@
 """How much memory a job will take, before anything is loaded.
 
-The training step is run on fake tensors, which have shapes and no content, and the bytes that are alive are counted as tensors come
-and go. So the estimate knows the model's own code, whatever its architecture, and not a formula for some of them.
+The training step is run on fake tensors, which have shapes and no content, and the bytes that are alive are counted as
+tensors come and go. So the estimate knows the model's own code, whatever its architecture, and not a formula for some
+of them.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True
 
 
 def _fake(model: nn.Module) -> None:
-    """Turn the meta tensors of a model into fake ones on the CPU: models ask some tensors for values, which meta ones refuse."""
+    """Turn a model's meta tensors into fake ones on the CPU: models ask for some values, which meta tensors refuse."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -110,7 +111,8 @@ def _fake(model: nn.Module) -> None:
 
 
 _CPU_SLACK = 1.25
-"""Memory that the C allocator holds over what is alive, measured on training steps of 10 M to 100 M parameters (1.2 to 1.3)."""
+"""Memory that the C allocator holds over what is alive, measured on training steps of 10 M to 100 M parameters (1.2 to
+1.3)."""
 
 _FIRST_USE = 100_000_000
 """Code and tables that the first step loads: oneDNN's and numba's kernels."""

@@ -54,7 +54,9 @@ class UI:
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Part of the result, for people: numbers to the right, words to the left."""
         kept = [[_cell(value) for value in row] for row in rows]
-        table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+        table = Table(
+            title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+        )
         for index, column in enumerate(columns):
             numeric = all(row[index].strip("0123456789.,%-+e ") == "" for row in kept)
             table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
@@ -73,12 +75,19 @@ class UI:
         if not self._err.is_terminal:
             yield self._lines(label)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
         with Progress(*columns, console=self._err, transient=False) as progress:
             task = progress.add_task(label, total=None, figures="")
 
-            def tick(done: int, total: int, figures: Mapping[str, float] = {}) -> None:  # noqa: B006
+            def tick(done: int, total: int, figures: Mapping[str, float] = {}) -> None:
                 progress.update(task, completed=done, total=total, figures=_figures(figures))
 
             yield tick
@@ -86,7 +95,7 @@ class UI:
     def _lines(self, label: str) -> Tick:
         start, shown = time.monotonic(), -1
 
-        def tick(done: int, total: int, figures: Mapping[str, float] = {}) -> None:  # noqa: B006
+        def tick(done: int, total: int, figures: Mapping[str, float] = {}) -> None:
             nonlocal shown
             tenth = 10 * done // max(1, total)
             if tenth > shown:

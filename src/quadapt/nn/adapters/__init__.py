@@ -23,8 +23,12 @@ def adapter_from(identity: Mapping[str, object]) -> Adapter:
     settings = dict(identity)
     kind = settings.pop("kind", None)
     if kind not in ADAPTERS:
-        raise CheckpointError(f"adapter kind {kind!r} is unknown. Known are {', '.join(ADAPTERS)}; a newer quadapt may know it")
+        raise CheckpointError(
+            f"adapter kind {kind!r} is unknown. Known are {', '.join(ADAPTERS)}; a newer quadapt may know it"
+        )
     try:
         return ADAPTERS[str(kind)](**settings)
     except TypeError as error:
-        raise CheckpointError(f"settings {settings} do not fit a {kind} adapter ({error}). Was it saved by another version?") from None
+        raise CheckpointError(
+            f"settings {settings} do not fit a {kind} adapter ({error}). Was it saved by another version?"
+        ) from None

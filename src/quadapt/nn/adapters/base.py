@@ -1,7 +1,7 @@
 """What an adapter is: which parameters train over a quantized matrix, and what they do to it.
 
-An :class:`Adapter` is a frozen dataclass without tensors; a layer keeps the parameters and hands them over. So one PEFT layer
-serves every adapter, and an adapter's settings are its identity on disk.
+An :class:`Adapter` is a frozen dataclass without tensors; a layer keeps the parameters and hands them over. So one PEFT
+layer serves every adapter, and an adapter's settings are its identity on disk.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ class Adapter(ABC):
         Raises:
             MergeError: This adapter changes weights within a group, which codes cannot follow.
         """
-        raise MergeError(f"a {self.kind} adapter changes weights within a group, which the codes of {weight.format.name} cannot "
-                         "follow. Serve base + adapter (export --format lora), train with --method qa-lora, "
-                         "or accept the loss and requantize (merge --requantize)")
+        raise MergeError(
+            f"a {self.kind} adapter changes weights within a group, which the codes of {weight.format.name} cannot "
+            "follow. Serve base + adapter (export --format lora), train with --method qa-lora, "
+            "or accept the loss and requantize (merge --requantize)"
+        )
 
-    def offset_gradients(self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float,
-                         gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `lora_A` and `lora_B`, given that of the merged offsets `[out, groups]` (straight through rounding)."""
+    def offset_gradients(
+        self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `lora_A` and `lora_B` from that of the merged offsets `[out, groups]`, straight through."""
         raise AssertionError(f"{self.kind} does not move offsets")
 
     def side(self, x: Tensor, y: Tensor, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -77,7 +80,7 @@ class Adapter(ABC):
 
 @dataclass(frozen=True)
 class MergedForm:
-    """Adapters trained in the merged form, as the product with the matrix sees them: it computes with what they merge to."""
+    """Adapters trained in the merged form: the product computes with what they merge to."""
 
     parts: tuple[tuple[Adapter, float], ...]
     """Adapters with their scaling, in the order in which a merge would apply them."""
@@ -85,13 +88,15 @@ class MergedForm:
     def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:
         """Offsets of the merged matrix. `params` has `lora_A` and `lora_B` of each part."""
         for at, (adapter, scaling) in enumerate(self.parts):
-            weight = adapter.merge(weight, *params[2 * at : 2 * at + 2], scaling)
+            weight = adapter.merge(weight, params[2 * at], params[2 * at + 1], scaling)
         return weight.offsets
 
     def gradients(self, weight: QuantWeight, params: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
         """Each part adds to the offsets, so each sees the same gradient."""
-        pairs = (adapter.offset_gradients(weight.layout, *params[2 * at : 2 * at + 2], scaling, gradient)
-                 for at, (adapter, scaling) in enumerate(self.parts))
+        pairs = (
+            adapter.offset_gradients(weight.layout, params[2 * at], params[2 * at + 1], scaling, gradient)
+            for at, (adapter, scaling) in enumerate(self.parts)
+        )
         return tuple(tensor for pair in pairs for tensor in pair)
 
 

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): a low-rank side branch beside a frozen quantized matrix, as in QLoRA and GPTQ-LoRA."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): a low-rank branch beside a frozen matrix, as in QLoRA and GPTQ-LoRA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quadapt.quant.weight import Layout, QuantWeight
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Adapter):
-    """`y = x W^T + scaling * x A^T B^T`. Cannot merge into codes: it stays base + adapter, or is requantized by name."""
+    """`y = x W^T + scaling * x A^T B^T`. Cannot merge into codes: stays base + adapter, or is requantized by name."""
 
     kind: ClassVar[str] = "lora"
 

@@ -1,7 +1,7 @@
 r"""The adapter of QA-LoRA (Xu et al. 2023, arXiv:2309.14717): it sees its inputs summed over each quantization group.
 
-So its update is constant within a group, `dW[o, i] = scaling * (B A)[o, group of i]`, and is a shift of the group's offset:
-`offsets += scaling * B @ A`. Codes and scales never change.
+So its update is constant within a group, `dW[o, i] = scaling * (B A)[o, group of i]`, and is a shift of the group's
+offset: `offsets += scaling * B @ A`. Codes and scales never change.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from quadapt.quant.weight import Layout, QuantWeight
 class Pooled(Adapter):
     """`W' = scales * levels[codes] + offsets + scaling * B @ A`, with `A [rank, groups]`.
 
-    Trained in the merged form by default: forward computes with the offsets that a merge would store, rounded to their stored
-    dtype (straight through), so that the merged model is the trained one bit for bit, in any compute dtype. Its gradient costs
-    `1 / group_size` of a matrix product.
+    Trained in the merged form by default: forward computes with the offsets that a merge would store, rounded to their
+    stored dtype (straight through), so that the merged model is the trained one bit for bit, in any compute dtype. Its
+    gradient costs `1 / group_size` of a matrix product.
 
-    Differs: the paper trains a side branch on pooled inputs (`form="side"`), which equals the merged model but for rounding:
-    with fp16 offsets the merge then loses 1 to 9 % of what the adapter does.
+    Differs: the paper trains a side branch on pooled inputs (`form="side"`), which equals the merged model but for
+        rounding: with fp16 offsets the merge then loses 1 to 9 % of what the adapter does.
     """
 
     kind: ClassVar[str] = "pooled"
 
     pooling: Literal["sum", "mean"] = "sum"
-    """sum over a group, as in the paper, or mean, as in the authors' code: there the same A and B do `1 / group_size` as much."""
+    """sum over a group, as in the paper, or mean, as in the authors' code: there the same A and B do `1 / group_size`
+    as much."""
 
     form: Literal["merged", "side"] = "merged"
     """merged: train what a merge will give. side: a branch beside the quantized matrix, as published."""
@@ -50,8 +51,10 @@ class Pooled(Adapter):
 
     def check(self, layout: Layout, rank: int, dropout: float) -> None:
         if self.form == "merged" and dropout:
-            raise ConfigError(f"dropout={dropout} has no meaning in the merged form, which has no branch to drop. "
-                              "Use dropout=0, or form='side'")
+            raise ConfigError(
+                f"dropout={dropout} has no meaning in the merged form, which has no branch to drop. "
+                "Use dropout=0, or form='side'"
+            )
 
     def inputs(self, layout: Layout) -> int:
         return layout.groups
@@ -71,19 +74,23 @@ class Pooled(Adapter):
     def merge(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> QuantWeight:
         """Shift the offsets.
 
-        `B @ A` is computed in float64: a merge on another device, or with other threads, must round to the same offsets.
+        `B @ A` is computed in float64: a merge on another device, or with other threads, must round to the same
+        offsets.
         """
         change = self._strength(weight.layout, scaling) * (lora_B.double() @ lora_A.double())
         base = weight.offsets
-        return weight.with_offsets((change if base is None else base + change).float(), self._kind(weight.layout.storage))
+        return weight.with_offsets(
+            (change if base is None else base + change).float(), self._kind(weight.layout.storage)
+        )
 
     def _kind(self, storage: Storage) -> Literal["fp16", "fp32"]:
         if self.offsets != "base":
             return self.offsets
         return "fp32" if "fp32" in (storage.scales, storage.offsets) else "fp16"
 
-    def offset_gradients(self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float,
-                         gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def offset_gradients(
+        self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         gradient = self._strength(layout, scaling) * gradient
         kind = torch.promote_types(gradient.dtype, lora_A.dtype)
         gradient, A, B = gradient.to(kind), lora_A.to(kind), lora_B.to(kind)

@@ -1,0 +1,35 @@
+"""Every setting of every command, typed once: flags, YAML and Python all pass through here."""
+
+from quadapt.config.commands import (
+    ChatConfig,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    InspectConfig,
+    MergeConfig,
+    QuantizeConfig,
+    RunConfig,
+    TuneConfig,
+    read_job,
+)
+from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, checked
+
+__all__ = [
+    "ChatConfig",
+    "DemoConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "Flag",
+    "Grid",
+    "InspectConfig",
+    "Machine",
+    "MergeConfig",
+    "MethodName",
+    "QuantizeConfig",
+    "RunConfig",
+    "Settings",
+    "Target",
+    "TuneConfig",
+    "checked",
+    "read_job",
+]

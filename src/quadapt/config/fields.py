@@ -1,0 +1,185 @@
+"""What settings are made of: fields with their words, groups that several commands share, and how they are checked."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from quadapt.errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    from quadapt.methods import Method
+    from quadapt.model.quantize import Plan
+    from quadapt.quant.rounding import Rounding
+
+MethodName = Literal["qa-lora", "qlora", "gptq-lora"]
+"""The keys of `methods.METHODS` (a test compares them)."""
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line shows a field."""
+
+    aliases: tuple[str, ...] = ()
+    """Further names, those that users of transformers and PEFT type."""
+
+    panel: str = "Options"
+    """Heading under which `--help` lists it."""
+
+    positional: bool = False
+    """Whether it is an argument rather than an option."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+
+    @field_validator("target_modules", "skip", mode="before", check_fields=False)
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        """`a,b` and repeated flags are the same."""
+        parts = [value] if isinstance(value, str) else value or ()
+        return tuple(name for part in parts for name in str(part).split(",") if name)
+
+
+class Machine(Settings):
+    """Where and how to compute."""
+
+    dtype: Annotated[DType, Flag(("--torch-dtype",), "Machine")] = "auto"
+    """Of the computation and of what is not quantized; auto: as the model is stored."""
+
+    device: Annotated[str, Flag((), "Machine")] = "auto"
+    """cpu, cuda, cuda:1, ..; auto: a GPU if there is one."""
+
+    trust_remote_code: Annotated[bool, Flag((), "Machine")] = False
+    """Run code that comes with a model. Off: such models are refused."""
+
+
+class Target(Settings):
+    """Where results go."""
+
+    output: Annotated[str, Flag(("-o", "--output-dir"), "Output")]
+    """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on."""
+
+    overwrite: Annotated[bool, Flag((), "Output")] = False
+    """Replace the output if it exists."""
+
+
+class Grid(Settings):
+    """How weights are quantized. What is not given is the method's own choice."""
+
+    method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
+    """Preset of all that follows: qa-lora (merges exactly), qlora, gptq-lora."""
+
+    bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
+    """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
+
+    group_size: Annotated[int | None, Flag((), "Quantization")] = None
+    """Inputs that share a scale: 16 to 256 in steps of 16, or -1 for whole rows. Default: the method's."""
+
+    levels: Annotated[Literal["int", "nf", "nf-sym"] | None, Flag(("--quant-type",), "Quantization")] = None
+    """int: evenly spaced. nf: NormalFloat. nf-sym: symmetric nf2. Default: the method's."""
+
+    zero: Annotated[Literal["none", "integer", "float"] | None, Flag((), "Quantization")] = None
+    """none: symmetric. integer: whole zero-points. float: free offsets. Default: the method's."""
+
+    scales: Annotated[Literal["fp16", "fp32", "double"] | None, Flag((), "Quantization")] = None
+    """How scales are stored; double: 8-bit codes, as QLoRA's double quantization. Default: the method's."""
+
+    rounding: Annotated[Literal["nearest", "gptq"] | None, Flag((), "Quantization")] = None
+    """nearest needs no data; gptq is calibrated. Default: the method's."""
+
+    range: Annotated[Literal["minmax", "mse"] | None, Flag((), "Quantization")] = None
+    """Span of a group's levels: all of it, or the part of least squared error. Default: the method's."""
+
+    skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
+    """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
+
+    calibration_data: Annotated[str | None, Flag((), "Quantization")] = None
+    """Text to calibrate gptq on: a file or hub name, read as --data is. Default for tune: the training data."""
+
+    calibration_sequences: Annotated[int, Flag((), "Quantization")] = 128
+    """Sequences to calibrate on, at most."""
+
+    calibration_length: Annotated[int | None, Flag((), "Quantization")] = None
+    """Their length in tokens. Default: the model's context, at most 2048."""
+
+    def chosen_method(self) -> Method:
+        """The method, with what was chosen otherwise.
+
+        Raises:
+            ConfigError: The choices contradict each other.
+        """
+        from quadapt.methods import method
+        from quadapt.quant.format import Format
+        from quadapt.quant.storage import Storage
+        from quadapt.quant.weight import Layout
+
+        base = method(self.method)
+        levels = self.levels or base.format.levels
+        same = levels == base.format.levels
+        chosen = base.with_format(
+            Format(
+                levels=levels,
+                bits=self.bits or base.format.bits,
+                group_size=self.group_size or base.format.group_size,
+                zero=self.zero or (base.format.zero if same else "default"),
+            )
+        )
+        if self.scales:
+            offsets = self.scales if chosen.storage.offsets in ("fp16", "fp32", "double") else chosen.storage.offsets
+            chosen = replace(chosen, storage=Storage(scales=self.scales, offsets=offsets))
+        chosen = replace(chosen, rounding=self._rounding(chosen.rounding))
+        chosen.rounding.check(Layout(format=chosen.format, storage=chosen.storage, out=1, columns=1))
+        return chosen
+
+    def _rounding(self, own: Rounding) -> Rounding:
+        from quadapt.quant.gptq import GPTQ
+        from quadapt.quant.rounding import Nearest
+
+        kinds: dict[str, type[Nearest] | type[GPTQ]] = {"nearest": Nearest, "gptq": GPTQ}
+        if self.rounding and not isinstance(own, kinds[self.rounding]):
+            own = kinds[self.rounding]()
+        return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ)) else own
+
+    def plan(self) -> Plan:
+        """How each layer is quantized."""
+        from quadapt.model.quantize import Plan
+
+        chosen = self.chosen_method()
+        return Plan(format=chosen.format, storage=chosen.storage, rounding=chosen.rounding)
+
+    def given(self) -> list[str]:
+        """Names of the grid settings that were set explicitly."""
+        return [name for name in Grid.model_fields if name in self.model_fields_set and name not in ("method", "skip")]
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
+    """Validate settings.
+
+    Raises:
+        ConfigError: With the first thing that is wrong, what is allowed, and what may have been meant.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1]) or kind.__name__
+        prefix = f"{where}.{name}" if where else name
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, kind.model_fields)
+            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(kind.model_fields)}"
+            raise ConfigError(f"{prefix} is not a setting. {hint}") from None
+        if first["type"] == "missing":
+            words = " ".join((kind.model_fields[name].description or "").split())
+            raise ConfigError(f"{prefix} is missing. {words}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{prefix}={first['input']!r}: {message[0].lower()}{message[1:]}") from None

@@ -1,0 +1,356 @@
+"""The adapters: QA-LoRA's invariants against its equations in NumPy, merges bit for bit, identities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import qa_lora_numpy
+from torch import Tensor
+
+from quadapt.errors import CheckpointError, ConfigError, MergeError
+from quadapt.nn.adapters import ADAPTERS, Adapter, LoRA, Pooled, adapter_from
+from quadapt.nn.adapters.base import MergedForm
+from quadapt.quant.autograd import quant_matmul
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+Make = Callable[..., QuantWeight]
+
+FORMATS = [Format(bits=4), Format(bits=2, zero="integer"), Format(bits=3, zero="none"), Format(bits=8),
+           Format(levels="nf", bits=4), Format(levels="nf", bits=3, zero="float"), Format(bits=4, group_size=-1)]
+formats = pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+poolings = pytest.mark.parametrize("pooling", ["sum", "mean"])
+SCALING = 0.25
+
+
+def factors(weight: QuantWeight, *, rank: int = 4, size: float = 1e-3, dtype: torch.dtype = torch.float64,
+            adapter: Adapter | None = None) -> tuple[Tensor, Tensor]:
+    """Random `lora_A` and `lora_B` that change each weight by about `size`."""
+    columns = (adapter or Pooled()).inputs(weight.layout)
+    A = torch.randn(rank, columns, dtype=dtype)
+    B = torch.randn(weight.layout.out, rank, dtype=dtype) * size / (SCALING * math.sqrt(rank))
+    return A, B
+
+
+def side_branch(x: Tensor, weight: QuantWeight, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
+    return adapter.side(x, quant_matmul(x, weight), weight, A, B, SCALING)
+
+
+def lost(merged: Tensor, adapted: Tensor, base: Tensor) -> float:
+    """Share of what the adapter does that the merge lost."""
+    return float((merged - adapted).norm() / (adapted - base).norm())
+
+
+# --- QA-LoRA against its equations ------------------------------------------------------------------------------------
+
+
+@poolings
+@formats
+def test_the_side_branch_is_the_papers_forward(format: Format, pooling: str, quant_weight: Make) -> None:
+    weight = quant_weight(format, 24, 96)
+    A, B = factors(weight, size=0.1)
+    x = torch.randn(5, 96, dtype=torch.float64)
+    found = side_branch(x, weight, A, B, Pooled(pooling=pooling, form="side"))
+    P = qa_lora_numpy.pooling(96, format.width(96), pooling)
+    want = qa_lora_numpy.forward(x.numpy(), weight.dequantize(torch.float64).numpy(), A.numpy(), B.numpy(), SCALING, P)
+    np.testing.assert_allclose(found.numpy(), want, rtol=1e-12, atol=1e-12)
+
+
+@poolings
+@pytest.mark.parametrize("size", [1e-3, 1e-4])
+def test_in_float64_both_papers_merges_lose_nothing(size: float, pooling: str, quant_weight: Make) -> None:
+    """Invariant 7: adapter against merged offsets (E5) and zero-points (E4), to 1e-10 of the adapter's effect."""
+    weight = quant_weight(Format(bits=4), 64, 256, std=0.02)
+    A, B = factors(weight, size=size)
+    x = torch.randn(16, 256, dtype=torch.float64)
+    base = quant_matmul(x, weight)
+    adapted = side_branch(x, weight, A, B, Pooled(pooling=pooling, form="side"))
+    D = qa_lora_numpy.update(A.numpy(), B.numpy(), SCALING, 32, pooling)
+    scales, offsets, codes = (value.double().numpy() for value in (weight.scales, weight.offsets, weight.codes()))
+    points = qa_lora_numpy.merge_zero_points(-offsets / scales, scales, D)
+    wide = np.repeat(scales, 32, 1)
+    for dense in (wide * codes + np.repeat(qa_lora_numpy.merge_offsets(offsets, D), 32, 1),
+                  wide * (codes - np.repeat(points, 32, 1))):
+        assert lost(x @ torch.tensor(dense).T, adapted, base) < 1e-10
+
+
+@poolings
+@formats
+def test_merged_offsets_are_the_papers(format: Format, pooling: str, quant_weight: Make) -> None:
+    weight = quant_weight(format, 24, 96)
+    A, B = factors(weight)
+    for kind, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        merged = Pooled(pooling=pooling, offsets=kind).merge(weight, A, B, SCALING)
+        D = qa_lora_numpy.update(A.numpy(), B.numpy(), SCALING, format.width(96), pooling)
+        before = np.zeros_like(D) if weight.offsets is None else weight.offsets.double().numpy()
+        want = torch.tensor(qa_lora_numpy.merge_offsets(before, D)).float().to(dtype).float()
+        assert torch.equal(merged.offsets, want)
+        assert torch.equal(merged.codes(), weight.codes())
+        assert torch.equal(merged.scales, weight.scales)
+
+
+def test_with_fp32_offsets_the_merge_of_a_side_branch_loses_a_hundred_thousandth(quant_weight: Make) -> None:
+    weight = quant_weight(Format(bits=4), 256, 512, std=0.02)
+    A, B = factors(weight, size=1e-3)
+    x = torch.randn(16, 512, dtype=torch.float64)
+    adapter = Pooled(form="side", offsets="fp32")
+    merged = adapter.merge(weight, A, B, SCALING)
+    share = lost(quant_matmul(x, merged), side_branch(x, weight, A, B, adapter), quant_matmul(x, weight))
+    assert 0 < share <= 1e-5
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [(1e-3, 0.002, 0.015), (1e-4, 0.02, 0.12)])
+def test_with_fp16_offsets_it_loses_as_much_as_is_documented(size: float, least: float, most: float,
+                                                             quant_weight: Make) -> None:
+    """1 to 9 %: about 0.9 % for an update of 1e-3 (a twentieth of the weights), 9 % for one of 1e-4."""
+    weight = quant_weight(Format(bits=4), 256, 512, std=0.02)
+    A, B = factors(weight, size=size)
+    x = torch.randn(16, 512, dtype=torch.float64)
+    adapter = Pooled(form="side", offsets="fp16")
+    merged = adapter.merge(weight, A, B, SCALING)
+    share = lost(quant_matmul(x, merged), side_branch(x, weight, A, B, adapter), quant_matmul(x, weight))
+    assert least < share < most
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-4])
+def test_rounding_merged_offsets_to_whole_zero_points_loses_the_adapter(size: float, quant_weight: Make) -> None:
+    """Invariant 8: the trap that most merges of QA-LoRA fall into."""
+    weight = quant_weight(Format(bits=4, zero="integer"), 256, 512, std=0.02)
+    A, B = factors(weight, rank=64, size=size)
+    x = torch.randn(16, 512, dtype=torch.float64)
+    adapter = Pooled(form="side", offsets="fp32")
+    merged = adapter.merge(weight, A, B, SCALING)
+    points = (-merged.offsets / merged.scales).round().clamp(0, 15)
+    rounded = weight.with_offsets(-points * merged.scales, "fp32")
+    assert lost(quant_matmul(x, rounded), side_branch(x, weight, A, B, adapter), quant_matmul(x, weight)) > 0.9
+
+
+@formats
+def test_mean_pooling_is_sum_pooling_of_a_smaller_a(format: Format, quant_weight: Make) -> None:
+    """Invariant 9."""
+    weight = quant_weight(format, 24, 96)
+    A, B = factors(weight, size=0.1)
+    width = format.width(96)
+    x = torch.randn(5, 96, dtype=torch.float64)
+    mean = side_branch(x, weight, A, B, Pooled(pooling="mean", form="side"))
+    summed = side_branch(x, weight, A / width, B, Pooled(form="side"))
+    torch.testing.assert_close(mean, summed, rtol=1e-12, atol=1e-12)
+    merged = [Pooled(pooling=pooling, offsets="fp32").merge(weight, factor, B, SCALING)
+              for pooling, factor in (("mean", A), ("sum", A / width))]
+    torch.testing.assert_close(merged[0].offsets, merged[1].offsets, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("columns", [128, 100])
+@pytest.mark.parametrize("permuted", [False, True])
+@poolings
+def test_the_update_is_constant_within_each_group(pooling: str, permuted: bool, columns: int,
+                                                  quant_weight: Make) -> None:
+    """Invariant 10: exactly as many distinct columns as groups, those of one group equal."""
+    weight = quant_weight(Format(bits=4), 24, columns, permuted=permuted)
+    A, B = factors(weight, rank=8)
+    lora_A, lora_B = Pooled(pooling=pooling).as_lora(weight, A, B)
+    delta = weight.stored_order(SCALING * lora_B @ lora_A)
+    assert len(torch.unique(delta, dim=1).T) == weight.layout.groups
+    D = qa_lora_numpy.update(A.numpy(), B.numpy(), SCALING, 32, pooling)
+    for i in range(columns):
+        np.testing.assert_allclose(delta[:, i].numpy(), D[:, i // 32], rtol=1e-12)
+
+
+LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+
+
+@pytest.mark.parametrize(("adapter", "count"), [(Pooled(), 89_309_184), (LoRA(), 159_907_840)], ids=["pooled", "lora"])
+def test_parameters_over_llama_7b_are_as_many_as_in_the_paper(adapter: Adapter, count: int) -> None:
+    """Invariant 11: 89M for QA-LoRA, 160M for QLoRA, at rank 64 and groups of 32."""
+    layouts = [Layout(format=Format(bits=4, group_size=32), storage=Storage(), out=out, columns=columns)
+               for out, columns in LLAMA_7B]
+    assert 32 * sum(64 * (adapter.inputs(layout) + layout.out) for layout in layouts) == count
+
+
+# --- what is trained is what is merged --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@formats
+def test_the_merged_form_is_the_merged_matrix_bit_for_bit(format: Format, dtype: torch.dtype, permuted: bool,
+                                                          quant_weight: Make) -> None:
+    weight = quant_weight(format, 48, 80, permuted=permuted)
+    first, second = Pooled(), Pooled(pooling="mean", offsets="fp32")
+    params = (*factors(weight, dtype=torch.float32, size=0.02), *factors(weight, dtype=torch.bfloat16, size=0.02))
+    x = torch.randn(7, 80).to(dtype)
+    trained = quant_matmul(x, weight, MergedForm(((first, SCALING), (second, 3.0))), params)
+    merged = second.merge(first.merge(weight, *params[:2], SCALING), *params[2:], 3.0)
+    assert torch.equal(trained, quant_matmul(x, merged))
+    assert not torch.equal(trained, quant_matmul(x, weight))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_merge_rounds_the_same_on_any_number_of_threads(threads: int, quant_weight: Make) -> None:
+    weight = quant_weight(Format(bits=4), 512, 512)
+    A, B = factors(weight, rank=64, dtype=torch.float32)
+    want = Pooled().merge(weight, A, B, SCALING).digest()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert Pooled().merge(weight, A, B, SCALING).digest() == want
+    finally:
+        torch.set_num_threads(before)
+
+
+@formats
+def test_merging_two_adapters_adds_both(format: Format, quant_weight: Make) -> None:
+    """Invariant 12, but for the rounding of fp32 in between."""
+    weight = quant_weight(format, 24, 96)
+    one, other = factors(weight), factors(weight, rank=3)
+    adapter = Pooled(offsets="fp32")
+    both = adapter.merge(adapter.merge(weight, *one, SCALING), *other, SCALING)
+    swapped = adapter.merge(adapter.merge(weight, *other, SCALING), *one, SCALING)
+    base = torch.zeros(24, weight.layout.groups) if weight.offsets is None else weight.offsets
+    total = base.double() + SCALING * (one[1] @ one[0] + other[1] @ other[0])
+    for merged in (both, swapped):
+        torch.testing.assert_close(merged.offsets.double(), total, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("storage", "offsets", "kind"), [
+    (Storage(), "base", "fp16"), (Storage(scales="fp32", offsets="fp32"), "base", "fp32"),
+    (Storage(scales="fp16", offsets="fp32"), "base", "fp32"), (Storage(scales="fp32", offsets="fp16"), "base", "fp32"),
+    (Storage(scales="double", offsets="double"), "base", "fp16"), (Storage(), "fp32", "fp32"),
+    (Storage(scales="fp32", offsets="fp32"), "fp16", "fp16")])
+def test_merged_offsets_are_stored_as_announced(storage: Storage, offsets: str, kind: str, quant_weight: Make) -> None:
+    weight = quant_weight(Format(bits=4), 24, 96, storage=storage)
+    merged = Pooled(offsets=offsets).merge(weight, *factors(weight), SCALING)
+    assert merged.layout.storage == Storage(scales=storage.scales, offsets=kind)
+
+
+def test_the_merge_costs_the_bits_that_it_adds(quant_weight: Make) -> None:
+    weight = quant_weight(Format(levels="nf", bits=4, group_size=32), 32, 96)
+    assert weight.layout.bits_per_weight == 4.5
+    assert Pooled().merge(weight, *factors(weight), SCALING).layout.bits_per_weight == 5.0
+
+
+@poolings
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("columns", [96, 80])
+def test_as_a_lora_it_does_the_same(columns: int, permuted: bool, pooling: str, quant_weight: Make) -> None:
+    weight = quant_weight(Format(bits=4), 24, columns, permuted=permuted)
+    A, B = factors(weight, size=0.1)
+    adapter = Pooled(pooling=pooling, form="side")
+    lora_A, lora_B = adapter.as_lora(weight, A, B)
+    assert tuple(lora_A.shape) == (4, columns)
+    x = torch.randn(5, columns, dtype=torch.float64)
+    want = quant_matmul(x, weight) + SCALING * x @ lora_A.T @ lora_B.T
+    torch.testing.assert_close(side_branch(x, weight, A, B, adapter), want, rtol=1e-12, atol=1e-12)
+
+
+# --- beginnings -------------------------------------------------------------------------------------------------------
+
+
+def test_pooled_starts_as_the_authors_do() -> None:
+    A, B = torch.full((64, 128), 9.0), torch.full((96, 64), 9.0)
+    Pooled().reset(A, B)
+    bound = math.sqrt(6 / (64 + 128))
+    assert float(A.abs().max()) <= bound
+    assert float(A.abs().max()) > 0.99 * bound
+    assert float(A.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert torch.equal(B, torch.zeros(96, 64))
+
+
+def test_lora_starts_as_the_paper_does() -> None:
+    A, B = torch.full((64, 128), 9.0), torch.full((96, 64), 9.0)
+    LoRA().reset(A, B)
+    bound = 1 / math.sqrt(128)
+    assert 0.99 * bound < float(A.abs().max()) <= bound
+    assert torch.equal(B, torch.zeros(96, 64))
+
+
+@formats
+@pytest.mark.parametrize("adapter", [LoRA(), Pooled(form="side"), Pooled()], ids=["lora", "side", "merged"])
+def test_before_the_first_step_it_is_the_quantized_base(format: Format, adapter: Adapter, quant_weight: Make) -> None:
+    """Invariant 6, bit for bit."""
+    weight = quant_weight(format, 24, 96)
+    A, B = torch.empty(4, adapter.inputs(weight.layout)), torch.empty(24, 4)
+    adapter.reset(A, B)
+    x = torch.randn(5, 96)
+    move = MergedForm(((adapter, SCALING),)) if adapter.merged_form else None
+    y = adapter.side(x, quant_matmul(x, weight, move, (A, B) if move else ()), weight, A, B, SCALING)
+    assert torch.equal(y, quant_matmul(x, weight))
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@formats
+def test_lora_adds_a_low_rank_product(format: Format, quant_weight: Make) -> None:
+    weight = quant_weight(format)
+    A, B = factors(weight, adapter=LoRA())
+    x = torch.randn(2, 5, 80, dtype=torch.float64)
+    want = x @ (weight.dequantize(torch.float64) + SCALING * B @ A).T
+    torch.testing.assert_close(side_branch(x, weight, A, B, LoRA()), want, rtol=1e-12, atol=1e-12)
+
+
+@formats
+def test_lora_does_not_merge_and_says_what_to_do(format: Format, quant_weight: Make) -> None:
+    weight = quant_weight(format)
+    digest = weight.digest()
+    with pytest.raises(MergeError, match=r"export --format lora.*qa-lora.*merge --requantize"):
+        LoRA().merge(weight, *factors(weight, adapter=LoRA()), SCALING)
+    assert weight.digest() == digest
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+ALL: list[tuple[type[Adapter], dict[str, Any]]] = [
+    (LoRA, {}), (Pooled, {}), (Pooled, {"pooling": "mean", "form": "side"}), (Pooled, {"offsets": "fp32"})]
+
+
+@pytest.mark.parametrize(("kind", "settings"), ALL)
+def test_an_adapter_is_known_again_by_its_identity(kind: type[Adapter], settings: dict[str, Any]) -> None:
+    adapter = kind(**settings)
+    assert adapter.identity() == {"kind": kind.kind, **asdict(adapter)}
+    assert adapter_from(adapter.identity()) == adapter
+    assert set(settings.items()) <= set(adapter.identity().items())
+
+
+def test_every_kind_is_listed_under_its_name() -> None:
+    assert {name: adapter.kind for name, adapter in ADAPTERS.items()} == {name: name for name in ADAPTERS}
+
+
+@pytest.mark.parametrize("identity", [{"kind": "l5q"}, {}, {"kind": None}, {"pooling": "sum"}])
+def test_unknown_kinds_are_refused(identity: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match=r"is unknown. Known are lora, pooled"):
+        adapter_from(identity)
+
+
+@pytest.mark.parametrize("settings", [{"shape": "round"}, {"group_size": 32}])
+def test_settings_of_another_version_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match="Was it saved by another version"):
+        adapter_from({"kind": "pooled", **settings})
+
+
+@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"form": "both"}, {"offsets": "bf16"}])
+def test_settings_that_do_not_exist_are_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="is unknown"):
+        Pooled(**settings)
+
+
+def test_dropout_in_the_merged_form_is_refused(quant_weight: Make) -> None:
+    layout = quant_weight(Format(bits=4)).layout
+    with pytest.raises(ConfigError, match="no branch to drop"):
+        Pooled().check(layout, 8, 0.1)
+    Pooled().check(layout, 8, 0.0)
+    Pooled(form="side").check(layout, 8, 0.1)
+    LoRA().check(layout, 8, 0.1)
+
+
+def test_what_a_merge_promises() -> None:
+    assert (Pooled().exactness, Pooled(form="side").exactness, LoRA().exactness) == ("exact", "equivalent", "none")
+    assert (Pooled().merged_form, Pooled(form="side").merged_form, LoRA().merged_form) == (True, False, False)
