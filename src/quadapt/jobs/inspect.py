@@ -80,10 +80,11 @@ def _show_certificate(folder: Folder, ui: UI) -> None:
     if not certificate:
         return
     worst = max(certificate["layers"], key=lambda layer: layer["difference"])
+    changed = sum(layer["codes_changed"] for layer in certificate["layers"])
     ui.show(
         f"merge: {certificate['verdict']} in {certificate['dtype']} on {certificate['probe']}; effect lost "
         f"{certificate['effect_lost']:.2%}, largest weight difference {worst['difference']:.2g} steps "
-        f"({worst['name']}), codes changed {sum(layer['codes_changed'] for layer in certificate['layers'])}, KL {certificate['kl']:.1e}"
+        f"({worst['name']}), codes changed {changed}, KL {certificate['kl']:.1e}"
     )
 
 

@@ -200,6 +200,7 @@ def _bits(model: nn.Module, quantized: nn.Module) -> dict[str, float]:
 
 def _say_recipe(recipe: Recipe, ui: UI) -> None:
     ui.say(
-        f"AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}), rank {recipe.rank}, alpha "
-        f"{recipe.alpha:g}, dropout {recipe.dropout:g}, gradient norm at most {recipe.max_grad_norm:g}; defaults from {recipe.source}"
+        f"AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}), rank {recipe.rank}, "
+        f"alpha {recipe.alpha:g}, dropout {recipe.dropout:g}, gradient norm at most {recipe.max_grad_norm:g}; "
+        f"defaults from {recipe.source}"
     )
