@@ -29,9 +29,19 @@ def tokenizer():
 @pytest.fixture
 def model(tokenizer):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, attention_dropout=0.5))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            attention_dropout=0.5,
+        )
+    )
 
 
 @pytest.fixture
@@ -42,6 +52,7 @@ def rows(tmp_path):
         values = [value if isinstance(value, tuple) else (value,) for value in values]
         path.write_text("\n".join(json.dumps(dict(zip(names, value, strict=True))) for value in values))
         return read(str(path))
+
     return make
 
 
@@ -53,7 +64,7 @@ def token_by_token(model, ids, first, context, stride):
     losses = []
     for token in range(first, len(ids)):
         window = max(0, -(-(token - context) // stride))  # the first window that reaches this token
-        logits = model(input_ids=torch.tensor([ids[window * stride:token]])).logits[0, -1]
+        logits = model(input_ids=torch.tensor([ids[window * stride : token]])).logits[0, -1]
         losses.append(-float(logits.log_softmax(-1)[ids[token]]))
     return losses
 
@@ -61,14 +72,19 @@ def token_by_token(model, ids, first, context, stride):
 TEXTS = ["the quick brown fox jumps over the lazy dog 12", "a", "", "seven seas and seven skies"]
 
 
-@pytest.mark.parametrize(("context", "stride"), [
-    (64, None), (10, None), (10, 10), (10, 3), (10, 1), (1, None), (46, 45), (47, 2), (48, 48)])
+@pytest.mark.parametrize(
+    ("context", "stride"), [(64, None), (10, None), (10, 10), (10, 3), (10, 1), (1, None), (46, 45), (47, 2), (48, 48)]
+)
 def test_perplexity_of_text(model, tokenizer, rows, context, stride):
     result = perplexity(model, tokenizer, rows(*TEXTS), context=context, stride=stride, batch=3)
     reference = model.double().eval()
     with torch.no_grad():
-        losses = [loss for text in TEXTS if text
-                  for loss in token_by_token(reference, tokenizer(text)["input_ids"], 1, context, stride or context)]
+        losses = [
+            loss
+            for text in TEXTS
+            if text
+            for loss in token_by_token(reference, tokenizer(text)["input_ids"], 1, context, stride or context)
+        ]
     assert result.tokens == len(losses) == sum(map(len, TEXTS))
     assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert result.perplexity == math.exp(result.loss)
@@ -93,6 +109,7 @@ def test_perplexity_of_completions(model, tokenizer, rows, context, stride):
 
 def test_overlap_helps_a_model_that_looks_back(tokenizer, rows):
     """A model that copies what stood four tokens before is right only about tokens that it has the context for."""
+
     class Copies(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -130,20 +147,24 @@ def test_half_precision_is_summed_in_float32(model, tokenizer, rows):
     ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(ids).logits[0, :-1]
-    full, half = (float(-each.log_softmax(-1).gather(1, ids[0, 1:, None]).double().mean())
-                  for each in (logits.float(), logits))
+    full, half = (
+        float(-each.log_softmax(-1).gather(1, ids[0, 1:, None]).double().mean()) for each in (logits.float(), logits)
+    )
     result = perplexity(model, tokenizer, rows(TEXTS[0]), context=64)
     assert result.loss == pytest.approx(full, rel=1e-6)
     assert result.loss != pytest.approx(half, rel=1e-6)
 
 
-@pytest.mark.parametrize(("texts", "options", "error", "message"), [
-    (["abc"], {"context": 65}, ConfigError, "context=65 is not between 1 and the model's context, 64"),
-    (["abc"], {"context": 0}, ConfigError, "context=0"),
-    (["abc"], {"context": 8, "stride": 9}, ConfigError, "stride=9 is not between 1 and context=8"),
-    (["abc"], {"context": 8, "stride": 0}, ConfigError, "stride=0"),
-    (["", " "], {"context": 8}, DataError, "data.jsonl: has no token to count"),
-])
+@pytest.mark.parametrize(
+    ("texts", "options", "error", "message"),
+    [
+        (["abc"], {"context": 65}, ConfigError, "context=65 is not between 1 and the model's context, 64"),
+        (["abc"], {"context": 0}, ConfigError, "context=0"),
+        (["abc"], {"context": 8, "stride": 9}, ConfigError, "stride=9 is not between 1 and context=8"),
+        (["abc"], {"context": 8, "stride": 0}, ConfigError, "stride=0"),
+        (["", " "], {"context": 8}, DataError, "data.jsonl: has no token to count"),
+    ],
+)
 def test_perplexity_refuses(model, tokenizer, rows, texts, options, error, message):
     with pytest.raises(error, match=message):
         perplexity(model, tokenizer, rows(*texts), **options)
@@ -168,8 +189,9 @@ class Sums(LlamaForCausalLM):
     answer = "7"
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, **kwargs):
-        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
-                                 **kwargs)
+        output = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
         table = self.table
         logits = torch.full_like(output.logits, -10.0)
         for row in range(len(input_ids)):
@@ -189,8 +211,16 @@ class Sums(LlamaForCausalLM):
 
 @pytest.fixture
 def sums(tokenizer):
-    model = Sums(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                             num_attention_heads=1, max_position_embeddings=64))
+    model = Sums(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=64,
+        )
+    )
     model.table, model.wrong = tokenizer.get_vocab(), {}
     return model
 
@@ -203,7 +233,9 @@ def test_exact_match(sums, tokenizer, rows, batch):
     result = exact_match(sums, tokenizer, rows(*PAIRS), batch=batch, samples=2)
     assert (result.count, result.correct, result.accuracy) == (5, 2, 0.4)
     assert [dataclasses.astuple(sample) for sample in result.samples] == [
-        ("a 3 4=", " 7", " 7"), ("bb 3 4=", "7", " 8")]
+        ("a 3 4=", " 7", " 7"),
+        ("bb 3 4=", "7", " 8"),
+    ]
     assert result.too_long == 0
 
 
@@ -233,19 +265,23 @@ def test_exact_match_with_the_model_itself(model, tokenizer, rows):
     alone = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
-                                pad_token_id=2)
-        alone.append(tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True))
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=2
+        )
+        alone.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     assert len(set(alone)) > 1
     data = rows(*[(prompt, answer) for prompt, answer in zip(prompts, alone, strict=True)])
     assert exact_match(model, tokenizer, data, max_new_tokens=6, batch=4).accuracy == 1
     assert generate_samples(model, tokenizer, prompts, max_new_tokens=6, batch=3) == alone
 
 
-@pytest.mark.parametrize(("values", "options", "message"), [
-    (["text"], {}, "holds text rows.*prompt and completion"),
-    ([("a" * 59, "b"), ("a" * 60, "b")], {"max_new_tokens": 4}, r"jsonl:2: the prompt has 61 tokens.*context, 64"),
-])
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        (["text"], {}, "holds text rows.*prompt and completion"),
+        ([("a" * 59, "b"), ("a" * 60, "b")], {"max_new_tokens": 4}, r"jsonl:2: the prompt has 61 tokens.*context, 64"),
+    ],
+)
 def test_exact_match_refuses(sums, tokenizer, rows, values, options, message):
     with pytest.raises(DataError, match=message):
         exact_match(sums, tokenizer, rows(*values), **options)

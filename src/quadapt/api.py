@@ -11,7 +11,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from quadapt.export.report import ExportReport
+    from quadapt.exporters.report import ExportReport
     from quadapt.hf.merge import Certificate
 
 
@@ -151,7 +151,7 @@ def export(
         ExportError: The format cannot hold the model.
     """
     from quadapt.errors import ConfigError
-    from quadapt.export import dense, gguf, lora
+    from quadapt.exporters import dense, gguf, lora
 
     if format == "gguf":
         return gguf.export_gguf(model, tokenizer, output)

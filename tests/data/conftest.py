@@ -14,8 +14,9 @@ CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.
 def wrap(tokenizer, **special):
     post = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.post_processor = post
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **special
+    )
 
 
 @pytest.fixture
@@ -44,12 +45,16 @@ def pieces():
 @pytest.fixture
 def make_rows():
     """Rows from plain values: texts, pairs, or lists of (role, content)."""
+
     def make(kind, values):
-        columns = {"text": lambda value: {"text": value},
-                   "prompt-completion": lambda value: {"prompt": value[0], "completion": value[1]},
-                   "messages": lambda value: {"messages": [{"role": role, "content": text} for role, text in value]}}
+        columns = {
+            "text": lambda value: {"text": value},
+            "prompt-completion": lambda value: {"prompt": value[0], "completion": value[1]},
+            "messages": lambda value: {"messages": [{"role": role, "content": text} for role, text in value]},
+        }
         rows = [columns[kind](value) | {"where": f"data:{line}"} for line, value in enumerate(values, start=1)]
         return Rows(kind, _dataset(rows, kind), "data")
+
     return make
 
 

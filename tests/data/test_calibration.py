@@ -19,7 +19,7 @@ def test_calibration_blocks_are_cut_from_one_stream(chars, make_rows):
     assert [tuple(batch.shape) for batch in calibration.batches] == [(8, 10), (8, 10), (4, 10)]
     assert (calibration.sequences, calibration.requested, calibration.tokens) == (20, 20, 200)
     assert calibration.source == "data"
-    blocks = {tuple(block) for block in stream[:len(stream) // 10 * 10].view(-1, 10).tolist()}
+    blocks = {tuple(block) for block in stream[: len(stream) // 10 * 10].view(-1, 10).tolist()}
     drawn = [tuple(block) for block in torch.cat(calibration.batches).tolist()]
     assert set(drawn) <= blocks
     assert len(set(drawn)) == 20
@@ -29,8 +29,9 @@ def test_calibration_blocks_are_cut_from_one_stream(chars, make_rows):
 
 def test_calibration_follows_the_seed(chars, make_rows):
     rows = make_rows("prompt-completion", [(f"q{number}", f"a{number}") for number in range(100)])
-    first, again, other = (calibration_batches(rows, chars, length=7, sequences=6, seed=seed).batches[0]
-                           for seed in (0, 0, 1))
+    first, again, other = (
+        calibration_batches(rows, chars, length=7, sequences=6, seed=seed).batches[0] for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.dtype == torch.long
@@ -62,11 +63,15 @@ def test_calibration_tokenizes_no_more_than_it_needs(chars, make_rows, monkeypat
     assert len(seen) == 10  # rows of 12 tokens, by the batch
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"length": 22}, DataError, "data: has 21 tokens.*block of 22.*--calibration-length"),
-    ({"length": 0}, ConfigError, "length=0"), ({"length": 4, "batch": 0}, ConfigError, "batch=0"),
-    ({"length": 4, "sequences": 0}, ConfigError, "sequences=0"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"length": 22}, DataError, "data: has 21 tokens.*block of 22.*--calibration-length"),
+        ({"length": 0}, ConfigError, "length=0"),
+        ({"length": 4, "batch": 0}, ConfigError, "batch=0"),
+        ({"length": 4, "sequences": 0}, ConfigError, "sequences=0"),
+    ],
+)
 def test_calibration_errors(chars, make_rows, options, error, message):
     with pytest.raises(error, match=message):
         calibration_batches(make_rows("text", ["a" * 19]), chars, **options)

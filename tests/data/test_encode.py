@@ -48,15 +48,18 @@ def test_a_token_left_alone_is_counted(chars, make_rows, seq_len, lost):
 # --- prompts and completions ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "labels"), [
-    ({}, [NO, NO, NO, "c", "d", EOS]),
-    ({"completion_only": False}, [NO, "a", "b", "c", "d", EOS]),
-    ({"add_eos": False}, [NO, NO, NO, "c", "d"]),
-])
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ({}, [NO, NO, NO, "c", "d", EOS]),
+        ({"completion_only": False}, [NO, "a", "b", "c", "d", EOS]),
+        ({"add_eos": False}, [NO, NO, NO, "c", "d"]),
+    ],
+)
 def test_labels(chars, make_rows, options, labels):
     expected = [chars.convert_tokens_to_ids(label) if isinstance(label, str) else label for label in labels]
     encoded = encode(make_rows("prompt-completion", [("ab", "cd")]), chars, seq_len=10, packing=False, **options)
-    ids = [BOS, *ids_of(chars, "abcd"), EOS][:len(labels)]
+    ids = [BOS, *ids_of(chars, "abcd"), EOS][: len(labels)]
     assert encoded.data.to_list() == [{"input_ids": ids, "labels": expected}]
     assert encoded.report.loss_tokens == len(labels) - labels.count(NO)
 
@@ -68,24 +71,41 @@ def test_the_end_of_sequence_bears_loss_even_if_it_pads(chars, make_rows):
     assert encoded.report.notes == ()
 
 
-@pytest.mark.parametrize(("prompt", "completion", "apart"), [
-    ("Answer:", " yes", False), ("Answer: ", "yes", True), ("Answer: y", "es", True), ("yes\n", "\nno", True),
-    ("yes\n", ".no", False), ("", "yes", False), ("Answer:", "yes", False),
-])
+@pytest.mark.parametrize(
+    ("prompt", "completion", "apart"),
+    [
+        ("Answer:", " yes", False),
+        ("Answer: ", "yes", True),
+        ("Answer: y", "es", True),
+        ("yes\n", "\nno", True),
+        ("yes\n", ".no", False),
+        ("", "yes", False),
+        ("Answer:", "yes", False),
+    ],
+)
 def test_the_prompt_is_tokenized_as_it_is_for_generation(pieces, make_rows, prompt, completion, apart):
     encoded = encode(make_rows("prompt-completion", [(prompt, completion)]), pieces, seq_len=50, packing=False)
     ids, labels = encoded.data[0]["input_ids"], encoded.data[0]["labels"]
     alone = pieces(prompt)["input_ids"]
-    assert ids[:len(alone)] == alone
-    assert labels[:len(alone)] == [NO] * len(alone)
-    assert labels[len(alone):] == ids[len(alone):]
+    assert ids[: len(alone)] == alone
+    assert labels[: len(alone)] == [NO] * len(alone)
+    assert labels[len(alone) :] == ids[len(alone) :]
     assert pieces.decode(ids[1:-1]) == prompt + completion  # above all, no space in between
     assert any("tokenized apart" in note for note in encoded.report.notes) is apart
 
 
-@pytest.mark.parametrize(("seq_len", "sequences", "truncated", "lost", "dropped"), [
-    (20, 3, 0, 0, 0), (10, 3, 0, 0, 0), (9, 3, 1, 1, 0), (5, 3, 2, 6, 0), (4, 2, 1, 6, 1),
-    (3, 1, 1, 1, 2), (2, 0, 0, 0, 3)])
+@pytest.mark.parametrize(
+    ("seq_len", "sequences", "truncated", "lost", "dropped"),
+    [
+        (20, 3, 0, 0, 0),
+        (10, 3, 0, 0, 0),
+        (9, 3, 1, 1, 0),
+        (5, 3, 2, 6, 0),
+        (4, 2, 1, 6, 1),
+        (3, 1, 1, 1, 2),
+        (2, 0, 0, 0, 3),
+    ],
+)
 def test_cut_examples_are_counted(chars, make_rows, seq_len, sequences, truncated, lost, dropped):
     rows = make_rows("prompt-completion", [("abc", "d"), ("ab", "cdefgh"), ("a", "b")])  # 6, 10 and 4 tokens
     report = encode(rows, chars, seq_len=seq_len, packing=False).report
@@ -161,9 +181,18 @@ def test_best_fit_takes_the_tightest_bin():
 def llama(chars):
     def make(**options):
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=len(chars), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **options)
+        config = LlamaConfig(
+            vocab_size=len(chars),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.3,
+            **options,
+        )
         return LlamaForCausalLM(config).eval()
+
     return make
 
 
@@ -171,12 +200,13 @@ def summed_loss(model, sequences, batch, **change):
     """Loss summed over tokens, batch by batch."""
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(sequences), batch):
-        inputs = Collator(0)(sequences[start:start + batch]) | change
+        inputs = Collator(0)(sequences[start : start + batch]) | change
         labels = inputs.pop("labels")
         with torch.no_grad():
             logits = model(**inputs).logits
-        total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(),
-                                                   reduction="sum")
+        total += torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(), reduction="sum"
+        )
     return float(total)
 
 
@@ -185,9 +215,16 @@ def test_packed_loss_is_unpacked_loss(chars, make_rows, llama, attention):
     model = llama(attn_implementation=attention)  # its configuration asks for a cache, which would undo the packing
     generator = np.random.default_rng(0)
     letters = [*"abcdefgh"]
-    rows = make_rows("prompt-completion", [("".join(generator.choice(letters, generator.integers(1, 9))),
-                                            "".join(generator.choice(letters, generator.integers(1, 9))))
-                                           for _ in range(23)])
+    rows = make_rows(
+        "prompt-completion",
+        [
+            (
+                "".join(generator.choice(letters, generator.integers(1, 9))),
+                "".join(generator.choice(letters, generator.integers(1, 9))),
+            )
+            for _ in range(23)
+        ],
+    )
     alone = encode(rows, chars, seq_len=32, packing=False)
     packed = encode(rows, chars, seq_len=32, packing=True)
     assert packed.report.sequences < alone.report.sequences / 2
@@ -201,18 +238,22 @@ def test_packed_loss_is_unpacked_loss(chars, make_rows, llama, attention):
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 
-MARKED = ("{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
-          "{% generation %}{{ message.content }}<|end|>{% endgeneration %}"
-          "{% else %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
-          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+MARKED = (
+    "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|end|>{% endgeneration %}"
+    "{% else %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 CHAT = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
 
 
 @pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
-@pytest.mark.parametrize(("chat", "said"), [
-    (CHAT, "yes<|end|>no<|end|>"), (CHAT[:3], "yes<|end|>"), ([("system", "be"), *CHAT[:2]], "yes<|end|>")])
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [(CHAT, "yes<|end|>no<|end|>"), (CHAT[:3], "yes<|end|>"), ([("system", "be"), *CHAT[:2]], "yes<|end|>")],
+)
 def test_loss_on_what_the_assistant_says(chars, make_rows, template, chat, said):
     chars.chat_template = template
     encoded = encode(make_rows("messages", [chat]), chars, seq_len=60, packing=False)
@@ -243,7 +284,9 @@ TEMPLATES = {
     "later turns change earlier ones": (
         "{% for message in messages %}{{ message.content }}"
         "{% if loop.last and message.role == 'assistant' %}!{% endif %}{% endfor %}",
-        CHAT, ["data:1", "message 2 differently", "{% generation %}"]),
+        CHAT,
+        ["data:1", "message 2 differently", "{% generation %}"],
+    ),
     "other generation prompt": (UNMARKED.replace("%}<|assistant|>{%", "%}<|user|>{%"), CHAT, ["message 2 differently"]),
 }
 
@@ -269,8 +312,9 @@ def test_a_tokenizer_without_offsets(chars, make_rows, monkeypatch):
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("eos", "pad", "token"), [("</s>", "<unk>", "<unk>"), ("</s>", None, "</s>"),
-                                                   (None, "a", "a")])
+@pytest.mark.parametrize(
+    ("eos", "pad", "token"), [("</s>", "<unk>", "<unk>"), ("</s>", None, "</s>"), (None, "a", "a")]
+)
 def test_pad_token(chars, eos, pad, token):
     chars.eos_token, chars.pad_token = eos, pad
     assert pad_token_id(chars) == chars.convert_tokens_to_ids(token)
@@ -303,11 +347,14 @@ def test_seq_len_needs_room(chars, make_rows):
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "values", "packing", "example"), [
-    ("prompt-completion", [("Answer:", " yes"), ("no", " no")], True, "[no loss]<s> Answer:[loss] yes</s>"),
-    ("prompt-completion", [("Answer:", " yes")], False, "[no loss]<s> Answer:[loss] yes</s>"),
-    ("text", ["yes and no"], False, "[no loss]<s>[loss] yes and no</s>"),
-])
+@pytest.mark.parametrize(
+    ("kind", "values", "packing", "example"),
+    [
+        ("prompt-completion", [("Answer:", " yes"), ("no", " no")], True, "[no loss]<s> Answer:[loss] yes</s>"),
+        ("prompt-completion", [("Answer:", " yes")], False, "[no loss]<s> Answer:[loss] yes</s>"),
+        ("text", ["yes and no"], False, "[no loss]<s>[loss] yes and no</s>"),
+    ],
+)
 def test_the_example_shows_its_mask(pieces, make_rows, kind, values, packing, example):
     assert encode(make_rows(kind, values), pieces, seq_len=60, packing=packing).report.example == example
 
@@ -330,16 +377,25 @@ def test_report_for_people(chars, make_rows):
     rows = make_rows("prompt-completion", [("abc", "d"), ("ab", "cdefgh"), ("abcdefghijk", "b")])
     assert encode(rows, chars, seq_len=8, packing=False).report.lines() == [
         "data: 3 rows (prompt-completion) in 2 sequences of at most 8 tokens, 88% filled",
-        "14 tokens, of which 7 bear loss", "1 examples truncated (2 tokens lost), 1 dropped",
+        "14 tokens, of which 7 bear loss",
+        "1 examples truncated (2 tokens lost), 1 dropped",
         "1 examples dropped: what bears loss lies beyond their first 8 tokens",
-        "the tokenizer has no pad token; </s> pads"]
+        "the tokenizer has no pad token; </s> pads",
+    ]
 
 
-@pytest.mark.parametrize(("kind", "values", "message"), [
-    ("prompt-completion", [("abcdef", "g")], "1 examples dropped: what bears loss lies beyond their first 6 tokens"),
-    ("prompt-completion", [("a", "")], "1 examples dropped: their completion is blank"),
-    ("text", [" "], "1 examples dropped: their text is blank"),
-])
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (
+            "prompt-completion",
+            [("abcdef", "g")],
+            "1 examples dropped: what bears loss lies beyond their first 6 tokens",
+        ),
+        ("prompt-completion", [("a", "")], "1 examples dropped: their completion is blank"),
+        ("text", [" "], "1 examples dropped: their text is blank"),
+    ],
+)
 def test_data_without_loss_is_refused(chars, make_rows, kind, values, message):
     encoded = encode(make_rows(kind, values), chars, seq_len=6, packing=True)
     assert len(encoded.data) == 0

@@ -8,11 +8,15 @@ from quadapt.errors import ConfigError, DataError
 
 PAIR = {"prompt": "q", "completion": "a"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
-SHORT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-         "### Instruction:\nadd\n\n### Response:\n")
-LONG = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n"
-        "### Instruction:\nadd\n\n### Input:\n1 1\n\n### Response:\n")
+SHORT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nadd\n\n### Response:\n"
+)
+LONG = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\nadd\n\n### Input:\n1 1\n\n### Response:\n"
+)
 
 
 def lines(*rows):
@@ -23,31 +27,72 @@ GOOD = {
     "text is one document": ("a.txt", "one\r\n\ntwo\n", "text", [{"text": "one\r\n\ntwo\n", "where": "a.txt"}]),
     "byte order mark": ("a.txt", "\ufeffone", "text", [{"text": "one", "where": "a.txt"}]),
     "capital suffix": ("A.TXT", "one", "text", [{"text": "one", "where": "A.TXT"}]),
-    "lines of text": ("a.jsonl", lines({"text": "x"}, {"text": ""}), "text",
-                      [{"text": "x", "where": "a.jsonl:1"}, {"text": "", "where": "a.jsonl:2"}]),
-    "line separator inside": ("a.jsonl", '{"text": "x\u2028y"}\n', "text",
-                              [{"text": "x\u2028y", "where": "a.jsonl:1"}]),
+    "lines of text": (
+        "a.jsonl",
+        lines({"text": "x"}, {"text": ""}),
+        "text",
+        [{"text": "x", "where": "a.jsonl:1"}, {"text": "", "where": "a.jsonl:2"}],
+    ),
+    "line separator inside": (
+        "a.jsonl",
+        '{"text": "x\u2028y"}\n',
+        "text",
+        [{"text": "x\u2028y", "where": "a.jsonl:1"}],
+    ),
     "blank lines at the end": ("a.jsonl", lines({"text": "x"}, "", " "), "text", [{"text": "x", "where": "a.jsonl:1"}]),
-    "Windows line ends": ("a.jsonl", '{"text": "x"}\r\n{"text": "y"}\r\n', "text",
-                          [{"text": "x", "where": "a.jsonl:1"}, {"text": "y", "where": "a.jsonl:2"}]),
+    "Windows line ends": (
+        "a.jsonl",
+        '{"text": "x"}\r\n{"text": "y"}\r\n',
+        "text",
+        [{"text": "x", "where": "a.jsonl:1"}, {"text": "y", "where": "a.jsonl:2"}],
+    ),
     "lines in .json": ("a.json", lines(PAIR), "prompt-completion", [PAIR | {"where": "a.json:1"}]),
-    "list in .jsonl": ("a.jsonl", json.dumps([PAIR], indent=1), "prompt-completion",
-                       [PAIR | {"where": "a.jsonl row 1"}]),
-    "Alpaca": ("a.json", json.dumps([{"instruction": "add", "input": "1 1", "output": "2"}]), "prompt-completion",
-               [{"prompt": LONG, "completion": "2", "where": "a.json row 1"}]),
-    "Alpaca with a blank input": ("a.json", json.dumps([{"instruction": "add", "input": "", "output": "2"}]),
-                                  "prompt-completion", [{"prompt": SHORT, "completion": "2", "where": "a.json row 1"}]),
-    "Alpaca with null for input": ("a.jsonl", lines({"instruction": "add", "input": None, "output": "2"}),
-                                   "prompt-completion", [{"prompt": SHORT, "completion": "2", "where": "a.jsonl:1"}]),
-    "Alpaca without input": ("a.jsonl", lines({"instruction": "add", "output": "{x}"}), "prompt-completion",
-                             [{"prompt": SHORT, "completion": "{x}", "where": "a.jsonl:1"}]),
+    "list in .jsonl": (
+        "a.jsonl",
+        json.dumps([PAIR], indent=1),
+        "prompt-completion",
+        [PAIR | {"where": "a.jsonl row 1"}],
+    ),
+    "Alpaca": (
+        "a.json",
+        json.dumps([{"instruction": "add", "input": "1 1", "output": "2"}]),
+        "prompt-completion",
+        [{"prompt": LONG, "completion": "2", "where": "a.json row 1"}],
+    ),
+    "Alpaca with a blank input": (
+        "a.json",
+        json.dumps([{"instruction": "add", "input": "", "output": "2"}]),
+        "prompt-completion",
+        [{"prompt": SHORT, "completion": "2", "where": "a.json row 1"}],
+    ),
+    "Alpaca with null for input": (
+        "a.jsonl",
+        lines({"instruction": "add", "input": None, "output": "2"}),
+        "prompt-completion",
+        [{"prompt": SHORT, "completion": "2", "where": "a.jsonl:1"}],
+    ),
+    "Alpaca without input": (
+        "a.jsonl",
+        lines({"instruction": "add", "output": "{x}"}),
+        "prompt-completion",
+        [{"prompt": SHORT, "completion": "{x}", "where": "a.jsonl:1"}],
+    ),
     "messages": ("a.jsonl", lines(CHAT), "messages", [CHAT | {"where": "a.jsonl:1"}]),
     "messages with more keys": (
-        "a.jsonl", lines({"messages": [{"role": "user", "content": "x", "name": None}]}), "messages",
-        [{"messages": [{"role": "user", "content": "x", "name": None}], "where": "a.jsonl:1"}]),
-    "CSV": ("a.csv", 'prompt,completion\r\n"a, ""b""\nc",NA\r\n\r\n042,null\r\n', "prompt-completion",
-            [{"prompt": 'a, "b"\nc', "completion": "NA", "where": "a.csv:2"},
-             {"prompt": "042", "completion": "null", "where": "a.csv:5"}]),
+        "a.jsonl",
+        lines({"messages": [{"role": "user", "content": "x", "name": None}]}),
+        "messages",
+        [{"messages": [{"role": "user", "content": "x", "name": None}], "where": "a.jsonl:1"}],
+    ),
+    "CSV": (
+        "a.csv",
+        'prompt,completion\r\n"a, ""b""\nc",NA\r\n\r\n042,null\r\n',
+        "prompt-completion",
+        [
+            {"prompt": 'a, "b"\nc', "completion": "NA", "where": "a.csv:2"},
+            {"prompt": "042", "completion": "null", "where": "a.csv:5"},
+        ],
+    ),
     "CSV from a spreadsheet": ("a.csv", "\ufefftext\nx\n", "text", [{"text": "x", "where": "a.csv:2"}]),
     "CSV with a long cell": ("a.csv", "text\n" + "x" * 200_000, "text", [{"text": "x" * 200_000, "where": "a.csv:2"}]),
 }
@@ -66,11 +111,14 @@ def test_formats(case, tmp_path, monkeypatch):
     assert rows.notes == ()
 
 
-@pytest.mark.parametrize(("row", "kind", "unused"), [
-    (PAIR | {"text": "t", "id": 3}, "prompt-completion", "text, id"),
-    (CHAT | PAIR, "messages", "prompt, completion"),
-    ({"instruction": "add", "output": "2", "text": "whole", "answer": [1]}, "prompt-completion", "text, answer"),
-])
+@pytest.mark.parametrize(
+    ("row", "kind", "unused"),
+    [
+        (PAIR | {"text": "t", "id": 3}, "prompt-completion", "text, id"),
+        (CHAT | PAIR, "messages", "prompt, completion"),
+        ({"instruction": "add", "output": "2", "text": "whole", "answer": [1]}, "prompt-completion", "text, answer"),
+    ],
+)
 def test_the_richest_columns_are_taken_and_the_others_named(row, kind, unused, tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(row))
     rows = read(str(tmp_path / "a.jsonl"))
@@ -84,18 +132,30 @@ BAD = {
     "one object over lines": ("a.json", json.dumps({"data": [1]}, indent=1), ["a.json:1", "not valid JSON", "list"]),
     "line between": ("a.jsonl", lines(PAIR, "", PAIR), ["a.jsonl:2", "is empty", "Delete the line"]),
     "no object": ("a.jsonl", lines(PAIR, '"x"'), ["a.jsonl:2", 'str "x"', "must be a JSON object"]),
-    "missing": ("a.jsonl", lines(PAIR, {"prompt": "q"}),
-                ["a.jsonl:2", "no column 'completion'", "but prompt", "same columns"]),
+    "missing": (
+        "a.jsonl",
+        lines(PAIR, {"prompt": "q"}),
+        ["a.jsonl:2", "no column 'completion'", "but prompt", "same columns"],
+    ),
     "mixed kinds": ("a.jsonl", lines(PAIR, {"text": "q"}), ["a.jsonl:2", "no column 'prompt'", "but text"]),
-    "null": ("a.jsonl", lines(PAIR, PAIR | {"completion": None}),
-             ["a.jsonl:2", "'completion' is null", "delete the row"]),
+    "null": (
+        "a.jsonl",
+        lines(PAIR, PAIR | {"completion": None}),
+        ["a.jsonl:2", "'completion' is null", "delete the row"],
+    ),
     "number": ("a.jsonl", lines(PAIR | {"completion": 42}), ["a.jsonl:1", "'completion' is int 42", "quotes"]),
     "list": ("a.json", json.dumps([PAIR, PAIR | {"prompt": ["q"]}]), ["a.json row 2", "'prompt' is list", "text"]),
-    "input is a number": ("a.jsonl", lines({"instruction": "i", "input": 1, "output": "o"}),
-                          ["a.jsonl:1", "'input' is int"]),
+    "input is a number": (
+        "a.jsonl",
+        lines({"instruction": "i", "input": 1, "output": "o"}),
+        ["a.jsonl:1", "'input' is int"],
+    ),
     "surrogate": ("a.jsonl", '{"text": "\\ud83d"}', ["a.jsonl:1", "'text'", "surrogate", "Remove"]),
-    "columns": ("a.jsonl", lines({"question": "q", "answer": "a"}),
-                ["a.jsonl:1", "question, answer", "text | prompt, completion | instruction, output", "Rename"]),
+    "columns": (
+        "a.jsonl",
+        lines({"question": "q", "answer": "a"}),
+        ["a.jsonl:1", "question, answer", "text | prompt, completion | instruction, output", "Rename"],
+    ),
     "no columns": ("a.jsonl", "{}", ["a.jsonl:1", "the columns are none"]),
     "encoding": ("a.txt", b"one\ncaf\xe9", ["a.txt:2", "not UTF-8", "0xe9", "Save the file as UTF-8"]),
     "encoding of lines": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', ["a.jsonl:2", "0xff"]),
@@ -107,8 +167,11 @@ BAD = {
     "no header": ("a.csv", "What is it?,A cat,B\n", ["a.csv", "no rows"]),
     "no header, rows": ("a.csv", "What?,A\nWho?,B\n", ["a.csv:2", "What?, A", "lack a first line"]),
     "short CSV row": ("a.csv", "prompt,completion\nq,a\nq\n", ["a.csv:3", "'completion' is null or missing"]),
-    "long CSV row": ("a.csv", "prompt,completion\nq,a\nq,a,b\n",
-                     ["a.csv:3", "3 cells, but the header 2", "double quotes"]),
+    "long CSV row": (
+        "a.csv",
+        "prompt,completion\nq,a\nq,a,b\n",
+        ["a.csv:3", "3 cells, but the header 2", "double quotes"],
+    ),
     "bad quotes in CSV": ("a.csv", 'prompt,completion\n"q"x,a\n', ["a.csv:2", "not valid CSV", "double the quotes"]),
     "open quote in CSV": ("a.csv", 'text\n"q', ["a.csv:2", "not valid CSV"]),
     "same column twice": ("a.csv", "text,text\na,b\n", ["a.csv:1", "same name", "text, text"]),
@@ -119,10 +182,16 @@ BAD = {
     "messages as text": ("a.jsonl", lines({"messages": "hi"}), ["a.jsonl:1", "'messages' is str"]),
     "message as text": ("a.jsonl", lines({"messages": ["hi"]}), ["a.jsonl:1", "message 1 is str", '"role"']),
     "no role": ("a.jsonl", lines(CHAT, {"messages": [{"content": "hi"}]}), ["a.jsonl:2", "message 1: 'role' is null"]),
-    "content in parts": ("a.jsonl", lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
-                         ["a.jsonl:1", "message 1: 'content' is list"]),
-    "weights": ("a.jsonl", lines({"messages": [{"role": "user", "content": "x", "weight": 0}]}),
-                ["a.jsonl:1", "message 1: 'weight' is int 0"]),
+    "content in parts": (
+        "a.jsonl",
+        lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+        ["a.jsonl:1", "message 1: 'content' is list"],
+    ),
+    "weights": (
+        "a.jsonl",
+        lines({"messages": [{"role": "user", "content": "x", "weight": 0}]}),
+        ["a.jsonl:1", "message 1: 'weight' is int 0"],
+    ),
 }
 
 
@@ -141,8 +210,10 @@ def test_what_cannot_be_used_is_refused_with_its_place(case, tmp_path, monkeypat
 def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list([PAIR, {"prompt": "r", "completion": "042"}]).to_parquet(path)
-    assert read(str(path)).data.to_list() == [PAIR | {"where": f"{path} row 1"},
-                                              {"prompt": "r", "completion": "042", "where": f"{path} row 2"}]
+    assert read(str(path)).data.to_list() == [
+        PAIR | {"where": f"{path} row 1"},
+        {"prompt": "r", "completion": "042", "where": f"{path} row 2"},
+    ]
     datasets.Dataset.from_dict({"text": ["a", None]}).to_parquet(path)  # the file changes: no stale copy is read
     with pytest.raises(DataError, match=r"a.parquet row 2: column 'text' is null"):
         read(str(path))
@@ -152,8 +223,12 @@ def test_parquet(tmp_path):
 
 
 def test_a_folder_is_sorted_into_splits_by_name(tmp_path):
-    for name, text in {"train-1.txt": "one", "train-2.jsonl": '{"text": "two"}', "train-notes.md": "#",
-                       "test.txt": "three"}.items():
+    for name, text in {
+        "train-1.txt": "one",
+        "train-2.jsonl": '{"text": "two"}',
+        "train-notes.md": "#",
+        "test.txt": "three",
+    }.items():
         (tmp_path / name).write_text(text)
     train = read(str(tmp_path))
     assert train.data["text"][:] == ["one", "two"]
@@ -184,13 +259,16 @@ def test_a_file_has_one_split(tmp_path):
         read(str(tmp_path / "a.txt"), split="test")
 
 
-@pytest.mark.parametrize(("name", "parts"), [
-    ("strain.jsonl", ["no such file", "Did you mean train.jsonl?"]),
-    ("unlike.csv", ["no such file", "Nothing in", "has a name like it"]),
-    ("folder/train.jsonl", ["no such file", "There is no folder"]),
-    ("train jsonl", ["no such file", "Did you mean train.jsonl?"]),
-    ("", ["no such file"]),
-])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("strain.jsonl", ["no such file", "Did you mean train.jsonl?"]),
+        ("unlike.csv", ["no such file", "Nothing in", "has a name like it"]),
+        ("folder/train.jsonl", ["no such file", "There is no folder"]),
+        ("train jsonl", ["no such file", "Did you mean train.jsonl?"]),
+        ("", ["no such file"]),
+    ],
+)
 def test_missing_files_never_reach_the_hub(name, parts, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -201,8 +279,9 @@ def test_missing_files_never_reach_the_hub(name, parts, tmp_path, monkeypatch):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("org/data.set", ("org/data.set", None)),
-                                                 ("data:main", ("data", "main"))])
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("org/data.set", ("org/data.set", None)), ("data:main", ("data", "main"))]
+)
 def test_hub_names(name, arguments, monkeypatch):
     def load(*given, split):
         assert (given, split) == (arguments, "test[:2]")
@@ -216,8 +295,14 @@ def test_hub_names(name, arguments, monkeypatch):
         read(name, split="test[:2]")
 
 
-@pytest.mark.parametrize("failure", [ConnectionError("cannot reach the hub"), ValueError("Unknown split 'x'"),
-                                     datasets.exceptions.DatasetNotFoundError("does not exist")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ConnectionError("cannot reach the hub"),
+        ValueError("Unknown split 'x'"),
+        datasets.exceptions.DatasetNotFoundError("does not exist"),
+    ],
+)
 def test_hub_failures_keep_their_reason(failure, tmp_path, monkeypatch):
     def load(*_, **__):
         raise failure
@@ -252,10 +337,13 @@ def test_seeds_hold_out_different_rows(make_rows):
     assert len(held_out) == 5
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("one\ntwo\nthree\nfour\n", ("one\ntwo\n", "three\nfour\n")),
-    ("oneoneone.", ("oneon", "eone.")),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("one\ntwo\nthree\nfour\n", ("one\ntwo\n", "three\nfour\n")),
+        ("oneoneone.", ("oneon", "eone.")),
+    ],
+)
 def test_a_single_document_is_cut(make_rows, text, parts):
     for seed in (0, 1):
         train, held_out = split_rows(make_rows("text", [text]), 0.5, seed)
@@ -263,12 +351,15 @@ def test_a_single_document_is_cut(make_rows, text, parts):
         assert held_out.data["where"][0] == "data:1"
 
 
-@pytest.mark.parametrize(("kind", "values", "fraction", "error", "message"), [
-    ("text", ["a"] * 4, 0.0, ConfigError, "between 0 and 1"),
-    ("text", ["a"] * 4, 1.0, ConfigError, "between 0 and 1"),
-    ("prompt-completion", [("q", "a")], 0.5, DataError, "--eval-data"),
-    ("text", ["a   "], 0.5, DataError, "4 characters are too few to hold out 50%"),
-])
+@pytest.mark.parametrize(
+    ("kind", "values", "fraction", "error", "message"),
+    [
+        ("text", ["a"] * 4, 0.0, ConfigError, "between 0 and 1"),
+        ("text", ["a"] * 4, 1.0, ConfigError, "between 0 and 1"),
+        ("prompt-completion", [("q", "a")], 0.5, DataError, "--eval-data"),
+        ("text", ["a   "], 0.5, DataError, "4 characters are too few to hold out 50%"),
+    ],
+)
 def test_what_cannot_be_split(make_rows, kind, values, fraction, error, message):
     with pytest.raises(error, match=message):
         split_rows(make_rows(kind, values), fraction, seed=0)

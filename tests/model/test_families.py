@@ -27,7 +27,13 @@ from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
 
-WIDTHS = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+WIDTHS = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 GATED = {**WIDTHS, "intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0}
 
 FAMILIES = {
@@ -42,13 +48,43 @@ FAMILIES = {
     "phi": PhiConfig(**WIDTHS, intermediate_size=96, pad_token_id=0),
     "phi3": Phi3Config(**GATED),
     "gpt-neox": GPTNeoXConfig(**WIDTHS, intermediate_size=96),
-    "opt": OPTConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96,
-                     max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=0),
-    "opt-projected": OPTConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96,
-                               max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False, pad_token_id=0),
+    "opt": OPTConfig(
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=96,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+        pad_token_id=0,
+    ),
+    "opt-projected": OPTConfig(
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=96,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+        pad_token_id=0,
+    ),
 }
-LINEARS = {"llama": 14, "llama-tied": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma": 14, "gemma2": 14, "gemma3": 14,
-           "phi": 12, "phi3": 8, "gpt-neox": 8, "opt": 12, "opt-projected": 14}
+LINEARS = {
+    "llama": 14,
+    "llama-tied": 14,
+    "mistral": 14,
+    "qwen2": 14,
+    "qwen3": 14,
+    "gemma": 14,
+    "gemma2": 14,
+    "gemma3": 14,
+    "phi": 12,
+    "phi3": 8,
+    "gpt-neox": 8,
+    "opt": 12,
+    "opt-projected": 14,
+}
 
 
 def random_model(config, dtype=torch.float32):
@@ -64,8 +100,11 @@ def tokens():
 @pytest.mark.parametrize("rounding", [Nearest(), GPTQ()], ids=["nearest", "gptq"])
 def test_every_matrix_is_quantized_or_listed_and_survives_saving(family, rounding, tmp_path):
     model = random_model(FAMILIES[family])
-    matrices = {name.removesuffix(".weight") for name, parameter in model.named_parameters(remove_duplicate=False)
-                if parameter.ndim > 1}
+    matrices = {
+        name.removesuffix(".weight")
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.ndim > 1
+    }
     selection = select(model)
     assert set(selection.chosen) | set(selection.left) == matrices
     assert len(selection.chosen) == LINEARS[family]

@@ -232,7 +232,11 @@ def _ask(rng: random.Random, world: _World, text: str) -> tuple[Question, ...]:
 
 
 def _world(rng: random.Random) -> _World:
-    return _World(rng.sample(NAMES, rng.choice([2, 3])), rng.sample(OBJECTS, rng.choice([1, 2])), rng.sample(PLACES, rng.choice([3, 4])))
+    return _World(
+        rng.sample(NAMES, rng.choice([2, 3])),
+        rng.sample(OBJECTS, rng.choice([1, 2])),
+        rng.sample(PLACES, rng.choice([3, 4])),
+    )
 
 
 def in_split(events: str, split: Split) -> bool:

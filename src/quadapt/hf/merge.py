@@ -21,7 +21,7 @@ from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.model.quantize import Plan, quantize_layer, quantize_model, quantized_layers
 from quadapt.quant.rounding import Rounding
-from quadapt.quant.weight import QuantWeight
+from quadapt.quant.weight import QuantWeight, largest_move
 
 Verdict = Literal["exact", "equivalent", "lossy"]
 
@@ -189,12 +189,8 @@ def dense_adapted(layer: QuantLoraLinear) -> Tensor:
 
 
 def _difference(name: str, base: QuantWeight, merged: QuantWeight, adapted: Tensor) -> MergedLayer:
-    width = merged.format.width(merged.layout.columns)
-    steps = merged.layer_order(merged.scales.repeat_interleave(width, dim=1)[:, : merged.layout.columns])
-    if merged.format.levels != "int":  # a step of NormalFloat: the mean distance of its levels
-        steps = steps * 2 / (2**merged.format.bits - 1)
-    difference = float(((merged.dequantize() - adapted).abs() / steps).max())
-    return MergedLayer(name=name, difference=difference, codes_changed=int((merged.codes() != base.codes()).sum()))
+    changed = int((merged.codes() != base.codes()).sum())
+    return MergedLayer(name=name, difference=largest_move(merged, adapted, merged.dequantize()), codes_changed=changed)
 
 
 def _round_again(

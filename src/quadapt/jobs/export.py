@@ -11,8 +11,8 @@ from torch import nn
 
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError
-from quadapt.export import dense, gguf, gguf_lora, lora
-from quadapt.export.report import ExportReport
+from quadapt.exporters import dense, gguf, gguf_lora, lora
+from quadapt.exporters.report import ExportReport
 from quadapt.hf.folder import Folder, find_base, load, open_folder
 from quadapt.hf.merge import dense_adapted
 from quadapt.hf.merge import merge as merge_model
@@ -36,13 +36,10 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     else:
         code = config.trust_remote_code
         model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), trust_remote_code=code)
-    beside = None
+    reports: list[ExportReport] = []
     if folder.kind == "adapter" and config.format != "lora":
-        model, beside = _settle(model, config, ui)
-    source = str(folder.note.get("settings", {}).get("model", where))  # the dense model that the base was made from
-    reports = _write(config, output, model, tokenizer, source, ui)
-    if beside is not None:
-        reports.append(gguf_lora.export_gguf_lora(beside, output.with_name(f"{output.stem}-lora.gguf")))
+        model, reports = _settle(model, config, output, ui)
+    reports = _write(config, output, model, tokenizer, ui) + reports
     for report in reports:
         for note in report.notes:
             ui.show(note)
@@ -63,7 +60,7 @@ def _check(config: ExportConfig, folder: Folder, output: Path) -> str:
     return where
 
 
-def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, source: str, ui: UI) -> list[ExportReport]:
+def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, ui: UI) -> list[ExportReport]:
     """Write beside the output; what is there is replaced once the new file or folder is whole."""
 
     def bar(items: Any) -> Any:
@@ -74,7 +71,7 @@ def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, sourc
     new = output.with_name(f".{output.name}.new")
     remove(new)
     if config.format == "lora":
-        report = lora.export_lora(model, new, base=source)
+        report = lora.export_lora(model, new)
     else:
         dtype: Any = "bfloat16" if config.dtype == "auto" else config.dtype
         report = dense.export_hf(model, tokenizer, new, dtype=dtype, progress=bar)
@@ -83,18 +80,18 @@ def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, sourc
     return [replace(report, path=str(output))]
 
 
-def _settle(model: Any, config: ExportConfig, ui: UI) -> tuple[Any, Any]:
-    """A model without adapters to export; and, where the adapter must stay beside it, the adapted model."""
-    mergeable = all(adapter_of(about).exactness != "none" for about in model.peft_config.values())
-    if mergeable:
+def _settle(model: Any, config: ExportConfig, output: Path, ui: UI) -> tuple[Any, list[ExportReport]]:
+    """A model without adapters to export; an adapter that cannot merge is added up (hf), or written beside (gguf)."""
+    if all(adapter_of(about).exactness != "none" for about in model.peft_config.values()):
         merged, certificate = merge_model(model)
         ui.say(f"merged first: {certificate}")
-        return merged, None
+        return merged, []
     if config.format == "hf":
         ui.say("the adapter cannot merge into codes; base and adapter are added up in the dense weights")
-        return _densified(model), None
+        return _densified(model), []
     ui.say("the adapter cannot merge into codes: it goes out as a LoRA file beside the base")
-    return model, model
+    report = gguf_lora.export_gguf_lora(model, output.with_name(f"{output.stem}-lora.gguf"))
+    return model.unload(), [report]
 
 
 def _densified(model: nn.Module) -> nn.Module:

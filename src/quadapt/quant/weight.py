@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quadapt import kernels
 from quadapt.errors import ShapeError
+from quadapt.kernels.reference import rows_per_chunk
 from quadapt.quant import storage as stored
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -200,3 +201,18 @@ def decode(layout: Layout, packed: Tensor, scales: Tensor, offsets: Tensor | Non
     table = layout.format.table(packed)
     width = layout.format.width(layout.columns)
     return kernels.dequantize(packed, scales, offsets, table, layout.format.bits, width, layout.columns, dtype)
+
+
+def largest_move(weight: QuantWeight, before: Tensor, after: Tensor) -> float:
+    """How far a weight differs at most between `before` and `after` (both `[out, in]`), in steps of `weight`.
+
+    A step is the distance of neighbouring levels times the scale; for NormalFloat, that of the two closest levels.
+    """
+    table, columns = weight.format.table(before), weight.layout.columns
+    gap = 1.0 if table is None else float(table.diff().min())
+    worst, chunk = 0.0, rows_per_chunk(columns)
+    for scales, old, new in zip(weight.scales.split(chunk), before.split(chunk), after.split(chunk), strict=True):
+        steps = weight.layer_order(kernels.expand(gap * scales.abs(), weight.format.width(columns), columns))
+        moved = (new.to(old.device).float() - old).abs() / steps
+        worst = max(worst, float(torch.where(steps > 0, moved, 0).max()))
+    return worst

@@ -17,9 +17,9 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 from quadapt.errors import ExportError
-from quadapt.export import gguf as exporter
-from quadapt.export.blocks import cannot_hold, q4_1
-from quadapt.export.gguf import export_gguf
+from quadapt.exporters import gguf as exporter
+from quadapt.exporters.blocks import cannot_hold, q4_1
+from quadapt.exporters.gguf import export_gguf
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Pooled
 from quadapt.quant.format import Format, Zero
@@ -67,7 +67,7 @@ def test_blocks_are_the_weight_bit_for_bit(bits: int, group_size: int, zero: Zer
 def test_blocks_are_made_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = weight(Format(bits=3, group_size=32))
     whole = q4_1(stored)
-    monkeypatch.setattr("quadapt.export.blocks.rows_per_chunk", lambda _: 7)
+    monkeypatch.setattr("quadapt.exporters.blocks.rows_per_chunk", lambda _: 7)
     np.testing.assert_array_equal(q4_1(stored), whole)
 
 
@@ -114,8 +114,9 @@ MODELS = [(bits, group, zero) for bits, group in ((2, 32), (3, 64), (4, 32), (4,
 
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
 @pytest.mark.parametrize(("bits", "group_size", "zero"), MODELS)
-def test_transformers_reads_the_model_back(bits: int, group_size: int, zero: Zero, merged: bool, tokenizer: Any,
-                                           tmp_path: Path) -> None:
+def test_transformers_reads_the_model_back(
+    bits: int, group_size: int, zero: Zero, merged: bool, tokenizer: Any, tmp_path: Path
+) -> None:
     model = quantized(tiny(), Format(bits=bits, group_size=group_size, zero=zero))
     if merged:
         before = [layer.quant_weight.offsets for layer in quantized_layers(model).values()]
@@ -152,9 +153,13 @@ def test_a_name_that_transformers_would_take_for_an_architecture(tokenizer: Any,
     assert differing(model, read_back(tmp_path / "mistral.gguf")) == []
 
 
-FAMILIES = [("Mistral", {}), ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-            ("Llama", {"tie_word_embeddings": True, "head_dim": 32}), ("Qwen2", {}),
-            ("Qwen3", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1})]
+FAMILIES = [
+    ("Mistral", {}),
+    ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    ("Llama", {"tie_word_embeddings": True, "head_dim": 32}),
+    ("Qwen2", {}),
+    ("Qwen3", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}),
+]
 
 
 @pytest.mark.parametrize(("kind", "changes"), FAMILIES, ids=["mistral", "biases", "tied", "qwen2", "qwen3"])
@@ -169,8 +174,15 @@ def test_families(kind: str, changes: dict[str, Any], tokenizer: Any, tmp_path: 
     assert bool(unread) == (kind == "Llama" and "attention_bias" in changes)
     for name in unread:
         block, layer = name.split(".")[2], name.split(".")[-2]
-        target = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-                  "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}[layer]
+        target = {
+            "q_proj": "attn_q",
+            "k_proj": "attn_k",
+            "v_proj": "attn_v",
+            "o_proj": "attn_output",
+            "gate_proj": "ffn_gate",
+            "up_proj": "ffn_up",
+            "down_proj": "ffn_down",
+        }[layer]
         bias = model.get_parameter(name).detach()
         if layer in ("q_proj", "k_proj"):  # row 2 i is row i of the head's first half, row 2 i + 1 that of its second
             bias = bias.view(4, 2, 8).transpose(1, 2).flatten()
@@ -178,8 +190,9 @@ def test_families(kind: str, changes: dict[str, Any], tokenizer: Any, tmp_path: 
     assert ("output.weight" in {row.name for row in report.tensors}) != bool(changes.get("tie_word_embeddings"))
 
 
-def test_without_the_row_order_it_would_be_another_model(tokenizer: Any, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_row_order_it_would_be_another_model(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = quantized(tiny())
     monkeypatch.setattr(exporter, "interleave", lambda rows, _: rows)
     export_gguf(model, tokenizer, tmp_path / "model.gguf")
@@ -248,8 +261,14 @@ def test_the_report_is_json_and_counts_the_file(tokenizer: Any, tmp_path: Path) 
     assert read["bytes"] == (tmp_path / "model.gguf").stat().st_size
     assert 0 < read["bytes"] - sum(row["nbytes"] for row in read["tensors"]) < 20_000  # metadata
     assert [row["name"] for row in read["tensors"]] == seen
-    assert read["tensors"][0] == {"name": "token_embd.weight", "type": "F32", "shape": [320, 64], "nbytes": 81920,
-                                  "linear": False, "note": ""}
+    assert read["tensors"][0] == {
+        "name": "token_embd.weight",
+        "type": "F32",
+        "shape": [320, 64],
+        "nbytes": 81920,
+        "linear": False,
+        "note": "",
+    }
     assert read["notes"] == list(report.notes)
 
 
@@ -264,13 +283,27 @@ def test_metadata(tokenizer: Any, tmp_path: Path) -> None:
     report = export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf", name="Tiny")
     tokenizer.chat_template = None
     have = metadata(tmp_path / "model.gguf")
-    want = {"general.architecture": "llama", "general.name": "Tiny", "general.type": "model", "general.file_type": 3,
-            "llama.context_length": 128, "llama.rope.freq_base": 5000.0, "llama.rope.scaling.type": "linear",
-            "llama.rope.scaling.factor": 2.0, "llama.attention.key_length": 32, "llama.attention.value_length": 32,
-            "llama.rope.dimension_count": 32, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": False,
-            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 0,
-            "tokenizer.chat_template": "{{ messages }}"}
+    want = {
+        "general.architecture": "llama",
+        "general.name": "Tiny",
+        "general.type": "model",
+        "general.file_type": 3,
+        "llama.context_length": 128,
+        "llama.rope.freq_base": 5000.0,
+        "llama.rope.scaling.type": "linear",
+        "llama.rope.scaling.factor": 2.0,
+        "llama.attention.key_length": 32,
+        "llama.attention.value_length": 32,
+        "llama.rope.dimension_count": 32,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
     assert {name: have.get(name) for name in want} == want
     assert have["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     assert have["tokenizer.ggml.tokens"][:2] == ["<|endoftext|>", "<|begin|>"]
@@ -284,11 +317,20 @@ def test_metadata_of_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     model, tokenizer = trained("stories260K-hf")
     export_gguf(model, tokenizer, tmp_path / "model.gguf")
     have, kind = metadata(tmp_path / "model.gguf"), gguf.TokenType
-    want = {"general.name": "model", "general.file_type": 0, "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": True,
-            "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
-            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 1,
-            "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2}
+    want = {
+        "general.name": "model",
+        "general.file_type": 0,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 2,
+    }
     assert {name: have.get(name) for name in want} == want
     types = have["tokenizer.ggml.token_type"]
     assert types == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *256 * [kind.BYTE], *(512 - 259) * [kind.NORMAL]]
@@ -302,8 +344,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "why"), REFUSED, ids=[why for _, why in REFUSED])
-def test_refuses_what_llama_cpp_would_compute_otherwise(changes: dict[str, Any], why: str, tokenizer: Any,
-                                                        tmp_path: Path) -> None:
+def test_refuses_what_llama_cpp_would_compute_otherwise(
+    changes: dict[str, Any], why: str, tokenizer: Any, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match=why):
         export_gguf(quantized(tiny(**changes)), tokenizer, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
@@ -316,8 +359,14 @@ def test_refuses_other_families(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_refuses_llama3_frequencies_where_llama_cpp_reads_none(tokenizer: Any, tmp_path: Path) -> None:
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     with pytest.raises(ExportError, match="Qwen2ForCausalLM rope_type default or linear"):
         export_gguf(quantized(tiny("Qwen2", rope_parameters=rope)), tokenizer, tmp_path / "model.gguf")
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quadapt.errors import ExportError
-from quadapt.export.dense import export_hf
-from quadapt.export.gguf_lora import export_gguf_lora
-from quadapt.export.lora import export_lora
+from quadapt.exporters.dense import export_hf
+from quadapt.exporters.gguf_lora import export_gguf_lora
+from quadapt.exporters.lora import export_lora
 from quadapt.hf.peft_layer import adapted_layers
 from quadapt.nn.adapters import Adapter, LoRA, Pooled
 from quadapt.quant.format import Format
@@ -37,11 +37,14 @@ def over_the_dense_base(model: Any, tokenizer: Any, tmp_path: Path) -> tuple[tor
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=[format.name for format in FORMATS])
-@pytest.mark.parametrize(("adapter", "alpha"), [(LoRA(), 6.0), (Pooled(form="side"), 6.0),
-                                                (Pooled(form="side", pooling="mean"), 90.0)],
-                         ids=["lora", "pooled", "mean"])
-def test_peft_gives_what_was_trained(adapter: Adapter, alpha: float, format: Format, tokenizer: Any,
-                                     tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "alpha"),
+    [(LoRA(), 6.0), (Pooled(form="side"), 6.0), (Pooled(form="side", pooling="mean"), 90.0)],
+    ids=["lora", "pooled", "mean"],
+)
+def test_peft_gives_what_was_trained(
+    adapter: Adapter, alpha: float, format: Format, tokenizer: Any, tmp_path: Path
+) -> None:
     model = with_adapter(quantized(tiny(), format), adapter, alpha=alpha)
     ours = logits(model, IDS)
     alone, theirs = over_the_dense_base(model, tokenizer, tmp_path)
@@ -131,7 +134,8 @@ def test_trained_modules_go_along(tokenizer: Any, tmp_path: Path) -> None:
     _, theirs = over_the_dense_base(model, tokenizer, tmp_path)
     assert (theirs - ours).abs().max() < 1e-3
     assert {"base_model.model.model.norm.weight", "base_model.model.lm_head.lora_A.weight"} <= set(
-        load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    )
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -49,16 +49,20 @@ def family_of(model: nn.Module) -> Family:
     """
     kind = type(model).__name__
     if kind not in FAMILIES:
-        raise ExportError(f"{kind}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf, and llama.cpp's own "
-                          "converter")
+        raise ExportError(
+            f"{kind}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf, and llama.cpp's own converter"
+        )
     config: Any = model.config
     if config.hidden_act != "silu":
-        raise ExportError(f"config.hidden_act={config.hidden_act!r}: llama.cpp computes {kind} with silu. "
-                          "Use --format hf")
+        raise ExportError(
+            f"config.hidden_act={config.hidden_act!r}: llama.cpp computes {kind} with silu. Use --format hf"
+        )
     rope, known = _rope(config), ["default", "linear", *(["llama3"] if FAMILIES[kind].rope_factors else [])]
     if rope["rope_type"] not in known or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError(f"config.rope_parameters={rope}: for {kind} rope_type {' or '.join(known)} over whole heads "
-                          "can be written. Use --format hf")
+        raise ExportError(
+            f"config.rope_parameters={rope}: for {kind} rope_type {' or '.join(known)} over whole heads "
+            "can be written. Use --format hf"
+        )
     return FAMILIES[kind]
 
 
@@ -115,8 +119,10 @@ def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]
         writer.add_rope_scaling_factor(float(rope["factor"]))
     if window >= config.max_position_embeddings:
         return []
-    return [f"this model attends to the last {window} tokens, llama.cpp to all: they agree up to {window} tokens, and "
-            f"that is the context length written (the model allows {config.max_position_embeddings})"]
+    return [
+        f"this model attends to the last {window} tokens, llama.cpp to all: they agree up to {window} tokens, and "
+        f"that is the context length written (the model allows {config.max_position_embeddings})"
+    ]
 
 
 def rope_factors(config: Any) -> Tensor | None:

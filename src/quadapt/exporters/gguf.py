@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
-from quadapt.export.blocks import BLOCK, BLOCK_BYTES, cannot_hold, q4_1
-from quadapt.export.files import new_file
-from quadapt.export.gguf_metadata import family_of, heads_of, namer, rope_factors, write_metadata
-from quadapt.export.gguf_tokenizer import write_tokenizer
-from quadapt.export.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.export.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
+from quadapt.exporters.blocks import BLOCK, BLOCK_BYTES, cannot_hold, q4_1
+from quadapt.exporters.files import new_file
+from quadapt.exporters.gguf_metadata import family_of, heads_of, namer, rope_factors, write_metadata
+from quadapt.exporters.gguf_tokenizer import write_tokenizer
+from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
+from quadapt.exporters.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight
 
@@ -57,13 +57,22 @@ class Entry:
         dtype = DTYPES[self.row.type]
         dense = self.source.dequantize(dtype) if isinstance(self.source, QuantWeight) else self.source.to(dtype)
         if not bool(torch.isfinite(dense).all()):
-            raise ExportError(f"{self.row.name}: has values that are infinite or NaN in {self.row.type}. "
-                              "Use dense='f32', or repair the model")
+            raise ExportError(
+                f"{self.row.name}: has values that are infinite or NaN in {self.row.type}. "
+                "Use dense='f32', or repair the model"
+            )
         return as_numpy(dense)
 
 
-def export_gguf(model: nn.Module, tokenizer: Any, path: str | Path, *, dense: Literal["f32", "f16"] = "f32",
-                name: str = "", progress: Progress = iter) -> ExportReport:
+def export_gguf(
+    model: nn.Module,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    dense: Literal["f32", "f16"] = "f32",
+    name: str = "",
+    progress: Progress = iter,
+) -> ExportReport:
     """Write a quantized model as one GGUF file.
 
     Args:
@@ -93,16 +102,24 @@ def export_gguf(model: nn.Module, tokenizer: Any, path: str | Path, *, dense: Li
         finally:
             writer.close()
     rows = tuple(entry.row for entry in entries)
-    return ExportReport(format="gguf", path=str(path), bytes=size_of(path), tensors=rows,
-                        bits_per_weight=bits_per_weight(rows), notes=(*_notes(rows), *notes))
+    return ExportReport(
+        format="gguf",
+        path=str(path),
+        bytes=size_of(path),
+        tensors=rows,
+        bits_per_weight=bits_per_weight(rows),
+        notes=(*_notes(rows), *notes),
+    )
 
 
 def _entries(model: nn.Module, dense: str) -> list[Entry]:
     config: Any = model.config
     family = family_of(model)
     name_of = namer(family, config.num_hidden_layers)
-    entries = [Entry(_row(name_of(name), source, dense), source, heads_of(name, family, config))
-               for name, source in tensors_of(model)]
+    entries = [
+        Entry(_row(name_of(name), source, dense), source, heads_of(name, family, config))
+        for name, source in tensors_of(model)
+    ]
     factors = rope_factors(config)
     if factors is not None:
         entries.append(Entry(_row("rope_freqs.weight", factors, dense), factors))
@@ -113,8 +130,9 @@ def _row(name: str, source: Source, dense: str) -> TensorRow:
     shape = shape_of(source)
     if isinstance(source, Tensor):
         if source.dtype not in TYPES:
-            raise ExportError(f"{name}: its dtype {source.dtype} is not one of {', '.join(map(str, TYPES))}. "
-                              "Cast the model")
+            raise ExportError(
+                f"{name}: its dtype {source.dtype} is not one of {', '.join(map(str, TYPES))}. Cast the model"
+            )
         kind = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
         return TensorRow(name=name, type=kind, shape=shape, nbytes=prod(shape) * DTYPES[kind].itemsize)
     why = cannot_hold(source)

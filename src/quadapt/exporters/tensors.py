@@ -42,9 +42,11 @@ def refuse_adapters(model: nn.Module) -> None:
 
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
-        raise ExportError(f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first "
-                          "(quadapt merge, or model.merge_and_unload()). Or export it by itself (--format lora), then "
-                          "take it off (model.unload()) and export the base")
+        raise ExportError(
+            f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first "
+            "(quadapt merge, or model.merge_and_unload()). Or export it by itself (--format lora), then "
+            "take it off (model.unload()) and export the base"
+        )
 
 
 def shape_of(source: Source) -> tuple[int, ...]:

@@ -27,9 +27,18 @@ It's 47 miles, said the owl; you'll walk for two days, and then -- naturally -- 
 Das Meer ist groß, là-bas; 海は広い… and don't they say it's “blue”? They've told me so. 🦊
 """
 
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-                         "num_hidden_layers": 2, "vocab_size": 320, "max_position_embeddings": 256,
-                         "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 0}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
 
 
 def byte_level(pre: Any = None, *, ignore_merges: bool = False, **settings: Any) -> Any:
@@ -40,8 +49,12 @@ def byte_level(pre: Any = None, *, ignore_merges: bool = False, **settings: Any)
     tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|begin|>"]
-    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=310,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
     for name, value in settings.items():
         setattr(tokenizer, name, value)
@@ -61,8 +74,9 @@ def tiny(kind: str = "Llama", **changes: Any) -> nn.Module:
     return model
 
 
-def quantized(model: nn.Module, format: Format | None = None, storage: Storage | None = None, *,
-              skip: tuple[str, ...] = ()) -> nn.Module:
+def quantized(
+    model: nn.Module, format: Format | None = None, storage: Storage | None = None, *, skip: tuple[str, ...] = ()
+) -> nn.Module:
     """The model with its linear layers quantized to nearest."""
     format = format or Format(bits=4, group_size=32)
     selection = select(model, skip=skip)

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 _SPACE = "\u2581"
 """Sentencepiece's sign for a space."""
 
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 _BYTES, _BYTES_AFTER = ("ByteLevel", True), ("ByteLevel", False)
@@ -36,8 +38,16 @@ _PRE_TOKENIZERS = {
 }
 """llama.cpp's names for how byte-level tokenizers cut a text, by the steps of the pre_tokenizer and `ignore_merges`."""
 
-_KNOWN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "</s>", "<|eom_id|>", "<|end_of_text|>",
-               "<end_of_turn>"}
+_KNOWN_ENDS = {
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+}
 """Tokens that llama.cpp takes for the end of a text by their name."""
 
 
@@ -60,8 +70,10 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]
         ExportError: llama.cpp has no tokenizer that is known to do the same.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ExportError(f"{type(tokenizer).__name__}: is not a fast tokenizer, with its rules in a tokenizer.json. "
-                          "Load it with AutoTokenizer")
+        raise ExportError(
+            f"{type(tokenizer).__name__}: is not a fast tokenizer, with its rules in a tokenizer.json. "
+            "Load it with AutoTokenizer"
+        )
     vocabulary = _read(json.loads(tokenizer.backend_tokenizer.to_str()), model.config.vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -72,8 +84,11 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]
     writer.add_add_space_prefix(vocabulary.space_prefix)
     if tokenizer.chat_template:
         template = tokenizer.chat_template
-        writer.add_chat_template(template if isinstance(template, str) else
-                                 [{"name": name, "template": text} for name, text in template.items()])
+        writer.add_chat_template(
+            template
+            if isinstance(template, str)
+            else [{"name": name, "template": text} for name, text in template.items()]
+        )
     return vocabulary.notes + _write_special(writer, tokenizer, model)
 
 
@@ -81,9 +96,11 @@ def _write_special(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]:
     """Tokens that begin and end a text, and whether the tokenizer adds them."""
     ends = _ends(tokenizer, model)
     writer.add_eos_token_id(ends[0])
-    for token, write in ((tokenizer.bos_token_id, writer.add_bos_token_id),
-                         (tokenizer.unk_token_id, writer.add_unk_token_id),
-                         (tokenizer.pad_token_id, writer.add_pad_token_id)):
+    for token, write in (
+        (tokenizer.bos_token_id, writer.add_bos_token_id),
+        (tokenizer.unk_token_id, writer.add_unk_token_id),
+        (tokenizer.pad_token_id, writer.add_pad_token_id),
+    ):
         if token is not None:
             write(token)
     before, after = _added(tokenizer)
@@ -103,8 +120,10 @@ def _ends(tokenizer: Any, model: Any) -> list[int]:
         named += end if isinstance(end, list) else [end]
     ends = [end for end in dict.fromkeys(named) if end is not None]
     if not ends:
-        raise ExportError("neither the tokenizer nor the model names a token that ends a text; llama.cpp would take "
-                          "one by its number. Set tokenizer.eos_token")
+        raise ExportError(
+            "neither the tokenizer nor the model names a token that ends a text; llama.cpp would take "
+            "one by its number. Set tokenizer.eos_token"
+        )
     return ends
 
 
@@ -114,8 +133,10 @@ def _added(tokenizer: Any) -> tuple[bool, bool]:
     start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
     before, after = whole[:start], whole[start + len(plain) :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
-        raise ExportError(f"the tokenizer puts tokens {before} before a text and {after} after it; llama.cpp can add "
-                          "bos and eos alone. Simplify the post_processor of tokenizer.json")
+        raise ExportError(
+            f"the tokenizer puts tokens {before} before a text and {after} after it; llama.cpp can add "
+            "bos and eos alone. Simplify the post_processor of tokenizer.json"
+        )
     return bool(before), bool(after)
 
 
@@ -123,19 +144,40 @@ def _read(data: dict[str, Any], size: int) -> _Vocabulary:
     """Sort out a tokenizer.json, for a model with `size` rows of embeddings."""
     bpe = data["model"]
     if bpe["type"] != "BPE":
-        raise ExportError(f"tokenizer.json: its model is {bpe['type']}; only BPE can be written (byte-level, or in the "
-                          "manner of sentencepiece). Use --format hf")
+        raise ExportError(
+            f"tokenizer.json: its model is {bpe['type']}; only BPE can be written (byte-level, or in the "
+            "manner of sentencepiece). Use --format hf"
+        )
     tokens, types = _tokens(data, size)
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in bpe["merges"]]
-    notes = [f"llama.cpp finds {token['content']!r} anywhere and strips no spaces around it; the tokenizer may differ"
-             for token in data["added_tokens"] if token["lstrip"] or token["rstrip"] or token["single_word"]]
+    notes = [
+        f"llama.cpp finds {token['content']!r} anywhere and strips no spaces around it; the tokenizer may differ"
+        for token in data["added_tokens"]
+        if token["lstrip"] or token["rstrip"] or token["single_word"]
+    ]
     if any(kind == "ByteLevel" for kind, _ in _steps(data["pre_tokenizer"], "pretokenizers")):
         pre, more = _pre(data)
-        return _Vocabulary(model="gpt2", pre=pre, tokens=tokens, types=types, scores=[], space_prefix=False,
-                           merges=[" ".join(merge) for merge in merges], notes=notes + more)
+        return _Vocabulary(
+            model="gpt2",
+            pre=pre,
+            tokens=tokens,
+            types=types,
+            scores=[],
+            space_prefix=False,
+            merges=[" ".join(merge) for merge in merges],
+            notes=notes + more,
+        )
     prefix, more = _prefix(data)
-    return _Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=_scores(tokens, merges),
-                       merges=[], space_prefix=prefix, notes=notes + more)
+    return _Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=_scores(tokens, merges),
+        merges=[],
+        space_prefix=prefix,
+        notes=notes + more,
+    )
 
 
 def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:
@@ -146,8 +188,10 @@ def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]
     names = {index: name for name, index in data["model"]["vocab"].items()}
     names |= {index: token["content"] for index, token in added.items()}
     if max(names) >= size:
-        raise ExportError(f"the tokenizer has a token {max(names)}, the model only {size} rows of embeddings: they do "
-                          "not belong together")
+        raise ExportError(
+            f"the tokenizer has a token {max(names)}, the model only {size} rows of embeddings: they do "
+            "not belong together"
+        )
 
     def kind(index: int) -> TokenType:
         if index not in names:
@@ -192,9 +236,11 @@ def _pre(data: dict[str, Any]) -> tuple[str, list[str]]:
     whole = bool(data["model"]["ignore_merges"])
     pre = _PRE_TOKENIZERS.get((tuple(_steps(data["pre_tokenizer"], "pretokenizers")), whole))
     if pre is None:
-        raise ExportError(f"tokenizer.json: pre_tokenizer {json.dumps(data['pre_tokenizer'])} with ignore_merges="
-                          f"{whole} is not one that is known to be llama.cpp's {' or '.join(_PRE_TOKENIZERS.values())}"
-                          ". Use --format hf")
+        raise ExportError(
+            f"tokenizer.json: pre_tokenizer {json.dumps(data['pre_tokenizer'])} with ignore_merges="
+            f"{whole} is not one that is known to be llama.cpp's {' or '.join(_PRE_TOKENIZERS.values())}"
+            ". Use --format hf"
+        )
     normalizers = [kind for kind, _ in _steps(data["normalizer"], "normalizers")]
     if normalizers not in ([], ["NFC"]):
         raise ExportError(f"tokenizer.json: llama.cpp has no normalizer {' + '.join(normalizers)}. Use --format hf")
@@ -204,17 +250,24 @@ def _pre(data: dict[str, Any]) -> tuple[str, list[str]]:
 def _prefix(data: dict[str, Any]) -> tuple[bool, list[str]]:
     """Whether a sentencepiece-style tokenizer puts a space before a text, and notes."""
     normalizers, pre = _steps(data["normalizer"], "normalizers"), _steps(data["pre_tokenizer"], "pretokenizers")
-    notes = [] if data["model"]["byte_fallback"] else [
-        "the tokenizer has no bytes: a character that it does not know becomes its unknown token, and llama.cpp fails"]
+    notes = (
+        []
+        if data["model"]["byte_fallback"]
+        else [
+            "the tokenizer has no bytes: a character that it does not know becomes its unknown token, and llama.cpp fails"
+        ]
+    )
     if not pre and normalizers in ([("Replace", _SPACE)], [("Prepend", _SPACE), ("Replace", _SPACE)]):
         return len(normalizers) == 2, notes
     if not normalizers and pre == [("Metaspace", "never")]:
         return False, notes
     if not normalizers and pre in ([("Metaspace", "first")], [("Metaspace", "always")]):
         return True, [*notes, "to a text that begins with a space llama.cpp adds one more, the tokenizer does not"]
-    raise ExportError(f"tokenizer.json: normalizer {json.dumps(data['normalizer'])} with pre_tokenizer "
-                      f"{json.dumps(data['pre_tokenizer'])} is neither byte-level nor in the manner of sentencepiece. "
-                      "Use --format hf")
+    raise ExportError(
+        f"tokenizer.json: normalizer {json.dumps(data['normalizer'])} with pre_tokenizer "
+        f"{json.dumps(data['pre_tokenizer'])} is neither byte-level nor in the manner of sentencepiece. "
+        "Use --format hf"
+    )
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:

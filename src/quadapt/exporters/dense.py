@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
-from quadapt.export.files import new_folder
-from quadapt.export.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.export.tensors import TYPES, Source, refuse_adapters, shape_of, tensors_of
-from quadapt.kernels import expand
-from quadapt.kernels.reference import rows_per_chunk
+from quadapt.exporters.files import new_folder
+from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
+from quadapt.exporters.tensors import TYPES, Source, refuse_adapters, shape_of, tensors_of
 from quadapt.model.quantize import Progress
-from quadapt.quant.weight import QuantWeight
+from quadapt.quant.weight import QuantWeight, largest_move
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -25,9 +23,15 @@ SHARD = 2 << 30
 """Bytes of a file of weights, and so about what memory must hold."""
 
 
-def export_hf(model: nn.Module, tokenizer: Any, folder: str | Path, *,
-              dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", shard_bytes: int = SHARD,
-              progress: Progress = iter) -> ExportReport:
+def export_hf(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    shard_bytes: int = SHARD,
+    progress: Progress = iter,
+) -> ExportReport:
     """Write a quantized model as a dense one.
 
     Args:
@@ -49,8 +53,10 @@ def export_hf(model: nn.Module, tokenizer: Any, folder: str | Path, *,
     refuse_adapters(model)
     kind, path = _DTYPES[dtype], Path(folder)
     sources = dict(tensors_of(model))
-    meta = {name: torch.empty(shape_of(source), dtype=_target(source, kind), device="meta")
-            for name, source in sources.items()}
+    meta = {
+        name: torch.empty(shape_of(source), dtype=_target(source, kind), device="meta")
+        for name, source in sources.items()
+    }
     _check_names(model, meta)
     shards = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
     moves: dict[str, float] = {}
@@ -66,8 +72,14 @@ def export_hf(model: nn.Module, tokenizer: Any, folder: str | Path, *,
         _save_config(model, dtype, partial)
         tokenizer.save_pretrained(partial)
     rows = tuple(_row(name, tensor, sources[name], moves[name]) for name, tensor in meta.items())
-    return ExportReport(format="hf", path=str(path), bytes=size_of(path), tensors=rows,
-                        bits_per_weight=bits_per_weight(rows), notes=_notes(sources, moves, dtype))
+    return ExportReport(
+        format="hf",
+        path=str(path),
+        bytes=size_of(path),
+        tensors=rows,
+        bits_per_weight=bits_per_weight(rows),
+        notes=_notes(sources, moves, dtype),
+    )
 
 
 def _target(source: Source, kind: torch.dtype) -> torch.dtype:
@@ -79,24 +91,10 @@ def _densify(name: str, source: Source, kind: torch.dtype) -> tuple[Tensor, floa
     exact = source.dequantize() if isinstance(source, QuantWeight) else source
     dense = exact.to(device="cpu", dtype=_target(source, kind)).contiguous()
     if not bool(torch.isfinite(dense).all()):
-        raise ExportError(f"{name}: has values that are infinite or NaN in {kind}. Use dtype='bfloat16', or repair the "
-                          "model")
+        raise ExportError(
+            f"{name}: has values that are infinite or NaN in {kind}. Use dtype='bfloat16', or repair the model"
+        )
     return dense, largest_move(source, exact, dense) if isinstance(source, QuantWeight) else 0.0
-
-
-def largest_move(weight: QuantWeight, exact: Tensor, dense: Tensor) -> float:
-    """How far a cast from `exact` to `dense` (both `[out, in]`) moved a weight at most, in quantization steps.
-
-    A step is the distance of neighbouring levels times the scale; for NormalFloat, that of the two closest levels.
-    """
-    table, columns = weight.format.table(exact), weight.layout.columns
-    gap = 1.0 if table is None else float(table.diff().min())
-    chunk, worst = rows_per_chunk(columns), 0.0
-    for scales, before, after in zip(weight.scales.split(chunk), exact.split(chunk), dense.split(chunk), strict=True):
-        steps = weight.layer_order(expand(gap * scales.abs(), weight.format.width(columns), columns))
-        moved = (after.to(before.device).float() - before).abs() / steps
-        worst = max(worst, float(torch.where(steps > 0, moved, 0).max()))  # a group of equal weights has no step
-    return worst
 
 
 def _check_names(model: Any, tensors: dict[str, Tensor]) -> None:
@@ -105,8 +103,10 @@ def _check_names(model: Any, tensors: dict[str, Tensor]) -> None:
 
     other = sorted(set(revert_weight_conversion(model, dict(tensors))) ^ set(tensors))
     if other:
-        raise ExportError(f"{other[0]}: {type(model).__name__} is stored under other names than it computes with, "
-                          "which this export does not know. Use model.dequantize() and save_pretrained")
+        raise ExportError(
+            f"{other[0]}: {type(model).__name__} is stored under other names than it computes with, "
+            "which this export does not know. Use model.dequantize() and save_pretrained"
+        )
 
 
 def _save_config(model: Any, dtype: str, folder: Path) -> None:
@@ -120,19 +120,29 @@ def _save_config(model: Any, dtype: str, folder: Path) -> None:
 
 
 def _row(name: str, tensor: Tensor, source: Source, move: float) -> TensorRow:
-    return TensorRow(name=name, type=TYPES.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape),
-                     nbytes=tensor.nbytes, linear=isinstance(source, QuantWeight),
-                     note=f"the cast moved a weight by up to {move:.4f} of a quantization step" if move else "")
+    return TensorRow(
+        name=name,
+        type=TYPES.get(tensor.dtype, str(tensor.dtype)),
+        shape=tuple(tensor.shape),
+        nbytes=tensor.nbytes,
+        linear=isinstance(source, QuantWeight),
+        note=f"the cast moved a weight by up to {move:.4f} of a quantization step" if move else "",
+    )
 
 
 def _notes(sources: dict[str, Source], moves: dict[str, float], dtype: str) -> tuple[str, ...]:
     kind, notes = _DTYPES[dtype], []
     worst = max(moves, key=lambda name: moves[name])
     if moves[worst]:
-        notes.append(f"{dtype} does not hold the quantized weights exactly: it moves them by up to {moves[worst]:.4f} "
-                     f"of a quantization step ({worst}). float32 and GGUF hold them exactly")
-    rounded = [name for name, source in sources.items() if isinstance(source, Tensor)
-               and not torch.equal(source.to(kind).to(source.dtype), source)]
+        notes.append(
+            f"{dtype} does not hold the quantized weights exactly: it moves them by up to {moves[worst]:.4f} "
+            f"of a quantization step ({worst}). float32 and GGUF hold them exactly"
+        )
+    rounded = [
+        name
+        for name, source in sources.items()
+        if isinstance(source, Tensor) and not torch.equal(source.to(kind).to(source.dtype), source)
+    ]
     if rounded:
         notes.append(f"{len(rounded)} tensors that are not quantized are rounded to {dtype}: {', '.join(rounded)}")
     return tuple(notes)

@@ -17,15 +17,19 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quadapt.errors import ExportError
-from quadapt.export import dense
-from quadapt.export.dense import export_hf
+from quadapt.exporters import dense
+from quadapt.exporters.dense import export_hf
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Pooled
 from quadapt.quant.format import Format
 
 IDS = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-FORMATS = [Format(bits=2, group_size=32), Format(bits=4, group_size=64, zero="none"), Format(levels="nf", bits=4),
-           Format(bits=8, group_size=-1)]
+FORMATS = [
+    Format(bits=2, group_size=32),
+    Format(bits=4, group_size=64, zero="none"),
+    Format(levels="nf", bits=4),
+    Format(bits=8, group_size=-1),
+]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError, locate
-from quadapt.export.files import new_folder
-from quadapt.export.report import ExportReport, TensorRow, size_of
-from quadapt.export.tensors import TYPES
+from quadapt.exporters.files import new_folder
+from quadapt.exporters.report import ExportReport, TensorRow, size_of
+from quadapt.exporters.tensors import TYPES
 
 if TYPE_CHECKING:
     from quadapt.hf.peft_layer import QuantLoraLinear
@@ -45,8 +45,12 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
     with new_folder(path) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         _plain(model, adapter_name, base).save_pretrained(str(partial))
-    rows = [TensorRow(name=name, type=TYPES.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape),
-                      nbytes=tensor.nbytes) for name, tensor in tensors.items()]
+    rows = [
+        TensorRow(
+            name=name, type=TYPES.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape), nbytes=tensor.nbytes
+        )
+        for name, tensor in tensors.items()
+    ]
     return adapter_report("lora", path, rows, layers, adapter_name)
 
 
@@ -61,8 +65,10 @@ def adapted(model: nn.Module, adapter_name: str) -> Layers:
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.adapters}
     if not layers:
         known: Any = getattr(model, "peft_config", {})
-        raise ExportError(f"adapter {adapter_name!r}: the model has no quantized layer with it; it has adapters "
-                          f"{', '.join(known) or 'none'}. Load it with PeftModel.from_pretrained")
+        raise ExportError(
+            f"adapter {adapter_name!r}: the model has no quantized layer with it; it has adapters "
+            f"{', '.join(known) or 'none'}. Load it with PeftModel.from_pretrained"
+        )
     return layers
 
 
@@ -74,17 +80,26 @@ def as_lora(name: str, layers: Layers, adapter_name: str) -> tuple[Tensor, Tenso
     return A.detach(), B.detach()
 
 
-def adapter_report(format: str, path: Path, rows: Sequence[TensorRow], layers: Layers,
-                   adapter_name: str) -> ExportReport:
+def adapter_report(
+    format: str, path: Path, rows: Sequence[TensorRow], layers: Layers, adapter_name: str
+) -> ExportReport:
     """The report on an adapter that went out as stock LoRA."""
     notes = ["its base is the dequantized one (--format hf or gguf of the base), not the model before quantization"]
     adapters = [layer.adapters[adapter_name] for layer in layers.values()]
     for kind in dict.fromkeys(adapter.kind for adapter in adapters if adapter.merged_form):
-        notes.append(f"the {kind} adapter was trained in the merged form, with offsets rounded as they are stored; "
-                     "beside the base it does the same up to that rounding. To serve it exactly, export it merged")
+        notes.append(
+            f"the {kind} adapter was trained in the merged form, with offsets rounded as they are stored; "
+            "beside the base it does the same up to that rounding. To serve it exactly, export it merged"
+        )
     weights = sum(layer.quant.in_features * layer.quant.out_features for layer in layers.values())
-    return ExportReport(format=format, path=str(path), bytes=size_of(path), tensors=tuple(rows),
-                        bits_per_weight=8 * sum(row.nbytes for row in rows) / weights, notes=tuple(notes))
+    return ExportReport(
+        format=format,
+        path=str(path),
+        bytes=size_of(path),
+        tensors=tuple(rows),
+        bits_per_weight=8 * sum(row.nbytes for row in rows) / weights,
+        notes=tuple(notes),
+    )
 
 
 def _plain(model: Any, adapter_name: str, base: str) -> Any:

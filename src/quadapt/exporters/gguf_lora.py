@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from quadapt.errors import ExportError
-from quadapt.export.files import new_file
-from quadapt.export.gguf import Entry, write_tensors
-from quadapt.export.gguf_metadata import family_of, heads_of, namer
-from quadapt.export.lora import Layers, adapted, adapter_report, as_lora
-from quadapt.export.report import ExportReport, TensorRow
+from quadapt.exporters.files import new_file
+from quadapt.exporters.gguf import Entry, write_tensors
+from quadapt.exporters.gguf_metadata import family_of, heads_of, namer
+from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora
+from quadapt.exporters.report import ExportReport, TensorRow
 
 
 def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = "default") -> ExportReport:
@@ -52,8 +52,9 @@ def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry]:
         A, B = as_lora(name, layers, adapter_name)
         weight = f"{name}.weight"
         for suffix, factor, heads in (("lora_a", A, 0), ("lora_b", B, heads_of(weight, family, base.config))):
-            row = TensorRow(name=f"{name_of(weight)}.{suffix}", type="F32", shape=tuple(factor.shape),
-                            nbytes=4 * factor.numel())
+            row = TensorRow(
+                name=f"{name_of(weight)}.{suffix}", type="F32", shape=tuple(factor.shape), nbytes=4 * factor.numel()
+            )
             entries.append(Entry(row, factor, heads))
     return entries
 

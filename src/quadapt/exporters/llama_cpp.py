@@ -37,8 +37,9 @@ class LlamaCpp:
         MissingDependency: `xllamacpp` is not installed.
     """
 
-    def __init__(self, path: str | Path, *, context: int = 512, lora: str | Path | None = None,
-                 threads: int = 1) -> None:
+    def __init__(
+        self, path: str | Path, *, context: int = 512, lora: str | Path | None = None, threads: int = 1
+    ) -> None:
         xllamacpp = require("xllamacpp", "demo")
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
@@ -55,8 +56,10 @@ class LlamaCpp:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             with_lora = f" with the adapter {lora}" if lora is not None else ""
-            raise ExportError(f"{path}: llama.cpp cannot load it{with_lora} ({error}). Is it a whole GGUF file, of a "
-                              "family that this llama.cpp knows?") from error
+            raise ExportError(
+                f"{path}: llama.cpp cannot load it{with_lora} ({error}). Is it a whole GGUF file, of a "
+                "family that this llama.cpp knows?"
+            ) from error
         finally:
             _restore_signals()
         self._open = build_opener(ProxyHandler({})).open  # never through a proxy: the server is in this process
@@ -65,8 +68,9 @@ class LlamaCpp:
     def __enter__(self) -> LlamaCpp:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -107,27 +111,42 @@ class LlamaCpp:
         return rows
 
     def _ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
-        question = {"prompt": [int(token) for token in prompt], "n_predict": max_tokens, "temperature": 0.0,
-                    "samplers": ["temperature"], "return_tokens": True, "cache_prompt": True}
+        question = {
+            "prompt": [int(token) for token in prompt],
+            "n_predict": max_tokens,
+            "temperature": 0.0,
+            "samplers": ["temperature"],
+            "return_tokens": True,
+            "cache_prompt": True,
+        }
         return dict(self._request("/completion", question | more))
 
 
-def complete(path: str | Path, prompt_ids: Sequence[int], max_tokens: int, *, lora: str | Path | None = None,
-             threads: int = 1) -> list[int]:
+def complete(
+    path: str | Path, prompt_ids: Sequence[int], max_tokens: int, *, lora: str | Path | None = None, threads: int = 1
+) -> list[int]:
     """Load a file and continue token ids greedily; see :meth:`LlamaCpp.complete`."""
     with LlamaCpp(path, context=len(prompt_ids) + max_tokens + 1, lora=lora, threads=threads) as llama:
         return llama.complete(prompt_ids, max_tokens)
 
 
-def token_logprobs(path: str | Path, ids: Sequence[int], *, lora: str | Path | None = None, threads: int = 1,
-                   top: int = 1024) -> list[dict[int, float]]:
+def token_logprobs(
+    path: str | Path, ids: Sequence[int], *, lora: str | Path | None = None, threads: int = 1, top: int = 1024
+) -> list[dict[int, float]]:
     """Load a file and take the log-probabilities after each token; see :meth:`LlamaCpp.token_logprobs`."""
     with LlamaCpp(path, context=len(ids) + 2, lora=lora, threads=threads) as llama:
         return llama.token_logprobs(ids, top=top)
 
 
-def differences(path: str | Path, model: nn.Module, ids: Sequence[int], *, lora: str | Path | None = None,
-                threads: int = 1, top: int = 1024) -> Tensor:
+def differences(
+    path: str | Path,
+    model: nn.Module,
+    ids: Sequence[int],
+    *,
+    lora: str | Path | None = None,
+    threads: int = 1,
+    top: int = 1024,
+) -> Tensor:
     """How far llama.cpp's log-probabilities are from a model's, after each of `ids`.
 
     Returns:

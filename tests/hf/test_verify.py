@@ -1,0 +1,155 @@
+"""A flipped bit anywhere in a written model is found, and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from quadapt.errors import CheckpointError
+from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.folder import save_quantized
+from quadapt.hf.quantizer import base_config
+from quadapt.hf.verify import verify
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
+
+LAYER = "model.layers.1.mlp.up_proj"
+Written = tuple[Path, dict[str, Any], QuadaptConfig]
+
+
+@pytest.fixture
+def written(quantized_llama: Callable[..., Any], tmp_path: Path) -> Written:
+    """A model as the command line writes it, its digests, and its config."""
+    model = quantized_llama(Format(levels="nf", bits=4, group_size=32, zero="float"),
+                            storage=Storage(scales="double", offsets="fp16"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
+    save_quantized(model, tokenizer, tmp_path, {"made": {}, "bits_per_weight": 4.6})
+    return tmp_path, json.loads((tmp_path / "quadapt.json").read_text())["digests"], base_config(model)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    path.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def flip(tensor: Tensor, at: int = 3, bit: int = 1) -> None:
+    tensor.view(torch.uint8).flatten()[at] ^= bit
+
+
+def test_a_folder_as_it_was_written_passes(written: Written) -> None:
+    assert verify(*written) == []
+
+
+def test_every_tensor_has_a_digest(written: Written) -> None:
+    folder, digests, config = written
+    names = set(load_file(folder / "model.safetensors"))
+    inside = {f"{name}.{part}" for name in digests["layers"] for part in config.layouts[name].shapes}
+    assert set(digests["layers"]) == set(config.layouts)
+    assert set(digests["tensors"]) == names - inside
+    assert "model.norm.weight" in digests["tensors"]
+
+
+@pytest.mark.parametrize("part", ["weight", "scales", "scales_absmax", "scales_mean", "offsets"])
+def test_one_bit_of_a_layer_names_that_layer(part: str, written: Written) -> None:
+    edit(written[0], lambda tensors: flip(tensors[f"{LAYER}.{part}"]))
+    assert verify(*written) == [LAYER]
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight",
+                                  "model.layers.0.input_layernorm.weight"])
+def test_one_bit_of_another_tensor_names_that_tensor(name: str, written: Written) -> None:
+    edit(written[0], lambda tensors: flip(tensors[name], at=-1, bit=128))
+    assert verify(*written) == [name]
+
+
+def test_all_that_differs_is_named(written: Written) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        flip(tensors[f"{LAYER}.weight"])
+        flip(tensors["model.norm.weight"])
+        flip(tensors["model.layers.0.self_attn.q_proj.offsets"])
+
+    edit(written[0], change)
+    assert set(verify(*written)) == {LAYER, "model.norm.weight", "model.layers.0.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize(("gone", "named"), [
+    (f"{LAYER}.offsets", LAYER), ("model.norm.weight", "model.norm.weight")])
+def test_a_tensor_that_is_missing_is_named(gone: str, named: str, written: Written) -> None:
+    edit(written[0], lambda tensors: tensors.pop(gone))
+    assert verify(*written) == [named]
+
+
+def test_a_layer_that_is_missing_is_named(written: Written) -> None:
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(LAYER)]:
+            del tensors[name]
+
+    edit(written[0], drop)
+    assert verify(*written) == [LAYER]
+
+
+def test_a_tensor_that_was_added_is_named(written: Written) -> None:
+    edit(written[0], lambda tensors: tensors.update({"model.extra": torch.ones(2)}))
+    assert verify(*written) == ["model.extra"]
+
+
+def test_a_tensor_of_another_shape_is_named(written: Written) -> None:
+    edit(written[0], lambda tensors: tensors.update({f"{LAYER}.scales": tensors[f"{LAYER}.scales"][:-1]}))
+    assert verify(*written) == [LAYER]
+
+
+def test_the_same_bytes_as_another_shape_or_dtype_are_named(written: Written) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].view(torch.int32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].view(64, 96)
+
+    edit(written[0], change)
+    # FAILS: the digest of a tensor outside the layers is of its bytes alone
+    assert set(verify(*written)) == {"model.norm.weight", "lm_head.weight"}
+
+
+def test_two_layers_whose_weights_were_swapped_are_named(written: Written) -> None:
+    def swap(tensors: dict[str, Tensor]) -> None:
+        for part in written[2].layouts[LAYER].shapes:
+            one, other = f"model.layers.0.mlp.up_proj.{part}", f"{LAYER}.{part}"
+            tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
+
+    edit(written[0], swap)
+    assert set(verify(*written)) == {LAYER, "model.layers.0.mlp.up_proj"}
+
+
+def test_another_format_in_the_config_is_noticed(written: Written) -> None:
+    folder, digests, config = written
+    config.schemes[0]["format"]["zero"] = "float"
+    config.schemes[0]["format"]["bits"] = 4
+    config.schemes[0]["format"]["levels"] = "int"  # the same bytes, another meaning
+    assert set(verify(folder, digests, config)) == set(config.layouts)
+
+
+def test_without_digests_nothing_is_claimed(written: Written) -> None:
+    folder, _, config = written
+    with pytest.raises(CheckpointError, match="no digests, so nothing can be verified"):
+        verify(folder, {}, config)
+
+
+def test_shards_are_verified_together(quantized_llama: Callable[..., Any], tmp_path: Path, written: Written) -> None:
+    _, digests, config = written
+    model = quantized_llama(Format(levels="nf", bits=4, group_size=32, zero="float"),
+                            storage=Storage(scales="double", offsets="fp16"))
+    shards = tmp_path / "shards"
+    model.save_pretrained(shards, max_shard_size="10KB")
+    assert verify(shards, digests, config) == []
+    sorted(shards.glob("*.safetensors"))[0].unlink()
+    assert verify(shards, digests, config) != []
