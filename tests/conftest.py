@@ -49,12 +49,22 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """`tiny_llama(**config)`: a random Llama of two layers in evaluation mode, the same for the same config."""
+
     def make(**changes: Any) -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-                 "num_hidden_layers": 2, "vocab_size": 96, "max_position_embeddings": 64, "initializer_range": 0.2,
-                 "bos_token_id": 1, "eos_token_id": 2}
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 2,
+            "vocab_size": 96,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         dtype = changes.pop("dtype", torch.float32)
         torch.manual_seed(changes.pop("seed", 0))
         model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
@@ -69,8 +79,15 @@ def tiny_llama() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def quantized_llama(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
     """`quantized_llama(format, storage=, skip=, **config)`: a tiny Llama, rounded to nearest, known to transformers."""
-    def make(format: Format | None = None, *, storage: Storage | None = None, rounding: Rounding | None = None,
-             skip: tuple[str, ...] = (), **changes: Any) -> nn.Module:
+
+    def make(
+        format: Format | None = None,
+        *,
+        storage: Storage | None = None,
+        rounding: Rounding | None = None,
+        skip: tuple[str, ...] = (),
+        **changes: Any,
+    ) -> nn.Module:
         from quadapt.hf.quantizer import adopt
         from quadapt.model.quantize import Plan, quantize_model
         from quadapt.model.select import select
@@ -88,8 +105,16 @@ def quantized_llama(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def quant_weight() -> Callable[..., QuantWeight]:
     """`quant_weight(format, out=, columns=)`: a random matrix rounded to nearest; `permuted` shuffles its inputs."""
-    def make(format: Format, out: int = 24, columns: int = 80, *, storage: Storage | None = None,
-             permuted: bool = False, std: float = 0.05) -> QuantWeight:
+
+    def make(
+        format: Format,
+        out: int = 24,
+        columns: int = 80,
+        *,
+        storage: Storage | None = None,
+        permuted: bool = False,
+        std: float = 0.05,
+    ) -> QuantWeight:
         random_ = torch.Generator().manual_seed(1000 * out + columns)
         dense = std * torch.randn(out, columns, generator=random_)
         layout = Layout(format=format, storage=storage or Storage.default(format), out=out, columns=columns)
@@ -105,11 +130,19 @@ def quant_weight() -> Callable[..., QuantWeight]:
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., str]:
     """`run_python(code, **environment)`: what a fresh interpreter prints; an error there fails the test."""
+
     def run(code: str, *arguments: str, cwd: Path | None = None, timeout: int = 300, **environment: str) -> str:
         script = tmp_path / "script.py"
         script.write_text(code)
-        found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False,
-                               timeout=timeout, cwd=cwd or tmp_path, env={**os.environ, **environment})
+        found = subprocess.run(
+            [sys.executable, str(script), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            cwd=cwd or tmp_path,
+            env={**os.environ, **environment},
+        )
         assert found.returncode == 0, found.stderr[-4000:] or f"ended with {found.returncode}"
         return found.stdout
 

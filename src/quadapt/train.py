@@ -226,7 +226,7 @@ def _arguments(run: Run, steps: int, folder: Path, *, has_eval: bool) -> Trainin
         save_total_limit=2,
         eval_strategy="steps" if has_eval and run.eval_steps else "no",
         eval_steps=run.eval_steps or None,
-        gradient_checkpointing=run.gradient_checkpointing,
+        activation_checkpointing=run.gradient_checkpointing,
         report_to=[] if run.report_to == "none" else [run.report_to],
         use_cpu=run.device == "cpu",
         dataloader_pin_memory=run.device != "cpu",

@@ -105,11 +105,13 @@ def test_requantizing_is_called_lossy_whatever_it_costs(adapter: Adapter, roundi
         assert certificate.effect_lost > 0.01
     assert base_config(merged).made["merge"] == "requantized"
     assert {weight.layout.bits_per_weight for weight in weights(merged).values()} == {
-        weight.layout.bits_per_weight for weight in weights(base).values()}
+        weight.layout.bits_per_weight for weight in weights(base).values()
+    }
 
 
-def test_a_merged_form_that_came_out_unequal_is_not_called_exact(base: nn.Module,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merged_form_that_came_out_unequal_is_not_called_exact(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The word follows what was measured."""
     right = Pooled.merge
 
@@ -129,8 +131,10 @@ def test_a_merged_form_that_came_out_unequal_is_not_called_exact(base: nn.Module
 # --- its figures ------------------------------------------------------------------------------------------------------
 
 
-CASES = pytest.mark.parametrize(("adapter", "requantize"), [
-    (Pooled(form="side"), None), (Pooled(), None), (LoRA(), Nearest(range="mse")), (LoRA(), GPTQ())])
+CASES = pytest.mark.parametrize(
+    ("adapter", "requantize"),
+    [(Pooled(form="side"), None), (Pooled(), None), (LoRA(), Nearest(range="mse")), (LoRA(), GPTQ())],
+)
 
 
 @CASES
@@ -196,8 +200,16 @@ def test_without_a_probe_random_tokens_serve(base: nn.Module) -> None:
 # --- the merged model -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", [Format(bits=2, zero="integer"), Format(bits=8), Format(levels="nf", bits=4),
-                                    Format(bits=4, zero="none", group_size=-1)], ids=lambda format: format.name)
+@pytest.mark.parametrize(
+    "format",
+    [
+        Format(bits=2, zero="integer"),
+        Format(bits=8),
+        Format(levels="nf", bits=4),
+        Format(bits=4, zero="none", group_size=-1),
+    ],
+    ids=lambda format: format.name,
+)
 def test_every_grid_merges_exactly(format: Format, quantized_llama: Callable[..., Any]) -> None:
     merged, certificate, _, originals = measured(adapted(quantized_llama(format), Pooled()))
     assert certificate.verdict == "exact"
@@ -306,8 +318,9 @@ def test_an_adapter_that_diverged_is_refused(base: nn.Module) -> None:
         merge(model)
 
 
-def test_an_adapter_over_another_base_is_refused_by_its_fingerprint(base: nn.Module, tmp_path: Path,
-                                                                    quantized_llama: Callable[..., Any]) -> None:
+def test_an_adapter_over_another_base_is_refused_by_its_fingerprint(
+    base: nn.Module, tmp_path: Path, quantized_llama: Callable[..., Any]
+) -> None:
     adapted(base, Pooled()).save_pretrained(tmp_path)
     folder = open_folder(str(tmp_path))
     assert folder.kind == "adapter"
@@ -326,8 +339,9 @@ def test_an_adapter_of_stock_peft_names_no_base_and_is_let_through(base: nn.Modu
     check_base(open_folder(str(tmp_path)), base)
 
 
-def test_merging_says_nothing_that_worries(base: nn.Module, caplog: pytest.LogCaptureFixture,
-                                           recwarn: pytest.WarningsRecorder) -> None:
+def test_merging_says_nothing_that_worries(
+    base: nn.Module, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
     with caplog.at_level(logging.WARNING):
         merge(adapted(base, Pooled()))
     assert not [record for record in caplog.records if record.name.startswith("quadapt")]

@@ -23,7 +23,11 @@ from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format
 
 ADAPTERS: dict[str, Adapter] = {
-    "lora": LoRA(), "merged": Pooled(), "side": Pooled(form="side", pooling="mean"), "fp32": Pooled(offsets="fp32")}
+    "lora": LoRA(),
+    "merged": Pooled(),
+    "side": Pooled(form="side", pooling="mean"),
+    "fp32": Pooled(offsets="fp32"),
+}
 IDS = torch.arange(2, 42).view(2, 20)
 adapters = pytest.mark.parametrize("kind", ADAPTERS)
 
@@ -95,8 +99,9 @@ print(losses[0], losses[-1], equal, sorted({type(m).__name__ for m in model.modu
 """
 
 
-def test_stock_lora_trains_with_no_code_of_ours_but_the_import(base: nn.Module, run_python: Callable[..., str],
-                                                               tmp_path: Path) -> None:
+def test_stock_lora_trains_with_no_code_of_ours_but_the_import(
+    base: nn.Module, run_python: Callable[..., str], tmp_path: Path
+) -> None:
     base.save_pretrained(tmp_path / "base")
     printed = run_python(STOCK, str(tmp_path / "base"), str(tmp_path / "adapter")).splitlines()[-1]
     first, last, equal, layers = printed.split(maxsplit=3)
@@ -164,8 +169,11 @@ def test_rank_stabilized_scaling_is_honoured(base: nn.Module) -> None:
 def test_layers_that_are_not_quantized_keep_pefts_own(quantized_llama: Callable[..., Any]) -> None:
     model = quantized_llama(Format(bits=4), skip=("o_proj",))
     peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
-    kinds = {name.rpartition(".")[2]: type(module) for name, module in peft_model.named_modules()
-             if name.endswith(("q_proj", "o_proj"))}
+    kinds = {
+        name.rpartition(".")[2]: type(module)
+        for name, module in peft_model.named_modules()
+        if name.endswith(("q_proj", "o_proj"))
+    }
     assert kinds["q_proj"] is QuantLoraLinear
     assert kinds["o_proj"].__module__ == "peft.tuners.lora.layer"
 
@@ -205,8 +213,9 @@ def test_stock_lora_is_known_as_lora() -> None:
     assert identity_of(LoraConfig(r=4)) == {"kind": "lora"}
 
 
-def test_the_files_of_a_lora_are_those_that_peft_writes_over_a_dense_model(base: nn.Module, tmp_path: Path,
-                                                                           tiny_llama: Callable[..., Any]) -> None:
+def test_the_files_of_a_lora_are_those_that_peft_writes_over_a_dense_model(
+    base: nn.Module, tmp_path: Path, tiny_llama: Callable[..., Any]
+) -> None:
     from safetensors.torch import load_file
 
     adapted(base, "lora").save_pretrained(tmp_path / "ours")
@@ -355,10 +364,18 @@ def test_the_delta_is_what_the_adapter_adds(kind: str, base: nn.Module) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("settings", "told"), [
-    ({"use_dora": True}, "DoRA"), ({"use_qalora": True, "qalora_group_size": 32}, "qa-lora, which merges"),
-    *[({"init_lora_weights": kind}, "needs the dense weight") for kind in ("pissa", "olora", "orthogonal", "corda")],
-    ({"alora_invocation_tokens": [1, 2]}, "activated LoRA")])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"use_qalora": True, "qalora_group_size": 32}, "qa-lora, which merges"),
+        *[
+            ({"init_lora_weights": kind}, "needs the dense weight")
+            for kind in ("pissa", "olora", "orthogonal", "corda")
+        ],
+        ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
+    ],
+)
 def test_variants_without_meaning_over_codes_are_refused(settings: dict[str, Any], told: str, base: nn.Module) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
     model = copy.deepcopy(base)
@@ -382,8 +399,9 @@ def test_an_adapter_of_a_newer_kind_is_refused(base: nn.Module, tmp_path: Path) 
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
-def test_a_pooled_adapter_over_a_dense_model_is_refused(base: nn.Module, tmp_path: Path,
-                                                        tiny_llama: Callable[..., Any]) -> None:
+def test_a_pooled_adapter_over_a_dense_model_is_refused(
+    base: nn.Module, tmp_path: Path, tiny_llama: Callable[..., Any]
+) -> None:
     """Stock layers know nothing of pooling, and would compute something else."""
     adapted(base, "merged").save_pretrained(tmp_path)
     with pytest.raises((ConfigError, CheckpointError, RuntimeError)):

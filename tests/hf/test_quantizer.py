@@ -107,8 +107,9 @@ def test_a_model_in_shards_comes_back_bit_for_bit(tied: bool, quantized_llama: M
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_loading_in_another_dtype_leaves_the_quantized_weights_exact(dtype: torch.dtype, quantized_llama: Make,
-                                                                     tmp_path: Path) -> None:
+def test_loading_in_another_dtype_leaves_the_quantized_weights_exact(
+    dtype: torch.dtype, quantized_llama: Make, tmp_path: Path
+) -> None:
     model = quantized_llama(Format(bits=4), attention_bias=True)
     model.save_pretrained(tmp_path)
     again = load(tmp_path, dtype=dtype)
@@ -128,8 +129,9 @@ def test_layers_with_grids_of_their_own_come_back(tiny_llama: Make, tmp_path: Pa
     plan = Plan(format=Format(bits=4), storage=Storage(), rounding=Nearest(), layers=own)
     quantize_model(model, selection.chosen, plan)
     layer = model.model.layers[1].self_attn.q_proj
-    layer.quant_weight = GPTQ(act_order=True)(layer.quant_weight.dequantize(), layer.layout,
-                                              {"second_moment": torch.rand(64).diag()})
+    layer.quant_weight = GPTQ(act_order=True)(
+        layer.quant_weight.dequantize(), layer.layout, {"second_moment": torch.rand(64).diag()}
+    )
     adopt(model, left=selection.left, made={})
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
@@ -163,16 +165,25 @@ def test_adapters_may_train_over_a_loaded_model(saved: Path) -> None:
 # --- quantizing on loading --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wish", "format", "storage"), [
-    ({"bits": 4}, Format(bits=4), Storage()),
-    ({"bits": 2, "group_size": 16, "range": "mse"}, Format(bits=2, group_size=16), Storage()),
-    ({"bits": 8, "group_size": -1}, Format(bits=8, group_size=-1), Storage(scales="fp32", offsets="fp32")),
-    ({"bits": 3, "zero": "integer"}, Format(bits=3, zero="integer"), Storage(offsets="integer")),
-    ({"bits": 4, "levels": "nf", "group_size": 64, "scales": "double"}, Format(levels="nf", bits=4, group_size=64),
-     Storage(scales="double", offsets="absent")),
-    ({"bits": 4, "scales": "fp32"}, Format(bits=4), Storage(scales="fp32", offsets="fp32"))], ids=str)
-def test_a_dense_model_is_quantized_on_loading(wish: dict[str, Any], format: Format, storage: Storage, tiny_llama: Make,
-                                               tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wish", "format", "storage"),
+    [
+        ({"bits": 4}, Format(bits=4), Storage()),
+        ({"bits": 2, "group_size": 16, "range": "mse"}, Format(bits=2, group_size=16), Storage()),
+        ({"bits": 8, "group_size": -1}, Format(bits=8, group_size=-1), Storage(scales="fp32", offsets="fp32")),
+        ({"bits": 3, "zero": "integer"}, Format(bits=3, zero="integer"), Storage(offsets="integer")),
+        (
+            {"bits": 4, "levels": "nf", "group_size": 64, "scales": "double"},
+            Format(levels="nf", bits=4, group_size=64),
+            Storage(scales="double", offsets="absent"),
+        ),
+        ({"bits": 4, "scales": "fp32"}, Format(bits=4), Storage(scales="fp32", offsets="fp32")),
+    ],
+    ids=str,
+)
+def test_a_dense_model_is_quantized_on_loading(
+    wish: dict[str, Any], format: Format, storage: Storage, tiny_llama: Make, tmp_path: Path
+) -> None:
     dense = tiny_llama(attention_bias=True)
     dense.save_pretrained(tmp_path / "dense")
     model = load(tmp_path / "dense", quantization_config=QuadaptConfig(**wish))
@@ -199,17 +210,28 @@ def test_a_sharded_bfloat16_model_is_quantized_as_its_weights_are(tiny_llama: Ma
     assert_same(model, dense)
 
 
-@pytest.mark.parametrize("wish", [{"bits": 5}, {"group_size": 33}, {"levels": "fp"}, {"zero": "half"},
-                                  {"scales": "bf16"}, {"range": "percentile"},
-                                  {"levels": "nf", "zero": "integer"}], ids=str)
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"bits": 5},
+        {"group_size": 33},
+        {"levels": "fp"},
+        {"zero": "half"},
+        {"scales": "bf16"},
+        {"range": "percentile"},
+        {"levels": "nf", "zero": "integer"},
+    ],
+    ids=str,
+)
 def test_a_wrong_wish_fails_at_once(wish: dict[str, Any]) -> None:
     # FAILS for range: any word but minmax means mse
     with pytest.raises(ConfigError):
         QuadaptConfig(**wish)
 
 
-def test_weights_that_are_not_finite_are_named(tiny_llama: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_named(
+    tiny_llama: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     model.save_pretrained(tmp_path)
@@ -249,8 +271,14 @@ def strangers(quantized_llama: Make, tmp_path_factory: pytest.TempPathFactory) -
         quantized_llama(format, storage=storage).save_pretrained(folders[kind])
     script = tmp_path_factory.mktemp("script") / "stranger.py"
     script.write_text(STRANGER)
-    done = subprocess.run([sys.executable, str(script), *map(str, folders.values())], capture_output=True, text=True,
-                          check=True, env=os.environ, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, folders.values())],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
+        timeout=300,
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     return {kind: found[str(folder)] for kind, folder in folders.items()}
 
@@ -302,13 +330,20 @@ def _unknown_bits(config: dict[str, Any]) -> None:
     config["quantization_config"]["schemes"][0]["format"]["bits"] = 7
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    (_other_shape, r"q_proj: is 64 x 64 in the model, 64 x 128 in quantization_config"),
-    (_other_name, r"transformer\.h\.0\.attn: .*config\.json belongs to another model"),
-    (_not_linear, r"layers\.0\.mlp: .*no linear layer of that name"), (_newer, "version 2 .* Upgrade quadapt"),
-    (_damaged, "quantization_config is damaged"), (_unknown_bits, "bits=7")])
-def test_a_config_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]], None], told: str,
-                                               saved: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_other_shape, r"q_proj: is 64 x 64 in the model, 64 x 128 in quantization_config"),
+        (_other_name, r"transformer\.h\.0\.attn: .*config\.json belongs to another model"),
+        (_not_linear, r"layers\.0\.mlp: .*no linear layer of that name"),
+        (_newer, "version 2 .* Upgrade quadapt"),
+        (_damaged, "quantization_config is damaged"),
+        (_unknown_bits, "bits=7"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(
+    change: Callable[[dict[str, Any]], None], told: str, saved: Path
+) -> None:
     edit_config(saved, change)
     with pytest.raises(CheckpointError, match=told):
         load(saved)

@@ -29,8 +29,9 @@ Written = tuple[Path, dict[str, Any], QuadaptConfig]
 @pytest.fixture
 def written(quantized_llama: Callable[..., Any], tmp_path: Path) -> Written:
     """A model as the command line writes it, its digests, and its config."""
-    model = quantized_llama(Format(levels="nf", bits=4, group_size=32, zero="float"),
-                            storage=Storage(scales="double", offsets="fp16"))
+    model = quantized_llama(
+        Format(levels="nf", bits=4, group_size=32, zero="float"), storage=Storage(scales="double", offsets="fp16")
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
     save_quantized(model, tokenizer, tmp_path, {"made": {}, "bits_per_weight": 4.6})
     return tmp_path, json.loads((tmp_path / "quadapt.json").read_text())["digests"], base_config(model)
@@ -67,8 +68,10 @@ def test_one_bit_of_a_layer_names_that_layer(part: str, written: Written) -> Non
     assert verify(*written) == [LAYER]
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight",
-                                  "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"],
+)
 def test_one_bit_of_another_tensor_names_that_tensor(name: str, written: Written) -> None:
     edit(written[0], lambda tensors: flip(tensors[name], at=-1, bit=128))
     assert verify(*written) == [name]
@@ -84,8 +87,7 @@ def test_all_that_differs_is_named(written: Written) -> None:
     assert set(verify(*written)) == {LAYER, "model.norm.weight", "model.layers.0.self_attn.q_proj"}
 
 
-@pytest.mark.parametrize(("gone", "named"), [
-    (f"{LAYER}.offsets", LAYER), ("model.norm.weight", "model.norm.weight")])
+@pytest.mark.parametrize(("gone", "named"), [(f"{LAYER}.offsets", LAYER), ("model.norm.weight", "model.norm.weight")])
 def test_a_tensor_that_is_missing_is_named(gone: str, named: str, written: Written) -> None:
     edit(written[0], lambda tensors: tensors.pop(gone))
     assert verify(*written) == [named]
@@ -146,8 +148,9 @@ def test_without_digests_nothing_is_claimed(written: Written) -> None:
 
 def test_shards_are_verified_together(quantized_llama: Callable[..., Any], tmp_path: Path, written: Written) -> None:
     _, digests, config = written
-    model = quantized_llama(Format(levels="nf", bits=4, group_size=32, zero="float"),
-                            storage=Storage(scales="double", offsets="fp16"))
+    model = quantized_llama(
+        Format(levels="nf", bits=4, group_size=32, zero="float"), storage=Storage(scales="double", offsets="fp16")
+    )
     shards = tmp_path / "shards"
     model.save_pretrained(shards, max_shard_size="10KB")
     assert verify(shards, digests, config) == []

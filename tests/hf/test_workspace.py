@@ -25,6 +25,7 @@ def names(folder: Path) -> set[str]:
 
 def interrupt(output: Path, job: dict[str, Any] = JOB, **settings: Any) -> None:
     """A run that fails after its first file."""
+
     def run() -> None:
         with Workspace(output, job, **settings) as space:
             (space.path / "first").write_text("done")
@@ -99,8 +100,9 @@ def test_the_same_job_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{**JOB, "bits": 3}, {"command": "quantize"}, {**JOB, "seed": 0}], ids=str)
-def test_another_job_starts_over_and_says_so(other: dict[str, Any], tmp_path: Path,
-                                             caplog: pytest.LogCaptureFixture) -> None:
+def test_another_job_starts_over_and_says_so(
+    other: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     interrupt(tmp_path / "model")
     with caplog.at_level(logging.WARNING, "quadapt"), Workspace(tmp_path / "model", other) as space:
         assert not space.resumed
@@ -109,8 +111,9 @@ def test_another_job_starts_over_and_says_so(other: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_text("{"), lambda path: path.unlink()])
-def test_work_of_unknown_origin_is_not_gone_on_with(damage: Callable[[Path], Any], tmp_path: Path,
-                                                    caplog: pytest.LogCaptureFixture) -> None:
+def test_work_of_unknown_origin_is_not_gone_on_with(
+    damage: Callable[[Path], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     interrupt(tmp_path / "model")
     damage(tmp_path / "model.partial" / "job.json")
     with caplog.at_level(logging.WARNING, "quadapt"), Workspace(tmp_path / "model", JOB) as space:
@@ -204,8 +207,9 @@ def test_a_disk_that_is_too_full_is_refused_before_anything_is_written(disk: lis
         space.commit()
 
 
-def test_space_is_looked_for_where_the_folder_will_be(disk: list[Path], tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_is_looked_for_where_the_folder_will_be(
+    disk: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     check_disk(Path("a") / "b", 5)
     assert disk == [Path()]

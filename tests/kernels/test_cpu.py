@@ -269,8 +269,13 @@ def test_kernels_run_where_no_cache_folder_can_be_written(run_python: Callable[.
     (package / "kernels" / "__pycache__").write_text("a file where the folder should be")
     taken = tmp_path / "taken"
     taken.write_text("and here")
-    printed = run_python(UNCACHED, PYTHONPATH=str(package.parent), HOME=str(taken), XDG_CACHE_HOME=str(taken / "cache"),
-                         NUMBA_CACHE_DIR="")
+    printed = run_python(
+        UNCACHED,
+        PYTHONPATH=str(package.parent),
+        HOME=str(taken),
+        XDG_CACHE_HOME=str(taken / "cache"),
+        NUMBA_CACHE_DIR="",
+    )
     assert Path(printed.strip()).parent == package
 
 

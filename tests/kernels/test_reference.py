@@ -53,8 +53,13 @@ def test_encode_takes_the_nearest_level(bits: int, levels: str) -> None:
     packed = reference.encode(weight, scales, offsets, table, bits, 16)
     values = table.tolist() if table is not None else None
     s, o = scales.tolist(), offsets.tolist()
-    want = [[nearest_numpy.nearest(float(weight[row, i]), s[row][i // 16], o[row][i // 16], bits, values)
-             for i in range(40)] for row in range(6)]
+    want = [
+        [
+            nearest_numpy.nearest(float(weight[row, i]), s[row][i // 16], o[row][i // 16], bits, values)
+            for i in range(40)
+        ]
+        for row in range(6)
+    ]
     np.testing.assert_array_equal(reference.unpack(packed, bits, 40).numpy(), want)
 
 

@@ -23,15 +23,28 @@ from quadapt.quant.weight import Layout, QuantWeight
 
 Make = Callable[..., QuantWeight]
 
-FORMATS = [Format(bits=4), Format(bits=2, zero="integer"), Format(bits=3, zero="none"), Format(bits=8),
-           Format(levels="nf", bits=4), Format(levels="nf", bits=3, zero="float"), Format(bits=4, group_size=-1)]
+FORMATS = [
+    Format(bits=4),
+    Format(bits=2, zero="integer"),
+    Format(bits=3, zero="none"),
+    Format(bits=8),
+    Format(levels="nf", bits=4),
+    Format(levels="nf", bits=3, zero="float"),
+    Format(bits=4, group_size=-1),
+]
 formats = pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 poolings = pytest.mark.parametrize("pooling", ["sum", "mean"])
 SCALING = 0.25
 
 
-def factors(weight: QuantWeight, *, rank: int = 4, size: float = 1e-3, dtype: torch.dtype = torch.float64,
-            adapter: Adapter | None = None) -> tuple[Tensor, Tensor]:
+def factors(
+    weight: QuantWeight,
+    *,
+    rank: int = 4,
+    size: float = 1e-3,
+    dtype: torch.dtype = torch.float64,
+    adapter: Adapter | None = None,
+) -> tuple[Tensor, Tensor]:
     """Random `lora_A` and `lora_B` that change each weight by about `size`."""
     columns = (adapter or Pooled()).inputs(weight.layout)
     A = torch.randn(rank, columns, dtype=dtype)
@@ -76,8 +89,10 @@ def test_in_float64_both_papers_merges_lose_nothing(size: float, pooling: str, q
     scales, offsets, codes = (value.double().numpy() for value in (weight.scales, weight.offsets, weight.codes()))
     points = qa_lora_numpy.merge_zero_points(-offsets / scales, scales, D)
     wide = np.repeat(scales, 32, 1)
-    for dense in (wide * codes + np.repeat(qa_lora_numpy.merge_offsets(offsets, D), 32, 1),
-                  wide * (codes - np.repeat(points, 32, 1))):
+    for dense in (
+        wide * codes + np.repeat(qa_lora_numpy.merge_offsets(offsets, D), 32, 1),
+        wide * (codes - np.repeat(points, 32, 1)),
+    ):
         assert lost(x @ torch.tensor(dense).T, adapted, base) < 1e-10
 
 
@@ -107,8 +122,9 @@ def test_with_fp32_offsets_the_merge_of_a_side_branch_loses_a_hundred_thousandth
 
 
 @pytest.mark.parametrize(("size", "least", "most"), [(1e-3, 0.002, 0.015), (1e-4, 0.02, 0.12)])
-def test_with_fp16_offsets_it_loses_as_much_as_is_documented(size: float, least: float, most: float,
-                                                             quant_weight: Make) -> None:
+def test_with_fp16_offsets_it_loses_as_much_as_is_documented(
+    size: float, least: float, most: float, quant_weight: Make
+) -> None:
     """1 to 9 %: about 0.9 % for an update of 1e-3 (a twentieth of the weights), 9 % for one of 1e-4."""
     weight = quant_weight(Format(bits=4), 256, 512, std=0.02)
     A, B = factors(weight, size=size)
@@ -142,16 +158,19 @@ def test_mean_pooling_is_sum_pooling_of_a_smaller_a(format: Format, quant_weight
     mean = side_branch(x, weight, A, B, Pooled(pooling="mean", form="side"))
     summed = side_branch(x, weight, A / width, B, Pooled(form="side"))
     torch.testing.assert_close(mean, summed, rtol=1e-12, atol=1e-12)
-    merged = [Pooled(pooling=pooling, offsets="fp32").merge(weight, factor, B, SCALING)
-              for pooling, factor in (("mean", A), ("sum", A / width))]
+    merged = [
+        Pooled(pooling=pooling, offsets="fp32").merge(weight, factor, B, SCALING)
+        for pooling, factor in (("mean", A), ("sum", A / width))
+    ]
     torch.testing.assert_close(merged[0].offsets, merged[1].offsets, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("columns", [128, 100])
 @pytest.mark.parametrize("permuted", [False, True])
 @poolings
-def test_the_update_is_constant_within_each_group(pooling: str, permuted: bool, columns: int,
-                                                  quant_weight: Make) -> None:
+def test_the_update_is_constant_within_each_group(
+    pooling: str, permuted: bool, columns: int, quant_weight: Make
+) -> None:
     """Invariant 10: exactly as many distinct columns as groups, those of one group equal."""
     weight = quant_weight(Format(bits=4), 24, columns, permuted=permuted)
     A, B = factors(weight, rank=8)
@@ -169,8 +188,10 @@ LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 @pytest.mark.parametrize(("adapter", "count"), [(Pooled(), 89_309_184), (LoRA(), 159_907_840)], ids=["pooled", "lora"])
 def test_parameters_over_llama_7b_are_as_many_as_in_the_paper(adapter: Adapter, count: int) -> None:
     """Invariant 11: 89M for QA-LoRA, 160M for QLoRA, at rank 64 and groups of 32."""
-    layouts = [Layout(format=Format(bits=4, group_size=32), storage=Storage(), out=out, columns=columns)
-               for out, columns in LLAMA_7B]
+    layouts = [
+        Layout(format=Format(bits=4, group_size=32), storage=Storage(), out=out, columns=columns)
+        for out, columns in LLAMA_7B
+    ]
     assert 32 * sum(64 * (adapter.inputs(layout) + layout.out) for layout in layouts) == count
 
 
@@ -180,8 +201,9 @@ def test_parameters_over_llama_7b_are_as_many_as_in_the_paper(adapter: Adapter, 
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @formats
-def test_the_merged_form_is_the_merged_matrix_bit_for_bit(format: Format, dtype: torch.dtype, permuted: bool,
-                                                          quant_weight: Make) -> None:
+def test_the_merged_form_is_the_merged_matrix_bit_for_bit(
+    format: Format, dtype: torch.dtype, permuted: bool, quant_weight: Make
+) -> None:
     weight = quant_weight(format, 48, 80, permuted=permuted)
     first, second = Pooled(), Pooled(pooling="mean", offsets="fp32")
     params = (*factors(weight, dtype=torch.float32, size=0.02), *factors(weight, dtype=torch.bfloat16, size=0.02))
@@ -219,11 +241,18 @@ def test_merging_two_adapters_adds_both(format: Format, quant_weight: Make) -> N
         torch.testing.assert_close(merged.offsets.double(), total, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(("storage", "offsets", "kind"), [
-    (Storage(), "base", "fp16"), (Storage(scales="fp32", offsets="fp32"), "base", "fp32"),
-    (Storage(scales="fp16", offsets="fp32"), "base", "fp32"), (Storage(scales="fp32", offsets="fp16"), "base", "fp32"),
-    (Storage(scales="double", offsets="double"), "base", "fp16"), (Storage(), "fp32", "fp32"),
-    (Storage(scales="fp32", offsets="fp32"), "fp16", "fp16")])
+@pytest.mark.parametrize(
+    ("storage", "offsets", "kind"),
+    [
+        (Storage(), "base", "fp16"),
+        (Storage(scales="fp32", offsets="fp32"), "base", "fp32"),
+        (Storage(scales="fp16", offsets="fp32"), "base", "fp32"),
+        (Storage(scales="fp32", offsets="fp16"), "base", "fp32"),
+        (Storage(scales="double", offsets="double"), "base", "fp16"),
+        (Storage(), "fp32", "fp32"),
+        (Storage(scales="fp32", offsets="fp32"), "fp16", "fp16"),
+    ],
+)
 def test_merged_offsets_are_stored_as_announced(storage: Storage, offsets: str, kind: str, quant_weight: Make) -> None:
     weight = quant_weight(Format(bits=4), 24, 96, storage=storage)
     merged = Pooled(offsets=offsets).merge(weight, *factors(weight), SCALING)
@@ -309,7 +338,11 @@ def test_lora_does_not_merge_and_says_what_to_do(format: Format, quant_weight: M
 
 
 ALL: list[tuple[type[Adapter], dict[str, Any]]] = [
-    (LoRA, {}), (Pooled, {}), (Pooled, {"pooling": "mean", "form": "side"}), (Pooled, {"offsets": "fp32"})]
+    (LoRA, {}),
+    (Pooled, {}),
+    (Pooled, {"pooling": "mean", "form": "side"}),
+    (Pooled, {"offsets": "fp32"}),
+]
 
 
 @pytest.mark.parametrize(("kind", "settings"), ALL)

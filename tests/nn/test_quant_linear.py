@@ -57,7 +57,8 @@ def test_it_is_a_linear_layer_of_frozen_bytes(kind: str) -> None:
     assert (layer.in_features, layer.out_features) == (80, 24)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert {name: parameter.dtype for name, parameter in layer.named_parameters() if name != "bias"} == dict.fromkeys(
-        layer.layout.shapes, torch.uint8)
+        layer.layout.shapes, torch.uint8
+    )
     assert list(layer.buffers()) == []
 
 
@@ -89,11 +90,14 @@ def test_nothing_about_it_is_random() -> None:
 
 def test_it_can_be_made_on_the_meta_device() -> None:
     format, storage = KINDS["int4"]
-    layer = QuantLinear(Layout(format=format, storage=storage, out=7, columns=33), bias=True, device="meta",
-                        dtype=torch.float16)
+    layer = QuantLinear(
+        Layout(format=format, storage=storage, out=7, columns=33), bias=True, device="meta", dtype=torch.float16
+    )
     assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
     assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == {
-        **layer.layout.shapes, "bias": (7,)}
+        **layer.layout.shapes,
+        "bias": (7,),
+    }
     assert layer.bias.dtype == torch.float16
 
 
@@ -134,8 +138,12 @@ def test_its_state_goes_through_a_checkpoint(kind: str, permuted: bool) -> None:
 def test_a_cast_of_the_model_changes_no_bit_of_the_weight(kind: str, dtype: torch.dtype) -> None:
     layer = layer_of(kind)
     digest, dense = layer.quant_weight.digest(), layer.quant_weight.dequantize()
-    for cast in (lambda module: module.to(dtype), lambda module: module.half(), lambda module: module.bfloat16(),
-                 lambda module: module.float()):
+    for cast in (
+        lambda module: module.to(dtype),
+        lambda module: module.half(),
+        lambda module: module.bfloat16(),
+        lambda module: module.float(),
+    ):
         layer = cast(layer)
         assert layer.quant_weight.digest() == digest
         assert torch.equal(layer.quant_weight.dequantize(), dense)
@@ -218,8 +226,9 @@ def test_the_merged_form_traces_as_one_graph_forward_and_backward() -> None:
 def test_compiled_code_computes_the_same() -> None:
     torch.compiler.reset()
     # FAILS, as above
-    assert_compiled_equals_eager(nn.Sequential(layer_of("int4", out=80), nn.GELU(), layer_of("nf4-double")), "inductor",
-                                 torch.float32)
+    assert_compiled_equals_eager(
+        nn.Sequential(layer_of("int4", out=80), nn.GELU(), layer_of("nf4-double")), "inductor", torch.float32
+    )
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -270,8 +279,10 @@ def _under_ddp(kind: str, rank: int) -> dict[str, Any]:
     found = model[0].lora_A.grad.clone()
     optimizer.step()
     wrapped(_inputs(rank)).square().sum().backward()
-    return {"exact": [model[0].layer.quant_weight.digest(), model[2].quant_weight.digest()] == digests,
-            "gradient": float((found - want).norm() / want.norm())}
+    return {
+        "exact": [model[0].layer.quant_weight.digest(), model[2].quant_weight.digest()] == digests,
+        "gradient": float((found - want).norm() / want.norm()),
+    }
 
 
 def _under_fsdp2(kind: str, rank: int) -> dict[str, Any]:
@@ -287,8 +298,11 @@ def _under_fsdp2(kind: str, rank: int) -> dict[str, Any]:
     kept = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
     want = plain.bfloat16()(_inputs(rank).bfloat16())
     same = [name for name, value in _model(kind).named_parameters() if torch.equal(kept[name].detach(), value)]
-    return {"exact": seen == [True] and set(same) == set(kept), "output": bool(torch.equal(y, want)),
-            "gradient": float(model[0].lora_A.grad.full_tensor().norm())}
+    return {
+        "exact": seen == [True] and set(same) == set(kept),
+        "output": bool(torch.equal(y, want)),
+        "gradient": float(model[0].lora_A.grad.full_tensor().norm()),
+    }
 
 
 @pytest.fixture(scope="module")

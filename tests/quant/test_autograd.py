@@ -20,9 +20,21 @@ from quadapt.quant.weight import QuantWeight
 
 Make = Callable[..., QuantWeight]
 
-GRIDS = [Format(levels=levels, bits=bits, group_size=32, zero=zero) for levels, bits, zero in [
-    ("int", 2, "float"), ("int", 3, "float"), ("int", 4, "float"), ("int", 8, "float"), ("int", 4, "none"),
-    ("int", 4, "integer"), ("nf", 2, "none"), ("nf", 3, "float"), ("nf", 4, "none"), ("nf", 8, "none")]]
+GRIDS = [
+    Format(levels=levels, bits=bits, group_size=32, zero=zero)
+    for levels, bits, zero in [
+        ("int", 2, "float"),
+        ("int", 3, "float"),
+        ("int", 4, "float"),
+        ("int", 8, "float"),
+        ("int", 4, "none"),
+        ("int", 4, "integer"),
+        ("nf", 2, "none"),
+        ("nf", 3, "float"),
+        ("nf", 4, "none"),
+        ("nf", 8, "none"),
+    ]
+]
 
 
 def by_name(value: object) -> str:
@@ -79,8 +91,9 @@ def test_the_gradient_to_x_is_that_of_the_dense_matrix(format: Format, permuted:
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 @pytest.mark.parametrize("format", GRIDS, ids=by_name)
-def test_merged_form_has_the_gradients_of_the_straight_through_reference(format: Format, pooling: str,
-                                                                         quant_weight: Make) -> None:
+def test_merged_form_has_the_gradients_of_the_straight_through_reference(
+    format: Format, pooling: str, quant_weight: Make
+) -> None:
     weight = quant_weight(format)
     x, A, B = case(weight)
     adapter = Pooled(pooling=pooling)
@@ -93,8 +106,9 @@ def test_merged_form_has_the_gradients_of_the_straight_through_reference(format:
 @pytest.mark.parametrize(("columns", "group_size"), [(80, 32), (64, 32), (33, 16), (20, 64), (80, -1)])
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("lead", [(6,), (2, 5), (2, 3, 4)], ids=str)
-def test_merged_form_serves_any_groups_and_any_batch(columns: int, group_size: int, permuted: bool,
-                                                     lead: tuple[int, ...], quant_weight: Make) -> None:
+def test_merged_form_serves_any_groups_and_any_batch(
+    columns: int, group_size: int, permuted: bool, lead: tuple[int, ...], quant_weight: Make
+) -> None:
     weight = quant_weight(Format(bits=3, group_size=group_size), 24, columns, permuted=permuted)
     x, A, B = case(weight, lead=lead)
     ours = merged_form(x, weight, A, B, Pooled(), 0.5)
@@ -145,8 +159,9 @@ class Free:
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("format", [Format(bits=3, group_size=16),
-                                    Format(levels="nf", bits=4, group_size=16, zero="float")], ids=by_name)
+@pytest.mark.parametrize(
+    "format", [Format(bits=3, group_size=16), Format(levels="nf", bits=4, group_size=16, zero="float")], ids=by_name
+)
 def test_gradcheck(format: Format, permuted: bool, quant_weight: Make) -> None:
     weight = quant_weight(format, 6, 37, permuted=permuted)
     x, A, B = case(weight, rank=2, lead=(3,))
@@ -187,8 +202,9 @@ class Saved:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", [Format(bits=4), Format(levels="nf", bits=4), Format(bits=8)], ids=by_name)
-def test_backward_keeps_the_stored_form_and_nothing_else(format: Format, dtype: torch.dtype,
-                                                         quant_weight: Make) -> None:
+def test_backward_keeps_the_stored_form_and_nothing_else(
+    format: Format, dtype: torch.dtype, quant_weight: Make
+) -> None:
     layer = QuantLinear.of(quant_weight(format, 256, 512))
     x = torch.randn(4, 8, 512, dtype=dtype, requires_grad=True)
     saved = Saved(*layer.parameters())
@@ -241,8 +257,10 @@ def test_the_product_has_the_dtype_of_its_inputs(dtype: torch.dtype, quant_weigh
 def test_gradients_of_the_factors_have_their_dtype(dtype: torch.dtype, quant_weight: Make) -> None:
     """Factors in float32 under bfloat16 inputs: their gradient is not rounded to bfloat16 on the way."""
     weight = quant_weight(Format(bits=4))
-    x, A, B = (value.detach().to(kind).requires_grad_() for value, kind in
-               zip(case(weight), (torch.bfloat16, dtype, dtype), strict=True))
+    x, A, B = (
+        value.detach().to(kind).requires_grad_()
+        for value, kind in zip(case(weight), (torch.bfloat16, dtype, dtype), strict=True)
+    )
     dy = torch.randn(2, 5, 24).bfloat16()
     y = merged_form(x, weight, A, B, Pooled(), 1.0)
     assert y.dtype == torch.bfloat16

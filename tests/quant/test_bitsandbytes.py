@@ -82,9 +82,12 @@ def test_weights_are_the_same_where_codes_are(shape: tuple[int, int], std: float
 def held(weight: Tensor) -> QuantWeight:
     """bitsandbytes' own tensors in our stored form."""
     codes, _, state = theirs(weight)
-    kept = {"weight": pack(codes, 4), "scales": state.absmax.view(weight.shape[0], -1),
-            "scales_absmax": state.state2.absmax[:, None].view(torch.uint8),
-            "scales_mean": state.offset.view(1, 1).view(torch.uint8)}
+    kept = {
+        "weight": pack(codes, 4),
+        "scales": state.absmax.view(weight.shape[0], -1),
+        "scales_absmax": state.state2.absmax[:, None].view(torch.uint8),
+        "scales_mean": state.offset.view(1, 1).view(torch.uint8),
+    }
     return QuantWeight(qlora(weight).layout, kept)
 
 

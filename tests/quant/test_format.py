@@ -12,9 +12,15 @@ from quadapt.errors import ConfigError
 from quadapt.quant.format import Format, normal_levels
 
 
-@pytest.mark.parametrize(("table", "bits", "symmetric"), [
-    (nf_levels.NF4, 4, False), (nf_levels.NF3, 3, False), (nf_levels.NF2, 2, False),
-    (nf_levels.NF2_SYMMETRIC, 2, True)])
+@pytest.mark.parametrize(
+    ("table", "bits", "symmetric"),
+    [
+        (nf_levels.NF4, 4, False),
+        (nf_levels.NF3, 3, False),
+        (nf_levels.NF2, 2, False),
+        (nf_levels.NF2_SYMMETRIC, 2, True),
+    ],
+)
 def test_levels_are_the_published_ones(table: tuple[float, ...], bits: int, symmetric: bool) -> None:
     assert normal_levels(bits, symmetric=symmetric) == pytest.approx(table, abs=2e-7)
 
@@ -49,12 +55,23 @@ def test_zero_defaults_to_float_for_integers_and_to_none_for_quantiles() -> None
     assert Format(levels="nf", bits=4, zero="float").zero == "float"
 
 
-@pytest.mark.parametrize(("settings", "told"), [
-    ({"bits": 5}, "bits=5"), ({"bits": 1}, "bits=1"), ({"bits": 16}, "Use 2, 3, 4 or 8"),
-    ({"levels": "fp"}, "levels='fp'"), ({"levels": "nf-sym", "bits": 4}, "Use levels='nf'"),
-    ({"group_size": 24}, "group_size=24"), ({"group_size": 8}, "group_size=8"), ({"group_size": 512}, "from 16 to 256"),
-    ({"group_size": 0}, "group_size=0"), ({"group_size": -2}, "-1 for the whole row"),
-    ({"zero": "half"}, "zero='half'"), ({"levels": "nf", "zero": "integer"}, "no meaning for levels='nf'")])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"bits": 5}, "bits=5"),
+        ({"bits": 1}, "bits=1"),
+        ({"bits": 16}, "Use 2, 3, 4 or 8"),
+        ({"levels": "fp"}, "levels='fp'"),
+        ({"levels": "nf-sym", "bits": 4}, "Use levels='nf'"),
+        ({"group_size": 24}, "group_size=24"),
+        ({"group_size": 8}, "group_size=8"),
+        ({"group_size": 512}, "from 16 to 256"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"group_size": -2}, "-1 for the whole row"),
+        ({"zero": "half"}, "zero='half'"),
+        ({"levels": "nf", "zero": "integer"}, "no meaning for levels='nf'"),
+    ],
+)
 def test_grids_that_do_not_exist_are_refused_with_advice(settings: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError) as error:
         Format(**settings)
@@ -63,23 +80,28 @@ def test_grids_that_do_not_exist_are_refused_with_advice(settings: dict[str, obj
 
 def test_every_grid_has_a_name_of_its_own() -> None:
     names = set()
-    grids = [*itertools.product(["int"], (2, 3, 4, 8), (16, 32, 256, -1), ("none", "integer", "float")),
-             *itertools.product(["nf"], (2, 3, 4, 8), (16, 32, 256, -1), ("none", "float")),
-             *itertools.product(["nf-sym"], (2,), (16, 32, 256, -1), ("none", "float"))]
+    grids = [
+        *itertools.product(["int"], (2, 3, 4, 8), (16, 32, 256, -1), ("none", "integer", "float")),
+        *itertools.product(["nf"], (2, 3, 4, 8), (16, 32, 256, -1), ("none", "float")),
+        *itertools.product(["nf-sym"], (2,), (16, 32, 256, -1), ("none", "float")),
+    ]
     for levels, bits, group, zero in grids:
         names.add(Format(levels=levels, bits=bits, group_size=group, zero=zero).name)
     assert len(names) == len(grids)
     assert {"int4-g32", "int8-sym-row", "int4-zp-g32", "nf4-g256", "nf2-sym-g16", "nf3-shift-g32"} <= names
 
 
-@pytest.mark.parametrize(("group", "columns", "width", "groups"), [
-    (32, 64, 32, 2), (32, 65, 32, 3), (32, 20, 20, 1), (-1, 100, 100, 1), (256, 257, 256, 2), (16, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("group", "columns", "width", "groups"),
+    [(32, 64, 32, 2), (32, 65, 32, 3), (32, 20, 20, 1), (-1, 100, 100, 1), (256, 257, 256, 2), (16, 1, 1, 1)],
+)
 def test_groups_of_a_row(group: int, columns: int, width: int, groups: int) -> None:
     format = Format(bits=4, group_size=group)
     assert (format.width(columns), format.groups(columns)) == (width, groups)
 
 
-@pytest.mark.parametrize(("bits", "columns", "size"), [
-    (2, 4, 1), (2, 5, 2), (3, 8, 3), (3, 9, 4), (4, 3, 2), (8, 7, 7)])
+@pytest.mark.parametrize(
+    ("bits", "columns", "size"), [(2, 4, 1), (2, 5, 2), (3, 8, 3), (3, 9, 4), (4, 3, 2), (8, 7, 7)]
+)
 def test_bytes_of_a_row(bits: int, columns: int, size: int) -> None:
     assert Format(bits=bits).row_bytes(columns) == size

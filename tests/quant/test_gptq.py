@@ -18,8 +18,12 @@ from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
-GRIDS = [*[("int", bits, zero) for bits in (2, 3, 4) for zero in ("float", "integer", "none")], ("int", 8, "float"),
-         *[("nf", bits, zero) for bits in (2, 3, 4) for zero in ("none", "float")], ("nf-sym", 2, "none")]
+GRIDS = [
+    *[("int", bits, zero) for bits in (2, 3, 4) for zero in ("float", "integer", "none")],
+    ("int", 8, "float"),
+    *[("nf", bits, zero) for bits in (2, 3, 4) for zero in ("none", "float")],
+    ("nf-sym", 2, "none"),
+]
 
 
 def layout_of(format: Format, rows: int, columns: int, storage: Storage | None = None) -> Layout:
@@ -42,8 +46,16 @@ def levels_of(format: Format) -> list[float] | None:
 
 def textbook(weight: Tensor, moment: Tensor, format: Format, **settings: object) -> tuple[np.ndarray, ...]:
     stored = np.float32 if format.bits == 8 else np.float16
-    return gptq(weight.numpy(), moment.numpy(), format.bits, format.width(weight.shape[1]), levels=levels_of(format),
-                zero=format.zero, stored=stored, **settings)
+    return gptq(
+        weight.numpy(),
+        moment.numpy(),
+        format.bits,
+        format.width(weight.shape[1]),
+        levels=levels_of(format),
+        zero=format.zero,
+        stored=stored,
+        **settings,
+    )
 
 
 def assert_equal(found: QuantWeight, want: tuple[np.ndarray, ...]) -> None:
@@ -92,8 +104,9 @@ def test_static_groups_take_their_scales_from_the_original_weights(levels: str, 
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(("levels", "bits", "zero"), [("int", 4, "float"), ("int", 2, "integer"), ("nf", 4, "none")])
-def test_act_order_rounds_large_inputs_first_and_gives_columns_back_in_order(levels: str, bits: int, zero: str,
-                                                                             static: bool) -> None:
+def test_act_order_rounds_large_inputs_first_and_gives_columns_back_in_order(
+    levels: str, bits: int, zero: str, static: bool
+) -> None:
     weight, moment = torch.randn(5, 80, dtype=torch.float64), correlated(80)
     format = Format(levels=levels, bits=bits, zero=zero, group_size=32)
     found = GPTQ(act_order=True, static_groups=static)(weight, layout_of(format, 5, 80), {"second_moment": moment})
@@ -109,8 +122,15 @@ def test_double_quantized_scales_are_those_that_codes_are_chosen_for() -> None:
     layout = layout_of(format, 20, 96, Storage(scales="double", offsets="absent"))
     found = GPTQ(static_groups=True)(weight, layout, {"second_moment": moment})
     scales = found.scales.double().numpy()
-    codes, *_ = gptq(weight.numpy(), moment.numpy(), 4, 32, levels=levels_of(format), zero="none",
-                     given=(scales, np.zeros_like(scales)))
+    codes, *_ = gptq(
+        weight.numpy(),
+        moment.numpy(),
+        4,
+        32,
+        levels=levels_of(format),
+        zero="none",
+        given=(scales, np.zeros_like(scales)),
+    )
     np.testing.assert_array_equal(found.codes().numpy(), codes)
     assert torch.equal(found.scales, Nearest()(weight, layout).scales)
 
@@ -154,8 +174,12 @@ def test_the_factor_is_that_of_the_damped_inverse() -> None:
 
 
 @settings(max_examples=20)
-@given(seed=st.integers(0, 2**31), bits=st.sampled_from([2, 3, 4, 8]), levels=st.sampled_from(["int", "nf"]),
-       group_size=st.sampled_from([16, 32, -1]))
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    levels=st.sampled_from(["int", "nf"]),
+    group_size=st.sampled_from([16, 32, -1]),
+)
 def test_uncorrelated_inputs_leave_nothing_to_make_up_for(seed: int, bits: int, levels: str, group_size: int) -> None:
     random = torch.Generator().manual_seed(seed)
     weight, diagonal = torch.randn(4, 70, generator=random), torch.rand(70, generator=random) + 0.01
@@ -172,9 +196,13 @@ def test_the_weighted_error_is_lower_than_nearests_on_average(levels: str, bits:
     for seed in range(12):
         weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
         moment = correlated(64, seed=seed)
-        errors = [weighted_error((each.dequantize() - weight).double().numpy(), moment.numpy())
-                  for each in (GPTQ(static_groups=static)(weight, layout, {"second_moment": moment}),
-                               Nearest()(weight, layout))]
+        errors = [
+            weighted_error((each.dequantize() - weight).double().numpy(), moment.numpy())
+            for each in (
+                GPTQ(static_groups=static)(weight, layout, {"second_moment": moment}),
+                Nearest()(weight, layout),
+            )
+        ]
         ratios.append(errors[0] / errors[1])
     assert sum(ratios) / len(ratios) < 0.8
 
@@ -212,8 +240,13 @@ def test_the_mse_range_lowers_the_weighted_error_at_two_bits() -> None:
     layout, ratios = layout_of(Format(bits=2, group_size=64), 16, 64), []
     for seed in range(8):
         weight, moment = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)), correlated(64, seed=seed)
-        errors = [weighted_error((GPTQ(range=kind)(weight, layout, {"second_moment": moment}).dequantize() - weight)
-                                 .double().numpy(), moment.numpy()) for kind in ("mse", "minmax")]
+        errors = [
+            weighted_error(
+                (GPTQ(range=kind)(weight, layout, {"second_moment": moment}).dequantize() - weight).double().numpy(),
+                moment.numpy(),
+            )
+            for kind in ("mse", "minmax")
+        ]
         ratios.append(errors[0] / errors[1])
     assert sum(ratios) / len(ratios) < 0.9
 

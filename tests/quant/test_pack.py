@@ -48,8 +48,9 @@ def test_the_compiled_encoder_packs_the_same(case: tuple[np.ndarray, int]) -> No
 def test_the_compiled_decoder_reads_the_same(case: tuple[np.ndarray, int]) -> None:
     values, bits = case
     packed = torch.from_numpy(pack_numpy.pack(values, bits).copy())
-    weight = cpu.dequantize(packed, torch.ones(len(values), 1), None, None, bits, values.shape[1], values.shape[1],
-                            torch.float32)
+    weight = cpu.dequantize(
+        packed, torch.ones(len(values), 1), None, None, bits, values.shape[1], values.shape[1], torch.float32
+    )
     np.testing.assert_array_equal(weight.numpy(), values)
 
 

@@ -18,9 +18,12 @@ from quadapt.quant.rounding import Nearest, ScaleUnderflow, find_grid, implied_o
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
-GRIDS = [*[("int", bits, zero) for bits in (2, 3, 4, 8) for zero in ("float", "integer", "none")],
-         *[("nf", bits, zero) for bits in (2, 3, 4, 8) for zero in ("none", "float")],
-         ("nf-sym", 2, "none"), ("nf-sym", 2, "float")]
+GRIDS = [
+    *[("int", bits, zero) for bits in (2, 3, 4, 8) for zero in ("float", "integer", "none")],
+    *[("nf", bits, zero) for bits in (2, 3, 4, 8) for zero in ("none", "float")],
+    ("nf-sym", 2, "none"),
+    ("nf-sym", 2, "float"),
+]
 FP32 = {"float": "fp32", "integer": "integer", "none": "absent"}
 
 
@@ -62,8 +65,9 @@ def test_nearest_is_the_papers_formula(levels: str, bits: int, zero: str, group_
     rounded = Nearest()(weight, layout_of(format, (6, 72)))
     stored = np.float32 if bits == 8 else np.float16
     values = None if levels == "int" else levels_of(format).tolist()
-    codes, scales, offsets = nearest_numpy.quantize(weight.numpy(), bits, format.width(72), levels=values, zero=zero,
-                                                    stored=stored)
+    codes, scales, offsets = nearest_numpy.quantize(
+        weight.numpy(), bits, format.width(72), levels=values, zero=zero, stored=stored
+    )
     np.testing.assert_allclose(rounded.scales.numpy(), scales, rtol=2e-7 if bits == 8 else 0)
     found = np.zeros_like(offsets) if rounded.offsets is None else rounded.offsets.numpy()
     np.testing.assert_allclose(found, offsets, rtol=1e-6, atol=1e-8)
@@ -86,8 +90,13 @@ def test_in_float64_codes_equal_the_formula(levels: str, bits: int, zero: str) -
 
 
 @pytest.mark.parametrize(("levels", "bits", "zero"), GRIDS)
-@given(values=arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 50)),
-                     elements=st.floats(-100, 100, width=32, allow_subnormal=False)))
+@given(
+    values=arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 50)),
+        elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+    )
+)
 def test_no_level_is_nearer_than_the_one_taken(levels: str, bits: int, zero: str, values: np.ndarray) -> None:
     weight, format = torch.from_numpy(values), Format(levels=levels, bits=bits, zero=zero, group_size=16)
     rounded = Nearest()(weight, layout_of(format, tuple(weight.shape), "fp32"))
@@ -113,7 +122,7 @@ def test_the_error_of_integers_is_at_most_half_a_step(bits: int, zero: str) -> N
 def test_the_error_of_quantiles_is_at_most_half_the_local_gap(bits: int, zero: str) -> None:
     weight = torch.randn(20, 80)
     rounded = Nearest()(weight, layout_of(Format(levels="nf", bits=bits, zero=zero, group_size=32), (20, 80), "fp32"))
-    unit = (weight.double() - (per_weight(rounded.offsets, rounded) if zero == "float" else 0))
+    unit = weight.double() - (per_weight(rounded.offsets, rounded) if zero == "float" else 0)
     unit = unit / per_weight(rounded.scales, rounded)
     table = levels_of(rounded.format)
     above = torch.bucketize(unit, table).clamp(1, len(table) - 1)

@@ -32,8 +32,9 @@ def through(values: Tensor, kind: str, *, centre: bool = True) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@given(values=arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)),
-                     elements=st.floats(-6e4, 6e4, width=32)))
+@given(
+    values=arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-6e4, 6e4, width=32))
+)
 def test_floats_are_rounded_once(dtype: torch.dtype, values: np.ndarray) -> None:
     given_ = torch.from_numpy(values).to(dtype)
     np.testing.assert_array_equal(through(given_, "fp16").numpy(), values.astype(np.float16).astype(np.float32))
@@ -139,18 +140,26 @@ def test_the_error_of_double_quantization_is_half_a_gap_of_the_map() -> None:
 # --- which storage serves which format, and what it costs -------------------------------------------------------------
 
 
-LAYOUTS = [(Format(levels=levels, bits=bits, group_size=group, zero=zero), Storage(scales=scales, offsets=offsets))
-           for levels, bits, group, zero, scales, offsets in [
-               ("int", 2, 32, "float", "fp16", "fp16"), ("int", 3, 16, "integer", "fp16", "integer"),
-               ("int", 4, 64, "none", "fp32", "absent"), ("int", 8, -1, "float", "fp32", "fp32"),
-               ("int", 4, 32, "float", "fp16", "fp32"), ("nf", 4, 64, "none", "double", "absent"),
-               ("nf", 3, 32, "float", "double", "double"), ("nf-sym", 2, 32, "float", "fp16", "double")]]
+LAYOUTS = [
+    (Format(levels=levels, bits=bits, group_size=group, zero=zero), Storage(scales=scales, offsets=offsets))
+    for levels, bits, group, zero, scales, offsets in [
+        ("int", 2, 32, "float", "fp16", "fp16"),
+        ("int", 3, 16, "integer", "fp16", "integer"),
+        ("int", 4, 64, "none", "fp32", "absent"),
+        ("int", 8, -1, "float", "fp32", "fp32"),
+        ("int", 4, 32, "float", "fp16", "fp32"),
+        ("nf", 4, 64, "none", "double", "absent"),
+        ("nf", 3, 32, "float", "double", "double"),
+        ("nf-sym", 2, 32, "float", "fp16", "double"),
+    ]
+]
 
 
 @pytest.mark.parametrize(("format", "kept"), LAYOUTS, ids=lambda each: getattr(each, "name", ""))
 @pytest.mark.parametrize("permuted", [False, True])
-def test_bits_per_weight_are_the_bytes_in_the_file(format: Format, kept: Storage, permuted: bool, tmp_path: Path,
-                                                   quant_weight: Callable[..., QuantWeight]) -> None:
+def test_bits_per_weight_are_the_bytes_in_the_file(
+    format: Format, kept: Storage, permuted: bool, tmp_path: Path, quant_weight: Callable[..., QuantWeight]
+) -> None:
     weight = quant_weight(format, 20, 75, storage=kept, permuted=permuted)
     path = tmp_path / "weight.safetensors"
     save_file(dict(weight.tensors), path)
@@ -160,19 +169,25 @@ def test_bits_per_weight_are_the_bytes_in_the_file(format: Format, kept: Storage
     assert sum(sizes.values()) == weight.nbytes
 
 
-@pytest.mark.parametrize(("format", "storage_", "bits"), [
-    (Format(bits=4, group_size=32), Storage(), 5.0), (Format(bits=2, group_size=32), Storage(), 3.0),
-    (Format(bits=4, group_size=128), Storage(), 4.25),
-    (Format(bits=4, group_size=32, zero="integer"), Storage(offsets="integer"), 4.75),
-    (Format(levels="nf", bits=4, group_size=64), Storage(scales="double", offsets="absent"), 4.126953125)])
+@pytest.mark.parametrize(
+    ("format", "storage_", "bits"),
+    [
+        (Format(bits=4, group_size=32), Storage(), 5.0),
+        (Format(bits=2, group_size=32), Storage(), 3.0),
+        (Format(bits=4, group_size=128), Storage(), 4.25),
+        (Format(bits=4, group_size=32, zero="integer"), Storage(offsets="integer"), 4.75),
+        (Format(levels="nf", bits=4, group_size=64), Storage(scales="double", offsets="absent"), 4.126953125),
+    ],
+)
 def test_bits_per_weight_of_the_papers_formats(format: Format, storage_: Storage, bits: float) -> None:
     layout = Layout(format=format, storage=storage_, out=4096, columns=4096)
     assert layout.bits_per_weight == pytest.approx(bits, abs=1e-5)  # one second-level mean a matrix comes on top
 
 
 @pytest.mark.parametrize(("format", "kept"), LAYOUTS, ids=lambda each: getattr(each, "name", ""))
-def test_a_weight_that_was_saved_and_loaded_is_the_same(format: Format, kept: Storage, tmp_path: Path,
-                                                        quant_weight: Callable[..., QuantWeight]) -> None:
+def test_a_weight_that_was_saved_and_loaded_is_the_same(
+    format: Format, kept: Storage, tmp_path: Path, quant_weight: Callable[..., QuantWeight]
+) -> None:
     weight = quant_weight(format, storage=kept)
     save_file(dict(weight.tensors), tmp_path / "weight.safetensors")
     again = QuantWeight(weight.layout, load_file(tmp_path / "weight.safetensors"))
@@ -201,8 +216,17 @@ def test_every_format_has_a_default_storage_that_holds_it() -> None:
             assert default.scales == ("fp32" if bits == 8 else "fp16")
 
 
-@pytest.mark.parametrize(("zero", "offsets"), [("none", "fp16"), ("none", "integer"), ("integer", "fp16"),
-                                               ("integer", "absent"), ("float", "absent"), ("float", "integer")])
+@pytest.mark.parametrize(
+    ("zero", "offsets"),
+    [
+        ("none", "fp16"),
+        ("none", "integer"),
+        ("integer", "fp16"),
+        ("integer", "absent"),
+        ("float", "absent"),
+        ("float", "integer"),
+    ],
+)
 def test_a_storage_that_cannot_hold_the_zero_is_refused(zero: str, offsets: str) -> None:
     format, kept = Format(bits=4, zero=zero), Storage(offsets=offsets)
     with pytest.raises(ConfigError, match=f"offsets='{offsets}' cannot hold zero='{zero}'"):
@@ -211,8 +235,9 @@ def test_a_storage_that_cannot_hold_the_zero_is_refused(zero: str, offsets: str)
         Nearest()(torch.randn(4, 32), Layout(format=format, storage=kept, out=4, columns=32))
 
 
-@pytest.mark.parametrize("settings", [{"scales": "bf16"}, {"scales": "absent"}, {"offsets": "bf16"},
-                                      {"offsets": "int8"}])
+@pytest.mark.parametrize(
+    "settings", [{"scales": "bf16"}, {"scales": "absent"}, {"offsets": "bf16"}, {"offsets": "int8"}]
+)
 def test_unknown_kinds_are_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="is unknown"):
         Storage(**settings)

@@ -19,9 +19,20 @@ def damped(moment: np.ndarray, damping: float) -> np.ndarray:
     return moment + damping * np.trace(moment) / len(moment) * np.eye(len(moment))
 
 
-def gptq(weight: np.ndarray, moment: np.ndarray, bits: int, group_size: int, *, levels: list[float] | None = None,
-         zero: str = "float", stored: type = np.float16, damping: float = 0.01, act_order: bool = False,
-         static: bool = False, given: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def gptq(
+    weight: np.ndarray,
+    moment: np.ndarray,
+    bits: int,
+    group_size: int,
+    *,
+    levels: list[float] | None = None,
+    zero: str = "float",
+    stored: type = np.float16,
+    damping: float = 0.01,
+    act_order: bool = False,
+    static: bool = False,
+    given: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes in the order of rounding, scales, offsets, and that order (`order[j]`: input rounded as the j-th).
 
     `given`: scales and offsets to use in place of those that the weights suggest.

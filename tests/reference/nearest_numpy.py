@@ -38,8 +38,15 @@ def nearest(value: float, scale: float, offset: float, bits: int, levels: list[f
     return distances.index(min(distances))
 
 
-def quantize(weight: np.ndarray, bits: int, group_size: int, *, levels: list[float] | None = None, zero: str = "float",
-             stored: type = np.float16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize(
+    weight: np.ndarray,
+    bits: int,
+    group_size: int,
+    *,
+    levels: list[float] | None = None,
+    zero: str = "float",
+    stored: type = np.float16,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes `[out, in]`, scales and offsets `[out, groups]`; the last group of a row may be shorter."""
     weight = weight.astype(np.float64)
     rows, columns = weight.shape
@@ -55,8 +62,9 @@ def quantize(weight: np.ndarray, bits: int, group_size: int, *, levels: list[flo
     return codes, scales, offsets
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray, group_size: int,
-               levels: list[float] | None = None) -> np.ndarray:
+def dequantize(
+    codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray, group_size: int, levels: list[float] | None = None
+) -> np.ndarray:
     """`scales * levels[codes] + offsets`, float64."""
     weight = np.zeros(codes.shape)
     for row in range(codes.shape[0]):

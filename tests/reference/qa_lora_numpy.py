@@ -14,8 +14,9 @@ def pooling(columns: int, group_size: int, kind: str = "sum") -> np.ndarray:
     return P
 
 
-def forward(x: np.ndarray, weight: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: float,
-            P: np.ndarray) -> np.ndarray:
+def forward(
+    x: np.ndarray, weight: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: float, P: np.ndarray
+) -> np.ndarray:
     """`x W^T + scaling ((x P^T) A^T) B^T` (E3)."""
     return x @ weight.T + scaling * ((x @ P.T) @ A.T) @ B.T
 

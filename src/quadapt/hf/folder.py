@@ -57,13 +57,7 @@ def open_folder(name: str) -> Folder:
     """
     path = Path(name).expanduser()
     if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            near = difflib.get_close_matches(
-                path.name, [item.name for item in path.parent.glob("*")] if path.parent.exists() else []
-            )
-            hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
-            raise CheckpointError(f"{name!r} does not exist.{hint}")
-        return Folder(name, "model", {})  # a hub name: transformers will say if there is no such model
+        path = _from_hub(name)
     if path.is_file():
         raise CheckpointError(f"{name!r} is a file. Give the folder that holds config.json or adapter_config.json")
     adapter, model = (path / "adapter_config.json").exists(), (path / "config.json").exists()
@@ -78,6 +72,25 @@ def open_folder(name: str) -> Folder:
     config = read_json(path / "config.json") if model and not adapter else {}
     quantized = (config.get("quantization_config") or {}).get("quant_method") == "quadapt"
     return Folder(str(path), "adapter" if adapter else "quantized" if quantized else "model", note)
+
+
+def _from_hub(name: str) -> Path:
+    """The folder to which a model of the hub is, or gets, downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path(name)
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside)
+    hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"{name!r} does not exist.{hint}")
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = type(error).__name__
+        raise CheckpointError(f"{name!r} is neither a folder here nor a model on the hub ({reason}).{hint}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -43,10 +43,8 @@ class Sketch:
     largest: int
     """Weights in the largest matrix that is quantized."""
 
-    @property
-    def bytes_on_disk(self) -> int:
-        """Of the quantized checkpoint."""
-        return memory.parameter_bytes(self.model)
+    bytes_on_disk: int
+    """Of the quantized checkpoint."""
 
 
 def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modules: Sequence[str] = ()) -> Sketch:
@@ -82,7 +80,7 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
         bias = model.get_submodule(layer).bias
         model.set_submodule(layer, QuantLinear(layout, bias=bias is not None, device="meta", dtype=dtype))
     largest = max(layout.out * layout.columns for layout in layouts.values())
-    return Sketch(model, layouts, left, context_of(about), largest)
+    return Sketch(model, layouts, left, context_of(about), largest, memory.parameter_bytes(model))
 
 
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
@@ -121,7 +119,7 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int) -> MemoryEstimate
     model = adapt(found.model, config, on_meta=True)
     trainable = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     step = memory.step_bytes(model, config.batch_size, seq_len)
     return MemoryEstimate(
         libraries=memory.library_bytes(device), weights=weights, adapters=4 * trainable, step=memory.held(step, device)

@@ -18,6 +18,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from quadapt.errors import ConfigError
+from quadapt.quant.constants import per_device
 
 Levels = Literal["int", "nf", "nf-sym"]
 Zero = Literal["none", "integer", "float"]
@@ -91,12 +92,12 @@ class Format:
         """Levels as float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""
         if self.levels == "int":
             return None
-        return _table(self.bits, self.levels == "nf-sym", like.device)
+        return _table(self.bits, self.levels == "nf-sym", device=like.device)
 
 
-@cache
-def _table(bits: int, symmetric: bool, device: torch.device) -> Tensor:
-    return torch.tensor(normal_levels(bits, symmetric=symmetric), device=device)
+@per_device
+def _table(bits: int, symmetric: bool) -> tuple[float, ...]:
+    return normal_levels(bits, symmetric=symmetric)
 
 
 @cache

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
+from quadapt.quant.constants import per_device
 from quadapt.quant.format import Format
 
 Scales = Literal["fp16", "fp32", "double"]
@@ -74,7 +75,7 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
     blocks = torch.nn.functional.pad((values.float() - mean).flatten(), (0, -values.numel() % SUPER)).view(-1, SUPER)
     absmax = blocks.abs().amax(1)
     unit = blocks / torch.where(absmax == 0, 1, absmax)[:, None]
-    table = dynamic_map().to(values.device)
+    table = dynamic_map(device=values.device)
     codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
     return {
         "": codes.to(torch.uint8).flatten()[: values.numel()].view(values.shape),
@@ -90,7 +91,7 @@ def decode(stored: dict[str, Tensor], kind: str) -> Tensor:
     if kind == "integer":
         return stored[""].float()
     codes, absmax = stored[""], _as_floats(stored["_absmax"], torch.float32).flatten()
-    unit = dynamic_map().to(codes.device)[codes.int()].flatten()
+    unit = dynamic_map(device=codes.device)[codes.int()].flatten()
     scaled = unit * absmax.repeat_interleave(SUPER)[: unit.numel()]
     return (scaled + _as_floats(stored["_mean"], torch.float32).flatten()).view(codes.shape)
 
@@ -112,8 +113,9 @@ def stored_bits(kind: str, out: int, groups: int) -> int:
     return 8 * sum(rows * columns for rows, columns in stored_shapes(kind, out, groups).values())
 
 
+@per_device
 @cache
-def dynamic_map() -> Tensor:
+def dynamic_map() -> tuple[float, ...]:
     """QLoRA's signed dynamic 8-bit map: 256 values from -0.993 to 1, dense near zero.
 
     As bitsandbytes' `create_dynamic_map`: decade `d` of seven, `10**(d - 6)`, has the `2**d` midpoints of an even
@@ -125,7 +127,7 @@ def dynamic_map() -> Tensor:
         middle = (edges[1:] + edges[:-1]) / 2
         for sign in (-1.0, 1.0):
             values += (sign * 10.0 ** (decade - 6) * middle).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return tuple(sorted(values))
 
 
 def _as_bytes(values: Tensor) -> Tensor:
