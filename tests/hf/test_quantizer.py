@@ -258,6 +258,9 @@ for folder in sys.argv[1:]:
         found[folder] = model(input_ids=ids).logits.flatten().tolist()
     except Exception as error:
         found[folder] = f"{type(error).__name__}: {error}"
+import quadapt
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+found["later"] = type(model.model.layers[0].mlp.up_proj).__name__
 print(json.dumps(found))
 """
 
@@ -280,7 +283,7 @@ def strangers(quantized_llama: Make, tmp_path_factory: pytest.TempPathFactory) -
         timeout=300,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    return {kind: found[str(folder)] for kind, folder in folders.items()}
+    return {"later": found["later"], **{kind: found[str(folder)] for kind, folder in folders.items()}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,6 +291,10 @@ def test_without_quadapt_a_checkpoint_does_not_load(kind: str, strangers: dict[s
     found = strangers[kind]
     assert isinstance(found, str), "a wrong model came up in silence"
     assert "mismatched" in found
+
+
+def test_quadapt_may_be_imported_after_transformers(strangers: dict[str, Any]) -> None:
+    assert strangers["later"] == "QuantLinear"
 
 
 @pytest.mark.parametrize("part", ["scales", "offsets", "weight"])

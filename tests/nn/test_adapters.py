@@ -98,12 +98,16 @@ def test_in_float64_both_papers_merges_lose_nothing(size: float, pooling: str, q
 
 @poolings
 @formats
-def test_merged_offsets_are_the_papers(format: Format, pooling: str, quant_weight: Make) -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_merged_offsets_are_the_papers(
+    precision: torch.dtype, format: Format, pooling: str, quant_weight: Make
+) -> None:
+    """Whatever the factors are kept in, their product is computed in float64 and rounded once."""
     weight = quant_weight(format, 24, 96)
-    A, B = factors(weight)
+    A, B = factors(weight, rank=64, size=0.02, dtype=precision)
     for kind, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
         merged = Pooled(pooling=pooling, offsets=kind).merge(weight, A, B, SCALING)
-        D = qa_lora_numpy.update(A.numpy(), B.numpy(), SCALING, format.width(96), pooling)
+        D = qa_lora_numpy.update(A.double().numpy(), B.double().numpy(), SCALING, format.width(96), pooling)
         before = np.zeros_like(D) if weight.offsets is None else weight.offsets.double().numpy()
         want = torch.tensor(qa_lora_numpy.merge_offsets(before, D)).float().to(dtype).float()
         assert torch.equal(merged.offsets, want)
