@@ -13,6 +13,7 @@ help:
 	@echo "make test      lint, types and tests (under 15 minutes on two cores)"
 	@echo "make check     lint and types alone"
 	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"
+	@echo "make docs      docs/ and the tables of the README, from the code and from what demo and bench found"
 
 install: $(INSTALLED)
 
@@ -26,7 +27,8 @@ demo: install
 	$(BIN)/quadapt demo --output report
 
 check: install
-	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
@@ -35,6 +37,10 @@ test: check
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+docs: install
+	if [ -f report/report.json ]; then cp report/report.json benchmarks/results/demo.json; fi
+	$(BIN)/python scripts/build_docs.py
 
 clean:
 	rm -rf $(VENV) report

@@ -179,6 +179,7 @@ def _quiet(debug: bool) -> None:
 
         warnings.filterwarnings("ignore")
         for name, value in (
+            ("TORCH_LOGS", "-all"),  # errors only; torch's loggers do not ask the root
             ("TRANSFORMERS_VERBOSITY", "error"),
             ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
             ("TOKENIZERS_PARALLELISM", "false"),

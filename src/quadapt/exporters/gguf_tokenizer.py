@@ -253,9 +253,7 @@ def _prefix(data: dict[str, Any]) -> tuple[bool, list[str]]:
     notes = (
         []
         if data["model"]["byte_fallback"]
-        else [
-            "the tokenizer has no bytes: what it does not know becomes its unknown token, and in llama.cpp an error"
-        ]
+        else ["the tokenizer has no bytes: what it does not know becomes its unknown token, and in llama.cpp an error"]
     )
     if not pre and normalizers in ([("Replace", _SPACE)], [("Prepend", _SPACE), ("Replace", _SPACE)]):
         return len(normalizers) == 2, notes
