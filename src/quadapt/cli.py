@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
@@ -82,6 +83,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         words += "" if "Default" in words or isinstance(shown, bool) else f" (default: {shown})"
     kind = _plain(field.annotation)
     choices = get_args(kind) if get_origin(kind) is Literal else ()
+    kind = type(choices[0]) if choices else kind  # `checked` says what is allowed, and in one line
     words += (
         f" ({', '.join(map(str, choices))})" if choices and not all(str(choice) in words for choice in choices) else ""
     )
@@ -136,11 +138,11 @@ def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool)
     except QuadaptError as error:
         _fail(str(error), error.exit_code, as_json=as_json, debug=debug)
     except OSError as error:
-        full = error.errno in (28, 122, 27)  # no space, quota, file too large
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         _fail(
-            f"{error.filename or 'the disk'}: {error.strerror}"
+            (f"{error.filename or 'the disk'}: {error.strerror}" if error.strerror else str(error))
             + (". Free some space, or use --output on another disk" if full else ""),
-            2 if full or isinstance(error, (PermissionError, FileNotFoundError)) else 1,
+            2 if full or isinstance(error, _PATH_ERRORS) else 1,
             as_json=as_json,
             debug=debug,
         )
@@ -154,6 +156,8 @@ def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool)
         )
         _fail(text, 1, as_json=as_json, debug=debug)
 
+
+_PATH_ERRORS = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 _OUT_OF_MEMORY = (
     "out of memory. Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits; --dry-run "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import field_validator
 
 from quadapt.config.fields import Flag, Grid, Machine, Settings, Target, checked
 from quadapt.errors import ConfigError
@@ -122,13 +121,6 @@ class TuneConfig(Target, Grid, Machine):
 
     dry_run: Annotated[bool, Flag((), "Output")] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
-
-    @field_validator("rank", "batch_size", "gradient_accumulation", "seq_len", "epochs")
-    @classmethod
-    def _positive(cls, value: float | None) -> float | None:
-        if value is not None and value <= 0:
-            raise ValueError(f"must be above 0, is {value}")
-        return value
 
     def chosen_method(self) -> Method:
         """The method with the choices made about its adapter and recipe too."""
@@ -319,4 +311,5 @@ def read_job(path: str) -> RunConfig:
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no settings. It needs at least output and tune")
-    return checked(RunConfig, values, path)
+    stages: dict[str, Any] = {name: {} for name in ("merge", "eval", "export") if values.get(name, ...) is None}
+    return checked(RunConfig, {**values, **stages}, f"{path}: ")

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from quadapt.errors import ConfigError
 
@@ -34,6 +34,17 @@ class Flag:
     """Whether it is an argument rather than an option."""
 
 
+_POSITIVE = (
+    *("rank", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "seq_len", "context", "stride"),
+    *("limit", "max_new_tokens", "calibration_length", "calibration_sequences"),
+)
+_NOT_NEGATIVE = (
+    *("dropout", "warmup_ratio", "weight_decay", "max_grad_norm", "max_steps", "save_steps", "eval_steps", "samples"),
+    *("temperature", "seed"),
+)
+"""Fields that must be above 0, and those that must be 0 or more, in whichever settings they stand."""
+
+
 class Settings(BaseModel):
     """Base of all settings: unknown names are errors, values do not change."""
 
@@ -45,6 +56,13 @@ class Settings(BaseModel):
         """`a,b` and repeated flags are the same."""
         parts = [value] if isinstance(value, str) else value or ()
         return tuple(name for part in parts for name in str(part).split(",") if name)
+
+    @field_validator(*_POSITIVE, *_NOT_NEGATIVE, check_fields=False)
+    @classmethod
+    def _in_range(cls, value: float | None, field: ValidationInfo) -> float | None:
+        if value is not None and (value < 0 or (value == 0 and field.field_name in _POSITIVE)):
+            raise ValueError(f"must be {'above 0' if field.field_name in _POSITIVE else '0 or more'}, is {value}")
+        return value
 
 
 class Machine(Settings):
@@ -127,7 +145,7 @@ class Grid(Settings):
             Format(
                 levels=levels,
                 bits=self.bits or base.format.bits,
-                group_size=self.group_size or base.format.group_size,
+                group_size=base.format.group_size if self.group_size is None else self.group_size,
                 zero=self.zero or (base.format.zero if same else "default"),
             )
         )
@@ -165,15 +183,21 @@ S = TypeVar("S", bound=BaseModel)
 def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
     """Validate settings.
 
+    Args:
+        kind: Of which command.
+        values: By name.
+        where: What to put before the name of a wrong one: `job.yaml: tune.`, say.
+
     Raises:
         ConfigError: With the first thing that is wrong, what is allowed, and what may have been meant.
     """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:1]) or kind.__name__
-        prefix = f"{where}.{name}" if where else name
+        # A name with a typo explains why the right one is missing: it goes first.
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        name = str(first["loc"][0]) if first["loc"] else kind.__name__
+        prefix = f"{where}{name}"
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, kind.model_fields)
             hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(kind.model_fields)}"

@@ -79,10 +79,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    path = Path(name)
-    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside)
-    hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+    hint = _near(Path(name))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name!r} does not exist.{hint}")
     try:
@@ -91,6 +88,13 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError, HFValidationError) as error:
         reason = type(error).__name__
         raise CheckpointError(f"{name!r} is neither a folder here nor a model on the hub ({reason}).{hint}") from error
+
+
+def _near(path: Path) -> str:
+    """What may have been meant by a path that does not exist."""
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside)
+    return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def find_base(folder: Folder, given: str | None = None) -> str:
         CheckpointError: None of these exists.
     """
     if given:
-        return given
+        return open_folder(given).name
     base = folder.note.get("base", {})
     tried = []
     for candidate in (folder.path / base["relative"] if base.get("relative") else None, base.get("absolute")):
@@ -233,10 +237,12 @@ def check_base(folder: Folder, model: nn.Module) -> None:
 
     config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
     wanted = identity_of(config).get("base_fingerprint")
-    if wanted and wanted != base_config(model).fingerprint:
+    with locate(f"{folder.name}: its base"):
+        found = base_config(model).fingerprint
+    if wanted and wanted != found:
         raise CheckpointError(
             f"{folder.name}: this adapter was trained over another base (fingerprint {str(wanted)[:12]}, this one "
-            f"has {base_config(model).fingerprint[:12]}). Give its own base with --base"
+            f"has {found[:12]}). Give its own base with --base"
         )
 
 
@@ -244,7 +250,7 @@ def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not path.is_file():
-        raise CheckpointError(f"{str(path)!r} does not exist")
+        raise CheckpointError(f"{str(path)!r} does not exist.{_near(path)}")
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     model = reading(
         str(path), AutoModelForCausalLM.from_pretrained, str(path.parent), gguf_file=path.name, dtype=wanted

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,8 +48,7 @@ class Workspace:
         self.output, self._overwrite = output, overwrite
         self.path = output.with_name(output.name + ".partial")
         self._job = json.loads(json.dumps(job))
-        if output.exists() and not overwrite:
-            raise ConfigError(f"output={str(output)!r} exists. Use --overwrite to replace it, or another --output")
+        check_output(output, overwrite=overwrite)
         if output.exists() and not output.is_dir():
             raise ConfigError(f"output={str(output)!r} is a file; a folder is to be written. Use another --output")
         check_disk(output.parent, needs)
@@ -89,13 +88,20 @@ class Workspace:
         return False
 
     def commit(self, *drop: str) -> None:
-        """Remove what only the making needed (`drop`), and give the folder its final name."""
-        for name in ("job.json", ".lock", *drop):
+        """Remove what only the making needed (`drop`), and give the folder its final name.
+
+        Whenever this is interrupted, either folder is whole, and the same job goes on.
+        """
+        for name in drop:
             remove(self.path / name)
+        old = self.output.with_name(f".{self.output.name}.old")
+        remove(old)
         if self.output.exists() and self._overwrite:
-            remove(self.output)
+            os.rename(self.output, old)
         os.rename(self.path, self.output)
         self.path = self.output
+        for path in (self.path / "job.json", self.path / ".lock", old):
+            remove(path)
 
     def __enter__(self) -> Workspace:
         return self
@@ -105,18 +111,31 @@ class Workspace:
     ) -> None:
         """Release the folder. After an error it stays as it is, for the next run, unless nothing was done in it."""
         self._lock_file.close()
-        if (
-            kind is not None
-            and self.path.is_dir()
-            and {item.name for item in self.path.iterdir()} <= {"job.json", ".lock"}
-        ):
+        if kind is not None and {item.name for item in self.path.rglob("*") if item.is_file()} <= {"job.json", ".lock"}:
             remove(self.path)
 
 
+def check_output(output: Path, *, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
+    """Raise ConfigError if `output` exists and is not to be replaced, or if replacing it would destroy an input."""
+    if output.exists() and not overwrite:
+        raise ConfigError(f"output={str(output)!r} exists. Use --overwrite to replace it, or another --output")
+    for name in inputs:
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
+            raise ConfigError(f"output={str(output)!r} would replace {name!r}, which is read. Use another --output")
+
+
 def check_disk(folder: Path, needs: int) -> None:
-    """Raise ResourceError if the disk of `folder` (or of its nearest existing parent) lacks `needs` bytes."""
+    """Check that `needs` bytes can be written into `folder`, or into its nearest existing parent.
+
+    Raises:
+        ConfigError: It is a file, or may not be written.
+        ResourceError: The disk has less.
+    """
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "no permission" if folder.is_dir() else "it is a file"
+        raise ConfigError(f"{str(folder)!r} cannot be written into ({why}). Use another --output")
     free = shutil.disk_usage(folder).free
     if needs > free:
         raise ResourceError(

@@ -10,7 +10,7 @@ from torch import nn
 from quadapt.config import TuneConfig
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import base_config
-from quadapt.model.quantize import quantized_layers
+from quadapt.model.quantize import bits_of, quantized_layers
 from quadapt.model.select import matching
 
 if TYPE_CHECKING:
@@ -55,3 +55,11 @@ def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> Pef
         base_fingerprint=fingerprint,
     )
     return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
+
+
+def true_bits(model: nn.Module) -> dict[str, float]:
+    """True bits per quantized weight: of the base, and with the adapter as it is stored."""
+    layouts = [layer.layout for layer in quantized_layers(model).values()]
+    weights = sum(layout.out * layout.columns for layout in layouts)
+    adapter = sum(8 * parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
+    return {"base": bits_of(layouts), "with_adapter": bits_of(layouts) + adapter / weights}

@@ -50,7 +50,7 @@ def answer(model: nn.Module, tokenizer: Any, config: ChatConfig, prompt: str, hi
     """What the model says; a model with a chat template remembers the turns before.
 
     Raises:
-        DataError: The conversation no longer fits the model's context.
+        DataError: There is nothing to answer, or the conversation no longer fits the model's context.
     """
     if tokenizer.chat_template:
         turns = [*history, {"role": "user", "content": prompt}]
@@ -59,6 +59,8 @@ def answer(model: nn.Module, tokenizer: Any, config: ChatConfig, prompt: str, hi
         ]
     else:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.shape[1]:
+        raise DataError("the prompt is empty. Give the model something to go on from")
     room = context_of(model.config) - ids.shape[1]
     if room < 1:
         raise DataError(

@@ -15,7 +15,7 @@ from quadapt.errors import CheckpointError, ResourceError, locate
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.context import context_of
 from quadapt.jobs.source import device_of, model_config, skeleton
-from quadapt.model.quantize import LayerRow, bits_of
+from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import Layout
@@ -143,32 +143,16 @@ def check_fits(estimate: MemoryEstimate, device: str, ui: UI) -> None:
 
 def show(found: Sketch, estimate: MemoryEstimate, ui: UI) -> dict[str, Any]:
     """Print a dry run."""
-    from quadapt.jobs.quantize import show_left
+    from quadapt.jobs.quantize import show_layers, show_left
 
-    rows = [
-        LayerRow(
-            name=name,
-            out=layout.out,
-            columns=layout.columns,
-            format=layout.format.name,
-            bits_per_weight=layout.bits_per_weight,
-            error=0,
-            seconds=0,
-        )
-        for name, layout in found.layouts.items()
-    ]
-    ui.table(
-        "layers",
-        ("layer", "shape", "format", "bits"),
-        [(row.name, f"{row.out} x {row.columns}", row.format, f"{row.bits_per_weight:.3f}") for row in rows],
-    )
+    show_layers(found.layouts, ui, every=True)
     show_left(found.left, ui)
     bits = bits_of(list(found.layouts.values()))
     ui.show(f"{bits:.3f} true bits per quantized weight, {found.bytes_on_disk / 1e6:.1f} MB on disk")
     parts = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in estimate.as_dict().items() if name != "total")
     ui.show(f"estimated peak memory {estimate.total / 1e6:.0f} MB ({parts})")
     return {
-        "layers": {row.name: row.format for row in rows},
+        "layers": {name: layout.format.name for name, layout in found.layouts.items()},
         "left": dict(found.left),
         "bits_per_weight": bits,
         "memory": estimate.as_dict(),

@@ -12,7 +12,7 @@ from quadapt.data import Rows
 from quadapt.evaluate import exact_match, generate_samples, perplexity
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load
-from quadapt.hf.workspace import write_json
+from quadapt.hf.workspace import check_disk, write_json
 from quadapt.jobs.source import device_of, held_out
 from quadapt.report.ui import UI
 
@@ -23,6 +23,8 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, see the message.
     """
+    if config.output:
+        check_disk(Path(config.output).parent, 0)
     rows = held_out(config.data)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
@@ -73,6 +75,7 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         ]
         _show_samples(ui, [(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)])
     if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), result)
     return result
 

@@ -17,7 +17,7 @@ from quadapt.hf.folder import Folder, find_base, load, open_folder
 from quadapt.hf.merge import dense_adapted
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.peft_layer import adapted_layers, adapter_of
-from quadapt.hf.workspace import check_disk, remove
+from quadapt.hf.workspace import check_disk, check_output, remove
 from quadapt.jobs.merge import load_adapted
 from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
@@ -43,7 +43,8 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     for report in reports:
         for note in report.notes:
             ui.show(note)
-        ui.show(f"{report.path}: {report.bytes / 1e6:.2f} MB, {report.bits_per_weight:.3f} bits per quantized weight")
+        bits = f", {report.bits_per_weight:.3f} bits per quantized weight" if report.bits_per_weight else ""
+        ui.show(f"{report.path}: {report.bytes / 1e6:.2f} MB{bits}")
     return {"output": config.output, "reports": [report.as_dict() for report in reports]}
 
 
@@ -53,9 +54,8 @@ def _check(config: ExportConfig, folder: Folder, output: Path) -> str:
         raise CheckpointError(f"{config.model!r} is a dense model. Quantize or tune it first")
     if config.format == "lora" and folder.kind != "adapter":
         raise ConfigError(f"{config.model!r} is no adapter. Give the folder that tune wrote, or use --format hf")
-    if output.exists() and not config.overwrite:
-        raise ConfigError(f"output={config.output!r} exists. Use --overwrite to replace it, or another --output")
     where = find_base(folder, config.base) if folder.kind == "adapter" else folder.name
+    check_output(output, overwrite=config.overwrite, inputs=[folder.name, where])
     check_disk(output.parent, sum(file.stat().st_size for file in Path(where).glob("*.safetensors")))
     return where
 

@@ -9,7 +9,7 @@ from quadapt.errors import CheckpointError
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.folder import Folder, find_base, open_folder, read_json
 from quadapt.hf.verify import verify
-from quadapt.jobs.quantize import show_left, show_rows
+from quadapt.jobs.quantize import show_layers, show_left
 from quadapt.model.quantize import LayerRow, bits_of
 from quadapt.report.ui import UI
 
@@ -35,19 +35,8 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
     )
     for name, value in found.made.items():
         ui.show(f"{name}: {value}")
-    rows = [LayerRow(**row) for row in folder.note.get("rows", [])] or [
-        LayerRow(
-            name=name,
-            out=layout.out,
-            columns=layout.columns,
-            format=layout.format.name,
-            bits_per_weight=layout.bits_per_weight,
-            error=float("nan"),
-            seconds=0,
-        )
-        for name, layout in layouts.items()
-    ]
-    show_rows(rows, ui, every=config.layers)
+    rows = [LayerRow(**row) for row in folder.note.get("rows", [])]
+    show_layers(layouts, ui, rows=rows, every=config.layers)
     show_left(found.left, ui)
     _show_certificate(folder, ui)
     result = {
@@ -94,15 +83,19 @@ def _adapter(folder: Folder, config: InspectConfig, ui: UI) -> dict[str, Any]:
             f"{folder.name}: is an adapter; digests are kept for quantized and merged models. Merge it, then verify"
         )
     note = folder.note
+    try:
+        base = find_base(folder)
+    except CheckpointError:  # it can still be described
+        base = "a base that is not where it was"
     ui.show(
         f"{folder.name}: a {note.get('adapter', {}).get('kind', 'PEFT')} adapter "
-        f"({note.get('method', 'unknown method')}) over {find_base(folder)}"
+        f"({note.get('method', 'unknown method')}) over {base}"
     )
     for name in ("adapter", "recipe", "bits", "steps", "final_loss", "eval_loss", "trainable_parameters"):
         if note.get(name) is not None:
             ui.show(f"{name}: {note[name]}")
     return {
-        "kind": "adapter",
-        "base": find_base(folder),
         **{name: value for name, value in note.items() if name != "losses"},
+        "kind": "adapter",
+        "base": base,
     }

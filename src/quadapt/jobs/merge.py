@@ -25,7 +25,8 @@ from quadapt.hf.folder import (
 from quadapt.hf.merge import Certificate
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.quantizer import base_config
-from quadapt.hf.workspace import Workspace
+from quadapt.hf.workspace import Workspace, check_output
+from quadapt.jobs.adapt import true_bits
 from quadapt.jobs.source import device_of, job_of
 from quadapt.model.quantize import bits_of
 from quadapt.quant.gptq import GPTQ
@@ -41,11 +42,13 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
     """
     folder = adapter_folder(config.adapter)
     where = find_base(folder, config.base)
-    job = job_of("merge", config.model_dump(mode="json"), [config.adapter, where, config.data])
+    inputs = [config.adapter, where, config.data]
+    check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
+    job = job_of("merge", config.model_dump(mode="json"), inputs)
     needs = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
     with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=int(1.2 * needs)) as space:
         model, tokenizer = load_adapted(folder, where, config)
-        before = bits_of(list(base_config(model.get_base_model()).layouts.values()))  # type: ignore[operator]
+        bits = true_bits(model)
         probe, name = _probe(config, folder, tokenizer, context_of(model.config), ui)
         rounding = None
         if config.requantize:
@@ -63,13 +66,13 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
             batches=batches,
             progress=lambda layers: ui.over("merging", layers),
         )
-        note = _note(merged, certificate, folder, before)
+        note = _note(merged, certificate, folder, bits)
         save_quantized(merged, tokenizer, space.path, note)
         space.commit()
     ui.show(str(certificate))
     ui.show(
-        f"{note['bits']['merged']:.3f} true bits per quantized weight after the merge, {before:.3f} before "
-        f"({note['bits']['with_adapter']:.3f} with the adapter)"
+        f"{note['bits']['merged']:.3f} true bits per quantized weight after the merge, {bits['base']:.3f} before "
+        f"({bits['with_adapter']:.3f} with the adapter)"
     )
     ui.say(f"wrote {config.output}. Next: quadapt export {config.output} --format gguf --output FILE")
     return {"output": config.output, **note}
@@ -124,14 +127,13 @@ def _calibration(config: MergeConfig, folder: Folder, tokenizer: Any, context: i
     return calibration_batches(read(source), tokenizer, length=min(2048, context)).batches
 
 
-def _note(merged: nn.Module, certificate: Certificate, folder: Folder, before: float) -> dict[str, Any]:
+def _note(merged: nn.Module, certificate: Certificate, folder: Folder, bits: dict[str, float]) -> dict[str, Any]:
     layouts = list(base_config(merged).layouts.values())
-    with_adapter = folder.note.get("bits", {}).get("with_adapter", float("nan"))
     return {
         "made": dict(base_config(merged).made),
         "left": base_config(merged).left,
         "bits_per_weight": bits_of(layouts),
-        "bits": {"base": before, "with_adapter": with_adapter, "merged": bits_of(layouts)},
+        "bits": {**bits, "merged": bits_of(layouts)},
         "certificate": certificate.as_dict(),
         "trained": {name: folder.note.get(name) for name in ("method", "recipe", "steps")},
     }

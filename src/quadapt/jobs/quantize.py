@@ -13,17 +13,18 @@ import torch
 from torch import nn
 
 from quadapt.config import Grid, QuantizeConfig
-from quadapt.data import calibration_batches, read
+from quadapt.data import Rows, calibration_batches, read
 from quadapt.errors import ConfigError
 from quadapt.hf.blocks import BlockFiles
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load_model, load_tokenizer, save_quantized
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.hf.workspace import Workspace
+from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
 from quadapt.jobs.source import dense_folder, device_of, job_of
 from quadapt.model.quantize import LayerRow, Plan, bits_of, quantize_model
 from quadapt.model.select import select
+from quadapt.quant.weight import Layout
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
 
@@ -41,6 +42,8 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
         )
     if config.dry_run:
         return dry.quantize(config, ui)
+    check_output(Path(config.output), overwrite=config.overwrite, inputs=[config.model, config.calibration_data])
+    rows = read(config.calibration_data) if config.calibration_data and plan.needs_data else None
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
     job = job_of("quantize", config.model_dump(mode="json"), [config.model, config.calibration_data])
     with (
@@ -54,7 +57,7 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
             config,
             ui,
             target_modules=config.target_modules,
-            calibration_data=config.calibration_data,
+            calibration_rows=rows,
             device=device,
             seed=config.seed,
         )
@@ -70,7 +73,7 @@ def quantize_into(
     ui: UI,
     *,
     target_modules: Sequence[str],
-    calibration_data: str | None,
+    calibration_rows: Rows | None,
     device: str,
     seed: int,
     most_length: int = MOST_CONTEXT,
@@ -82,7 +85,7 @@ def quantize_into(
         config: Settings, those of quantize or of tune.
         ui: For progress and the report.
         target_modules: Quantize these layers alone.
-        calibration_data: Text, if the rounding needs some.
+        calibration_rows: Text, if the rounding needs some.
         device: To calibrate and quantize on.
         seed: Of the choice of text.
         most_length: Longest default calibration sequence.
@@ -98,12 +101,12 @@ def quantize_into(
     selection = select(model, target_modules=target_modules, skip=config.skip)
     calibration = None
     if plan.needs_data:
-        assert calibration_data is not None
+        assert calibration_rows is not None
         length = config.calibration_length or min(context_of(model.config), most_length)
         calibration = calibration_batches(
-            read(calibration_data), tokenizer, length=length, sequences=config.calibration_sequences, seed=seed
+            calibration_rows, tokenizer, length=length, sequences=config.calibration_sequences, seed=seed
         )
-        ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration_data}")
+        ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration.source}")
     batches = [batch.to(device) for batch in calibration.batches] if calibration else []
     rows = quantize_model(
         model,
@@ -146,30 +149,29 @@ def write_model(
     }
     save_quantized(model, tokenizer, path, summary)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    show_rows(rows, ui)
+    show_layers(base_config(model).layouts, ui, rows=rows)
     show_left(base_config(model).left, ui)
     ui.show(f"{summary['bits_per_weight']:.3f} true bits per quantized weight, {size / 1e6:.2f} MB on disk")
     return {**summary, "file_bytes": size}
 
 
-def show_rows(rows: Sequence[LayerRow], ui: UI, *, every: bool = False) -> None:
-    """A table of layers: each of them, or a row for each kind of layer; notes always."""
-    kinds: dict[tuple[str, ...], list[LayerRow]] = {}
-    for row in rows:
-        key = (row.name,) if every else (row.name.rpartition(".")[2], f"{row.out} x {row.columns}", row.format)
-        kinds.setdefault(key, []).append(row)
-    table = [
-        (
-            f"{len(group)} x {group[0].name.rpartition('.')[2]}" if not every else group[0].name,
-            f"{group[0].out} x {group[0].columns}",
-            group[0].format,
-            f"{group[0].bits_per_weight:.3f}",
-            f"{sum(row.error for row in group) / len(group):.4f}",
-            f"{sum(row.seconds for row in group):.1f}",
-        )
-        for group in kinds.values()
-    ]
-    ui.table("quantized", ("layer", "shape", "format", "bits", "error", "seconds"), table)
+def show_layers(layouts: Mapping[str, Layout], ui: UI, *, rows: Sequence[LayerRow] = (), every: bool = False) -> None:
+    """A table of the quantized layers, each of them or a row for each kind; error and time where they were measured."""
+    measured = {row.name: row for row in rows}
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for name, layout in layouts.items():
+        grid = measured[name].format if name in measured else layout.format.name
+        kind = (name if every else name.rpartition(".")[2], f"{layout.out} x {layout.columns}", grid)
+        kinds.setdefault((*kind, f"{layout.bits_per_weight:.3f}"), []).append(name)
+    table = []
+    for (layer, *about), names in kinds.items():
+        cells = [layer if every else f"{len(names)} x {layer}", *about]
+        if measured:
+            cells.append(f"{sum(measured[name].error for name in names) / len(names):.4f}")
+            cells.append(f"{sum(measured[name].seconds for name in names):.1f}")
+        table.append(cells)
+    columns = ("layer", "shape", "format", "bits", *(("error", "seconds") if measured else ()))
+    ui.table("quantized", columns, table)
     for row in rows:
         if row.note:
             ui.show(f"{row.name}: {row.note}")

@@ -8,21 +8,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, Rows, check_loss, encode, pad_token_id, read, split_rows
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import NOTE, Folder, load_model, load_tokenizer, open_folder
 from quadapt.hf.quantizer import base_config
-from quadapt.hf.workspace import Workspace, remove, write_json
+from quadapt.hf.workspace import Workspace, check_output, remove, write_json
 from quadapt.jobs import dry
-from quadapt.jobs.adapt import adapt
+from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.quantize import quantize_into
 from quadapt.jobs.source import device_of, held_out, job_of, model_config, versions
 from quadapt.methods import Recipe
-from quadapt.model.quantize import bits_of
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
 
@@ -52,31 +49,41 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         ui.say(f"warning: seq_len={seq_len} is beyond the {context_of(about)} positions that the model was made for")
     if config.dry_run:
         return dry.tune(config, ui, seq_len=seq_len)
+    inputs = [config.model, config.data, config.eval_data, config.calibration_data]
+    check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
     tokenizer = load_tokenizer(folder.name, trust_remote_code=config.trust_remote_code)
-    data, held_out = _data(config, tokenizer, seq_len, ui)
+    rows, held = _rows(config)
+    data = _encoded(config, rows, held, tokenizer, seq_len, ui)
+    calibration = read(config.calibration_data) if config.calibration_data else rows
     found = dry.sketch(folder.name, config)
     needs = found.bytes_on_disk if folder.kind == "model" else 0
     dry.check_fits(dry.tuning(config, found, seq_len=seq_len), device, ui)
-    job = job_of(
-        "tune", config.model_dump(mode="json"), [config.model, config.data, config.eval_data, config.calibration_data]
-    )
+    job = job_of("tune", config.model_dump(mode="json"), inputs)
     with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=needs) as space:
         if space.resumed:
             ui.say(f"going on with {space.path}")
-        base = folder.path if folder.kind == "quantized" else _make_base(space.path, config, ui, device, seq_len)
-        summary = _train(config, space, base, folder, tokenizer, (data, held_out), ui)
+        base = folder.path
+        if folder.kind == "model":
+            base = _make_base(space.path, config, ui, device, calibration, seq_len)
+        summary = _train(config, space, base, folder, tokenizer, data, ui)
         space.commit("checkpoints")
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return {"output": config.output, **summary}
 
 
-def _data(config: TuneConfig, tokenizer: Any, seq_len: int, ui: UI) -> tuple[Encoded, Encoded | None]:
-    """Training and held-out sequences; says what became of the data, and shows one example with its mask."""
+def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:
+    """Rows to train on, and held-out ones."""
     rows = read(config.data)
-    held: Rows | None = held_out(config.eval_data) if config.eval_data else None
-    if held is None and config.eval_split:
-        rows, held = split_rows(rows, config.eval_split, config.seed)
+    if config.eval_data:
+        return rows, held_out(config.eval_data)
+    return split_rows(rows, config.eval_split, config.seed) if config.eval_split else (rows, None)
+
+
+def _encoded(
+    config: TuneConfig, rows: Rows, held: Rows | None, tokenizer: Any, seq_len: int, ui: UI
+) -> tuple[Encoded, Encoded | None]:
+    """Training and held-out sequences; says what became of the data, and shows one example with its mask."""
     data = encode(rows, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
     for line in data.report.lines():
         ui.say(line)
@@ -90,7 +97,7 @@ def _data(config: TuneConfig, tokenizer: Any, seq_len: int, ui: UI) -> tuple[Enc
     return data, kept
 
 
-def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, seq_len: int) -> Path:
+def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, calibration: Rows, seq_len: int) -> Path:
     """The quantized base, made inside the output folder unless an interrupted run has made it."""
     base = path / "base"
     if not base.exists():
@@ -101,7 +108,7 @@ def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, seq_len: int
             config,
             ui,
             target_modules=(),
-            calibration_data=config.calibration_data or config.data,
+            calibration_rows=calibration,
             device=device,
             seed=config.seed,
             most_length=min(2048, seq_len),
@@ -150,7 +157,7 @@ def _train(
         "method": config.method,
         "adapter": chosen.adapter.identity(),
         "recipe": asdict(chosen.recipe),
-        "bits": _bits(model, quantized),
+        "bits": true_bits(model),
         "data": {**asdict(data[0].report), "example": None},
         "steps": trained.steps,
         "final_loss": trained.final_loss,
@@ -186,16 +193,6 @@ def _write(
     model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)
     write_json(space.path / NOTE, {**summary, "base": where})
-
-
-def _bits(model: nn.Module, quantized: nn.Module) -> dict[str, float]:
-    """True bits per quantized weight: of the base, and with the adapter as it is stored."""
-    layouts = list(base_config(quantized).layouts.values())
-    weights = sum(layout.out * layout.columns for layout in layouts)
-    adapter = sum(
-        parameter.numel() * parameter.itemsize * 8 for parameter in model.parameters() if parameter.requires_grad
-    )
-    return {"base": bits_of(layouts), "with_adapter": bits_of(layouts) + adapter / weights}
 
 
 def _say_recipe(recipe: Recipe, ui: UI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class UI:
     def result(self, value: Mapping[str, Any]) -> None:
         """The whole result, for programs."""
         if self.as_json:
-            print(json.dumps(value, indent=2, default=str))  # noqa: T201 - JSON goes out as it is, unwrapped
+            print(json.dumps(_plain(value), indent=2, default=str))  # noqa: T201 - JSON goes out as it is, unwrapped
 
     @contextmanager
     def working(self, label: str) -> Iterator[Tick]:
@@ -118,6 +119,15 @@ class UI:
 
 def _figures(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def _plain(value: Any) -> Any:
+    """The value without infinities and NaN, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: object) -> str:
