@@ -1,0 +1,149 @@
+"""What the commands say of themselves: every setting, in its own words, at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
+
+import pytest
+from commands import give
+from typer import rich_utils
+
+import quadapt
+from quadapt.cli import COMMANDS
+from quadapt.config import Flag, MethodName, Settings, TuneConfig, checked
+from quadapt.config.fields import _NOT_NEGATIVE, _POSITIVE
+from quadapt.errors import ConfigError
+from quadapt.methods import METHODS
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", 400)
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_setting_with_its_words(command: str) -> None:
+    said = plain(give(command, "--help", code=0).out)
+    kind, _ = COMMANDS[command]
+    assert plain(kind.__doc__ or "?") in said
+    for name, field in kind.model_fields.items():
+        flag = next(item for item in field.metadata if isinstance(item, Flag))
+        assert field.description, name
+        assert plain(field.description) in said, name
+        assert (name if flag.positional else f"--{name.replace('_', '-')}") in said, name
+        for alias in flag.aliases:
+            assert alias in said
+        for choice in choices(field.annotation):
+            assert choice in said, (name, choice)
+    assert "--json" in said
+    assert "--debug" in said
+
+
+def choices(annotation: Any) -> list[str]:
+    kinds = [annotation, *get_args(annotation)]
+    return [str(choice) for kind in kinds if getattr(kind, "__origin__", None) is Literal for choice in get_args(kind)]
+
+
+def test_help_lists_every_command() -> None:
+    said = give("--help", code=0).out
+    for command in [*COMMANDS, "run"]:
+        assert f" {command} " in said
+    assert plain(said) == plain(give().out)
+    assert "YAML file" in give("run", "--help", code=0).out
+
+
+def test_help_is_quick(run_python: Callable[..., str]) -> None:
+    code = """
+import sys
+from quadapt.cli import main
+try:
+    main()
+except SystemExit as error:
+    assert error.code == 0, error.code
+assert not {"torch", "transformers", "peft", "numpy", "datasets"} & set(sys.modules)
+"""
+    assert "quantize" in run_python(code, "--help")
+    assert "--group-size" in run_python(code, "tune", "--help")
+
+
+def test_version() -> None:
+    assert give("--version", code=0).out == f"quadapt {quadapt.__version__}\n"
+
+
+def test_the_methods_are_those_there_are() -> None:
+    assert set(get_args(MethodName)) == set(METHODS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_setting_has_a_default_that_is_allowed(command: str) -> None:
+    kind, _ = COMMANDS[command]
+    needed = {name: "x" for name, field in kind.model_fields.items() if field.is_required()}
+    defaults = {name: field.default for name, field in kind.model_fields.items() if not field.is_required()}
+    assert checked(kind, {**needed, **defaults}) == checked(kind, needed)
+
+
+def test_ranges_are_those_of_settings_that_exist() -> None:
+    known = {name for kind, _ in COMMANDS.values() for name in kind.model_fields}
+    assert {*_POSITIVE, *_NOT_NEGATIVE} <= known
+
+
+# --- from settings to flags -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        ((), {}),
+        (("--bits", "3", "--max-seq-length", "64", "--lora-r", "8"), {"bits": 3, "seq_len": 64, "rank": 8}),
+        (("--lr-scheduler-type", "cosine", "--num-train-epochs", "0.5"), {"schedule": "cosine", "epochs": 0.5}),
+        (("--no-completion-only", "--packing"), {"completion_only": False, "packing": True}),
+        (("--skip", "a,b", "--skip", "c"), {"skip": ("a", "b", "c")}),
+        (("--torch-dtype", "bfloat16", "--quant-type", "nf"), {"dtype": "bfloat16", "levels": "nf"}),
+        (("--output-dir", "other"), {"output": "other"}),
+    ],
+)
+def test_flags_reach_the_settings(
+    arguments: tuple[str, ...], want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[TuneConfig] = []
+    monkeypatch.setattr("quadapt.jobs.tune.tune", lambda config, _: got.append(config) or {})
+    give("tune", "dense", "--data", "d", *([] if "--output-dir" in arguments else ["-o", "o"]), *arguments, code=0)
+    given = {"model": "dense", "data": "d", "output": "o", **want}
+    assert got == [TuneConfig(**given)]
+    assert got[0].model_fields_set == set(given)
+
+
+def test_what_is_not_json_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"loss": float("nan"), "all": [float("inf"), 1.5, {"deep": (float("-inf"),)}], "text": "größe"}
+    monkeypatch.setattr("quadapt.jobs.inspect.inspect", lambda *_: result)
+    said = give("inspect", "m", "--json", code=0)
+    assert said.json == {"loss": None, "all": [None, 1.5, {"deep": [None]}], "text": "größe"}
+    assert json.loads(said.out)
+
+
+class Example(Settings):
+    """Settings to check."""
+
+    rank: Annotated[int, Flag()] = 1
+    """A number."""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rnk": 2}, r"^at: rnk is not a setting\. Did you mean rank\?$"),
+        ({"other": 2}, r"^at: other is not a setting\. Known are rank$"),
+        ({"rank": "a"}, r"^at: rank='a': input should be a valid integer"),
+        ({"rank": 0}, r"^at: rank=0: must be above 0, is 0$"),
+        ({"rank": "a", "rnk": 2}, r"^at: rnk is not a setting"),
+    ],
+)
+def test_what_is_wrong_with_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(Example, values, "at: ")
