@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-ALL = ("step", "saved", "quantize", "memory")
+ALL = ("step", "saved", "quantize", "memory", "fake")
 
 for name in sys.argv[1:] or ALL:
     if name not in ALL:

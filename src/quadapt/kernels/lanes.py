@@ -111,6 +111,26 @@ def decode16(
     return signature, codegen
 
 
+@intrinsic(prefer_literal=True)
+def convert16(typingctx: Any, have: Any, want: Any, source: Any, target: Any) -> Any:
+    """Read 16 floats of kind `have` at `source`, write them as kind `want` at `target` (both literals)."""
+    signature = types.void(have, want, types.intp, types.intp)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        have, want = (each.literal_value for each in signature.args[:2])
+        if have == BF16:
+            bits = builder.zext(_load(builder, args[2], _vector(_I16)), _vector(_I32))
+            value = builder.bitcast(builder.shl(bits, _all(_I32, 16)), _vector(_F32))
+        elif have == FP16:
+            value = builder.fpext(_load(builder, args[2], _vector(ir.HalfType())), _vector(_F32))
+        else:
+            value = _load(builder, args[2], _vector(_F32))
+        _store(builder, _narrow(builder, value, want), args[3])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 def pointer(element: Any) -> Any:
     """An intrinsic that turns an integer address into a pointer that `numba.carray` takes."""
 

@@ -1,0 +1,124 @@
+"""Fake quantization: the compute-heavy steps of methods that train the quantizer itself, behind one dispatch.
+
+`fake_reference.py` (plain torch) says what is computed; `fake_cpu.py` (numba) gives the same weights and codes bit for
+bit. Both steps are opaque operators: `torch.compile` and the memory estimate's fake tensors pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from quadapt.kernels import fake_reference
+from quadapt.kernels.fake_reference import Grid
+
+__all__ = ["Grid", "fake_gradients", "fake_quantize"]
+
+
+def _kernels_for(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        from quadapt.kernels import fake_cpu
+
+        return fake_cpu
+    return fake_reference
+
+
+@torch.library.custom_op("quadapt::fake_quantize", mutates_args=())
+def fake_quantize(
+    base: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    levels: Tensor | None,
+    grid: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Quantize `base + B @ A` and give the weights, or their codes.
+
+    Args:
+        base: Float `[out, columns]`, or packed codes, uint8 `[out, ceil(columns * base_bits / 8)]`.
+        A: `[rank, columns]` or None, in the dtype of `scales`.
+        B: `[out, rank]` or None, likewise, and already scaled.
+        scales: float32 (float64 for references) `[out, groups]`: its dtype decides the codes.
+        offsets: As `scales`.
+        levels: float32 `[2**bits]`: levels of a base of codes without `A` and `B`; None for integers.
+        grid: See :class:`Grid`.
+        dtype: Of the weights; uint8 for codes (integers only).
+
+    Returns:
+        `[out, columns]`.
+    """
+    return _kernels_for(base.device).quantize(base, A, B, scales, offsets, levels, Grid(*grid), dtype)
+
+
+@fake_quantize.register_fake
+def _(
+    base: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    levels: Tensor | None,
+    grid: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return base.new_empty(base.shape[0], grid[3], dtype=dtype)
+
+
+@torch.library.custom_op("quadapt::fake_gradients", mutates_args=("G", "dense"))
+def fake_gradients(
+    G: Tensor,
+    base: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    levels: Tensor | None,
+    grid: Sequence[int],
+    slack: float | None,
+    dense: Tensor | None,
+) -> Tensor:
+    """Turn the gradient of some rows' weights into those of their quantizer. Other arguments as :func:`fake_quantize`.
+
+    With the mask `m` of codes that were not clamped, over a float base (methods reference §0, unsigned codes):
+    `dbase = G m`, `dscales = sum G (u - v if m else u)`, `doffsets = sum G (1 - m)`; over a base of codes (§6):
+    `dv = G scales m`, `dscales = sum G u`, `doffsets = sum G`.
+
+    Args:
+        G: Gradient of the weights, `[rows, columns]` in the dtype of `scales`. On return that of the base (for
+            codes: of `v`; of no use without `A` and `B`).
+        base: See :func:`fake_quantize`; here and below, the rows that `G` has.
+        A: See there.
+        B: See there.
+        scales: See there.
+        offsets: See there.
+        levels: See there.
+        grid: See there.
+        slack: Clamp, then round: a code is clamped if `v` lies outside its range by more than this. None: round, then
+            clamp: if the rounded code lies outside.
+        dense: On return holds the weights, `[rows, columns]`, in its own dtype; None if they are not wanted.
+
+    Returns:
+        Gradients of scales and offsets, `[2, rows, groups]`.
+    """
+    return _kernels_for(base.device).gradients(G, base, A, B, scales, offsets, levels, Grid(*grid), slack, dense)
+
+
+@fake_gradients.register_fake
+def _(
+    G: Tensor,
+    base: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    levels: Tensor | None,
+    grid: Sequence[int],
+    slack: float | None,
+    dense: Tensor | None,
+) -> Tensor:
+    return scales.new_empty(2, *scales.shape)

@@ -1,0 +1,273 @@
+"""The product with a matrix that is quantized anew in every step: methods that train scales, offsets or codes.
+
+Forward computes with the very weight that a merge would store, `scales * u + offsets` with unsigned codes `u`, so
+merged model and training model are the same computation. Two domains say what is rounded (kernels/fake_reference.py):
+
+* **weight** (L4Q, QAT-LoRA's base, LSQ, Block-AP): `W0 + scaling * B @ A` in units of the grid, over a float base;
+* **codes** (LR-QAT; without `A` and `B` PEQA and E2E-QP): frozen codes plus `scaling * B @ A`.
+
+Backward starts from the gradient of the output alone: it computes the gradient of the weights a few rows at a time, and
+everything that depends on it, quantizing once more. So nothing is kept for backward but the inputs and tensors that
+exist anyway, and no temporary but one tile and the dense weight of the product is of a weight's size.
+
+Source: L4Q (arXiv 2402.04902) eqs. 5-14; LR-QAT (arXiv 2406.06385); PEQA (arXiv 2305.14152); EfficientQAT
+(arXiv 2407.11062). Signed formulas follow by the chain rule of `offsets = b - scales * 2**(bits - 1)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quadapt.errors import ConfigError, ShapeError
+from quadapt.kernels import unpack
+from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
+from quadapt.quant.format import Format
+from quadapt.quant.storage import FLOATS
+
+_TILE = 1 << 20
+"""Weights whose gradient exists at once (4 MB): large enough for the matrix product to run at full speed."""
+
+_TOKENS = 2048
+"""Rows of the inputs that are widened to the gradient's dtype at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeQuant:
+    """How a matrix is quantized in every step: hashable, holds no tensors."""
+
+    format: Format
+    """The grid; its `zero` does not matter here, for offsets are given."""
+
+    columns: int
+    """Inputs in a row."""
+
+    domain: Literal["weight", "codes"] = "weight"
+    """What is rounded: a float weight, or a real-valued code."""
+
+    order: Literal["clamp-round", "round-clamp"] = "clamp-round"
+    """Same weights, other gradients: which codes count as clamped, and so pass none on. clamp-round (L4Q): those whose
+    unrounded value is out of range; round-clamp (LR-QAT, EfficientQAT): those whose rounded value is."""
+
+    tolerance: float = 1e-4
+    """For clamp-round: how far out of range counts as inside, in steps. L4Q's start puts the largest weight of each
+    group exactly on the border, where a rounding error would stop its gradient."""
+
+    base_bits: int | None = None
+    """Of a base of codes: None for `format.bits`; 8 for fixed point, a code being `byte / 2**(8 - bits)` (LR-QAT)."""
+
+    def __post_init__(self) -> None:
+        if self.domain not in ("weight", "codes"):
+            raise ConfigError(f"domain={self.domain!r} is unknown. Use weight or codes")
+        if self.order not in ("clamp-round", "round-clamp"):
+            raise ConfigError(f"order={self.order!r} is unknown. Use clamp-round or round-clamp")
+        if self.base_bits not in (None, 8, self.format.bits):
+            raise ConfigError(f"base_bits={self.base_bits} is not supported. Use {self.format.bits} or 8")
+        if self.format.levels != "int" and (self.domain == "weight" or self.base_bits not in (None, self.format.bits)):
+            raise ConfigError(f"levels={self.format.levels!r} have no codes between them to train. Use levels='int'")
+
+    @property
+    def grid(self) -> Grid:
+        """What the kernels know of it."""
+        bits = self.format.bits
+        return Grid(bits, self.base_bits or bits, self.format.width(self.columns), self.columns)
+
+    @property
+    def slack(self) -> float | None:
+        """As the kernels take `order` and `tolerance`."""
+        return self.tolerance if self.order == "clamp-round" else None
+
+    def check(self, base: Tensor, scales: Tensor, offsets: Tensor, A: Tensor | None, B: Tensor | None) -> None:
+        """Raise ShapeError unless the tensors fit, ConfigError for codes of a table that are to be trained."""
+        out, (_, base_bits, group, columns) = base.shape[0], self.grid
+        row = columns if self.domain == "weight" else -(-columns * base_bits // 8)
+        want = {"base": (out, row), "scales": (out, -(-columns // group)), "offsets": (out, -(-columns // group))}
+        have = {"base": base, "scales": scales, "offsets": offsets}
+        if A is not None or B is not None:
+            if A is None or B is None:
+                raise ShapeError("A and B come together: give both, or neither")
+            if self.format.levels != "int":
+                raise ConfigError(f"A and B cannot move codes of levels={self.format.levels!r}. Use levels='int'")
+            want |= {"A": (A.shape[0], columns), "B": (out, A.shape[0])}
+            have |= {"A": A, "B": B}
+        for name, tensor in have.items():
+            if tuple(tensor.shape) != want[name]:
+                raise ShapeError(f"{name} is {tuple(tensor.shape)}, expected {want[name]}")
+        if base.is_floating_point() != (self.domain == "weight"):
+            raise ShapeError(f"a base of {base.dtype} does not fit domain={self.domain!r}")
+
+
+class FakeQuantMatmul(torch.autograd.Function):
+    """`x @ W.T` with `W` quantized on the fly, and gradients for all that it is quantized from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: FakeQuant, scaling: float, *tensors: Any) -> Tensor:
+        ctx.how, ctx.scaling = how, scaling
+        base, scales, offsets, A, B = tensors
+        trains = any(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if trains else None, *tensors)
+        dense = fake_quantize(*_operands(how, scaling, base, scales, offsets, A, B), x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, dense)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, base, scales, offsets, A, B = ctx.saved_tensors
+        operands = _operands(ctx.how, ctx.scaling, base, scales, offsets, A, B)
+        with torch.autocast(dy.device.type, enabled=False):  # backward may run inside of it
+            if x is None:
+                return dy @ fake_quantize(*operands, dy.dtype), *(None,) * 7
+            needs_x, _, _, needs_base, _, _, needs_A, needs_B = ctx.needs_input_grad
+            wanted = Gradients(
+                base=torch.empty_like(base) if needs_base else None,
+                scales=torch.empty_like(scales),
+                offsets=torch.empty_like(offsets),
+                A=torch.zeros_like(A, dtype=scales.dtype) if needs_A else None,
+                B=torch.empty_like(B, dtype=scales.dtype) if needs_B else None,
+                dense=dy.new_empty(len(base), ctx.how.columns) if needs_x else None,
+            )
+            _fill(wanted, dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), operands, ctx.how.slack)
+            dx = None if wanted.dense is None else dy @ wanted.dense
+        dA = None if wanted.A is None else wanted.A.to(A.dtype)
+        dB = None if wanted.B is None else (ctx.scaling * wanted.B).to(B.dtype)
+        return dx, None, None, wanted.base, wanted.scales, wanted.offsets, dA, dB
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What backward fills in; None for what is not wanted."""
+
+    base: Tensor | None
+    scales: Tensor
+    offsets: Tensor
+    A: Tensor | None
+    """Starts as zeros: every tile adds to it."""
+
+    B: Tensor | None
+    """Of `B` as the kernels take it, already scaled."""
+
+    dense: Tensor | None
+    """The weights themselves, in the dtype of the product: the pass that masks the gradient gives them too."""
+
+
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Grid]
+"""base, A, scaled B, scales, offsets, levels, grid: as the kernels take them."""
+
+
+def _operands(
+    how: FakeQuant, scaling: float, base: Tensor, scales: Tensor, offsets: Tensor, A: Tensor | None, B: Tensor | None
+) -> Operands:
+    A = None if A is None else A.to(scales.dtype)
+    B = None if B is None else scaling * B.to(scales.dtype)
+    return base, A, B, scales, offsets, how.format.table(base), how.grid
+
+
+def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: float | None) -> None:
+    """Compute gradients tile by tile, given `dy [tokens, out]` and `x [tokens, in]`."""
+    base, A, B, scales, offsets, levels, grid = operands
+    step = max(1, _TILE // grid.columns)
+    tile = scales.new_empty(min(step, len(base)), grid.columns)
+    for start in range(0, len(base), step):
+        rows = slice(start, start + step)
+        G = _outer(dy[:, rows], x, tile[: len(base) - start])
+        factor = None if B is None else B[rows]
+        dense = None if wanted.dense is None else wanted.dense[rows]
+        wanted.scales[rows], wanted.offsets[rows] = fake_gradients(
+            G, base[rows], A, factor, scales[rows], offsets[rows], levels, grid, slack, dense
+        )
+        if wanted.base is not None:
+            wanted.base[rows] = G
+        if wanted.A is not None and factor is not None:
+            wanted.A.addmm_(factor.T, G)
+        if wanted.B is not None and A is not None:
+            torch.mm(G, A.T, out=wanted.B[rows])
+
+
+def _outer(dy: Tensor, x: Tensor, G: Tensor) -> Tensor:
+    """`dy.T @ x` into `G`, in its dtype: sums over groups need more than the product's, and float16 would overflow."""
+    for start in range(0, max(1, len(x)), _TOKENS):
+        some = slice(start, start + _TOKENS)
+        G.addmm_(dy[some].to(G.dtype).T, x[some].to(G.dtype), beta=float(start > 0))
+    return G
+
+
+def fake_quant_matmul(
+    x: Tensor,
+    base: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    *,
+    how: FakeQuant,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """`x @ W.T` with the quantized `W`; gradients for `x`, `base` (floats), `scales`, `offsets`, `A` and `B`.
+
+    Args:
+        x: `[..., in]`, float16, bfloat16, float32 (or float64): the dtype of the product. Autocast is the caller's
+            affair, as in `QuantLinear`; inside it is off.
+        base: Float `[out, in]`, or packed codes, uint8 `[out, ceil(in * base_bits / 8)]`, see :class:`FakeQuant`.
+        scales: float32 `[out, groups]` (float64 for references), positive, rounded as they will be stored: :func:`snap`.
+        offsets: As `scales`.
+        how: The quantizer.
+        A: `[rank, in]`, any float dtype; None with `B` for none.
+        B: `[out, rank]`.
+        scaling: Factor of `B @ A`.
+    """
+    how.check(base, scales, offsets, A, B)
+    return FakeQuantMatmul.apply(x, how, scaling, base, scales, offsets, A, B)
+
+
+@torch.no_grad()
+def fake_quant_weight(
+    base: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    *,
+    how: FakeQuant,
+    dtype: torch.dtype,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The weight that :func:`fake_quant_matmul` multiplies with, `[out, in]` in `dtype`. No gradients."""
+    how.check(base, scales, offsets, A, B)
+    return fake_quantize(*_operands(how, scaling, base, scales, offsets, A, B), dtype)
+
+
+@torch.no_grad()
+def fake_quant_codes(
+    base: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    *,
+    how: FakeQuant,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """Its codes, uint8 `[out, in]`: with `scales` and `offsets` as they are, they make the merged weight."""
+    if how.format.levels != "int":
+        return unpack(base, how.format.bits, how.columns)
+    return fake_quant_weight(base, scales, offsets, how=how, dtype=torch.uint8, A=A, B=B, scaling=scaling)
+
+
+class _Snap(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).to(values.dtype)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def snap(values: Tensor, kind: Literal["fp16", "fp32"]) -> Tensor:
+    """Round `values` as they will be stored, with the gradient of no rounding at all; their dtype stays."""
+    return _Snap.apply(values, FLOATS[kind])
