@@ -127,6 +127,25 @@ def test_between_two_folders_the_finished_one_is_kept(away: Path, monkeypatch: p
     assert {item.name for item in away.iterdir()} == {"dense", "story.txt", "sums.jsonl", "out"}
 
 
+def test_a_folder_that_was_only_partly_removed_is_not_the_output(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("quantize", "dense", "--rounding", "nearest", "--output", "out")
+    give(*command, "--bits", "8", code=0)
+    rmtree = shutil.rmtree
+
+    def fail(path: Any, *rest: Any, **more: Any) -> None:
+        if "out" in Path(path).name:
+            (Path(path) / "config.json").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        give(*command, "--overwrite", code=130)
+    give("inspect", "out", "--verify", code=0)
+    give(*command, "--overwrite", code=0)
+    assert {item.name for item in away.iterdir()} == {"dense", "story.txt", "sums.jsonl", "out"}
+
+
 # --- what is gone on with ---------------------------------------------------------------------------------------------
 
 
