@@ -213,7 +213,7 @@ def fake_quant_matmul(
         x: `[..., in]`, float16, bfloat16, float32 (or float64): the dtype of the product. Autocast is the caller's
             affair, as in `QuantLinear`; inside it is off.
         base: Float `[out, in]`, or packed codes, uint8 `[out, ceil(in * base_bits / 8)]`, see :class:`FakeQuant`.
-        scales: float32 `[out, groups]` (float64 for references), positive, rounded as they will be stored: :func:`snap`.
+        scales: float32 `[out, groups]` (float64 for references), positive, as they will be stored (:func:`snap`).
         offsets: As `scales`.
         how: The quantizer.
         A: `[rank, in]`, any float dtype; None with `B` for none.
