@@ -196,14 +196,15 @@ def test_factors_and_bases_may_have_other_dtypes() -> None:
 
 @pytest.mark.parametrize("domain", ["weight", "codes"])
 def test_under_autocast_nothing_is_cast_behind_our_back(domain: str) -> None:
-    """Backward may run inside autocast: its float32 products stay float32."""
-    each = case(domain).to(torch.float32, x=torch.bfloat16)
-    dy = torch.randn(2, 5, OUT).bfloat16()
-    want = (each(), *gradients(each, dy))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = (each(), *gradients(each, dy))
-        assert each(x=each.x.float()).dtype == torch.float32  # the layer casts, as for `quant_matmul`
-    assert all(torch.equal(mine, other) for mine, other in zip(found, want, strict=True))
+    """The layer casts its inputs, as for `quant_matmul`; backward may run inside autocast too."""
+    for dtype in (torch.bfloat16, torch.float32):
+        each = case(domain).to(torch.float32, x=dtype)
+        dy = torch.randn(2, 5, OUT).to(dtype)
+        want = (each(), *gradients(each, dy))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = (each(), *gradients(each, dy))
+        assert [mine.dtype for mine in found] == [other.dtype for other in want]
+        assert all(torch.equal(mine, other) for mine, other in zip(found, want, strict=True))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -230,6 +231,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     for name in ("scales", "offsets", "A", "B", "base"):
         with pytest.raises(ShapeError, match=name):
             each(**{name: getattr(each, name)[:, :-1]})
+    for kind in (torch.bfloat16, torch.float32):  # float32 beside float64
+        with pytest.raises(ShapeError, match="both must be float32"):
+            each(scales=each.scales.to(kind))
     with pytest.raises(ShapeError, match="together"):
         each(B=None)
     with pytest.raises(ShapeError, match="domain"):

@@ -181,7 +181,11 @@ def gradients(
     dense: Tensor | None,
 ) -> Tensor:
     """As `fake_reference.gradients`, bit for bit but for the order in which a group is summed."""
-    plain = G.is_contiguous() and (dense is None or (dense.is_contiguous() and dense.dtype in _KINDS))
+    plain = (
+        G.dtype == torch.float32
+        and G.is_contiguous()
+        and (dense is None or (dense.is_contiguous() and dense.dtype in _KINDS))
+    )
     if scales.dtype != torch.float32 or not plain or not _whole_vectors(grid):
         return fake_reference.gradients(G, base, A, B, scales, offsets, levels, grid, slack, dense)
     sums = torch.empty(2, *scales.shape)

@@ -97,6 +97,10 @@ class FakeQuant:
         for name, tensor in have.items():
             if tuple(tensor.shape) != want[name]:
                 raise ShapeError(f"{name} is {tuple(tensor.shape)}, expected {want[name]}")
+        if scales.dtype != offsets.dtype or scales.dtype not in (torch.float32, torch.float64):
+            raise ShapeError(
+                f"scales are {scales.dtype} and offsets {offsets.dtype}: both must be float32 (or float64)"
+            )
         if base.is_floating_point() != (self.domain == "weight"):
             raise ShapeError(f"a base of {base.dtype} does not fit domain={self.domain!r}")
 
