@@ -59,7 +59,7 @@ def _layer_digest(layout: Layout, parts: Mapping[str, Any]) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
-    state = hashlib.sha256()
+    state = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     hash_tensor(state, tensor)
     return state.hexdigest()
 
