@@ -31,7 +31,7 @@ def prepare(
 
     Args:
         model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
-        method: qa-lora, qlora or gptq-lora.
+        method: As in `quadapt tune`: qa-lora, l4q, qlora, ..
         calibration: Text for roundings that are calibrated: a file or hub name (only if `model` is a name), or token
             ids `[sequences, length]`, batch by batch.
         target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
@@ -78,7 +78,7 @@ def prepare(
     if isinstance(model, str):
         open_folder(model)
         model = load_model(model, dtype=dtype, device=device_of(config))
-    if not quantized_layers(model):
+    if not quantized_layers(model) and config.chosen_method().adapter.base != "float":
         batches = (
             _batches(calibration, name, model, config.calibration_length, config.calibration_sequences, seed)
             if plan.needs_data

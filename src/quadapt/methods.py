@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from quadapt.errors import ConfigError
-from quadapt.nn.adapters import Adapter, LoRA, Pooled
+from quadapt.nn.adapters import L4Q, LRQAT, Adapter, LoRA, Pooled, QATLoRA, Scales
 from quadapt.nn.starts import Start, Zero
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
-from quadapt.quant.rounding import Nearest, Rounding
+from quadapt.quant.rounding import FixedPoint, Nearest, Rounding
 from quadapt.quant.storage import Storage
 
 
@@ -45,6 +45,13 @@ class Recipe:
     adam_beta2: float = 0.999
     """AdamW's second decay rate."""
 
+    grid_learning_rate: float | None = None
+    """Peak learning rate of scales and offsets, where these train; relative to the scale, without weight decay."""
+
+    dense_steps: int = 0
+    """First steps that train a low-rank change of the dense matrix, before anything is quantized (L4Q's first version).
+    """
+
     source: str = ""
     """Where these numbers come from."""
 
@@ -77,6 +84,14 @@ class Method:
     recipe: Recipe
     """How the paper trains."""
 
+    def base(self) -> tuple[Format, Storage, Rounding]:
+        """Grid, storage and rounding of the quantized base that the adapter trains over."""
+        if self.adapter.base != "fixed-point":
+            return self.format, self.storage, self.rounding
+        fine = replace(self.format, bits=8)
+        span = getattr(self.rounding, "range", "mse")
+        return fine, Storage.default(fine), FixedPoint(bits=self.format.bits, range=span)
+
     def with_format(self, format: Format) -> Method:
         """The same method over another grid, with storage to match: kept where it fits, else the new grid's default."""
         try:
@@ -84,8 +99,24 @@ class Method:
             storage = self.storage if format.bits != 8 or self.format.bits == 8 else Storage.default(format)
         except ConfigError:
             storage = Storage.default(format)
-        return replace(self, format=format, storage=storage)
+        return replace(self, format=format).with_storage(storage)
 
+    def with_storage(self, storage: Storage) -> Method:
+        """The same method with scales and offsets held otherwise."""
+        return replace(self, storage=storage, adapter=self.adapter.with_grid(self.format, storage))
+
+
+L4Q_RECIPE = Recipe(
+    learning_rate=2e-4,
+    grid_learning_rate=1e-3,
+    rank=4,
+    alpha=4,
+    schedule="cosine",
+    warmup_ratio=0.1,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    source="L4Q, Llama-2 7B (appendix D); for scales ours, relative to them",
+)
 
 METHODS: dict[str, Method] = {
     "qlora": Method(
@@ -120,6 +151,77 @@ METHODS: dict[str, Method] = {
         rounding=GPTQ(),
         adapter=Pooled(),
         recipe=Recipe(learning_rate=2e-5, source="QA-LoRA, 7B and 13B (1e-5 above)"),
+    ),
+    "qa-lora-scales": Method(
+        summary="QA-LoRA, and the scales train with it. Merges exactly; no paper has it.",
+        paper="2309.14717",
+        format=Format(bits=4, group_size=32),
+        storage=Storage(),
+        rounding=GPTQ(),
+        adapter=Scales(pooled=True),
+        recipe=Recipe(learning_rate=2e-5, grid_learning_rate=1e-3, source="QA-LoRA; for scales as e2e-qp"),
+    ),
+    "peqa": Method(
+        summary="Integers, of which the scales train, one a row. Merges exactly.",
+        paper="2305.14152",
+        format=Format(bits=4, group_size=-1),
+        storage=Storage(),
+        rounding=Nearest(range="mse"),
+        adapter=Scales(),
+        recipe=Recipe(learning_rate=1e-3, rank=1, alpha=1, source="ours: the paper's rates are per model and absolute"),
+    ),
+    "e2e-qp": Method(
+        summary="Integers in groups, of which the scales train (EfficientQAT's second stage). Merges exactly.",
+        paper="2407.11062",
+        format=Format(bits=4, group_size=64, zero="integer"),
+        storage=Storage(offsets="integer"),
+        rounding=Nearest(),
+        adapter=Scales(),
+        recipe=Recipe(
+            learning_rate=1e-3,
+            rank=1,
+            alpha=1,
+            schedule="cosine",
+            warmup_ratio=0.03,
+            source="EfficientQAT; its 1e-5 on steps of about 0.01 is 1e-3 relative to them",
+        ),
+    ),
+    "l4q": Method(
+        summary="Quantizes W + B A inside the forward; A, B, scales and offsets train. Merges exactly.",
+        paper="2402.04902",
+        format=Format(bits=4, group_size=128),
+        storage=Storage(),
+        rounding=Nearest(),
+        adapter=L4Q(),
+        recipe=L4Q_RECIPE,
+    ),
+    "qat-lora": Method(
+        summary="L4Q's baseline: a trained quantizer, and LoRA beside it. Cannot merge exactly.",
+        paper="2402.04902",
+        format=Format(bits=4, group_size=128),
+        storage=Storage(),
+        rounding=Nearest(),
+        adapter=QATLoRA(),
+        recipe=L4Q_RECIPE,
+    ),
+    "lr-qat": Method(
+        summary="A low-rank term among the codes of a frozen fixed-point base, and scales. Merges exactly.",
+        paper="2406.06385",
+        format=Format(bits=4, group_size=128, zero="none"),
+        storage=Storage(offsets="absent"),
+        rounding=Nearest(range="mse"),
+        adapter=LRQAT(),
+        recipe=Recipe(
+            learning_rate=1e-3,
+            grid_learning_rate=1e-3,
+            rank=32,
+            alpha=32,
+            schedule="linear",
+            warmup_ratio=0.1,
+            max_grad_norm=1.0,
+            adam_beta2=0.95,
+            source="LR-QAT's README; its 1e-5 for scales is 1e-3 relative to them",
+        ),
     ),
 }
 """Every method by the name that the command line takes."""

@@ -15,8 +15,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import set_seed
 
 from quadapt.errors import ConfigError
+from quadapt.hf.grid_layer import GridLoraLinear
 from quadapt.hf.workspace import remove, write_json
 from quadapt.methods import Recipe
+from quadapt.objectives import RILQ
 
 log = logging.getLogger("quadapt")
 
@@ -136,8 +138,58 @@ class _Watcher(TrainerCallback):
         write_json(folder / _DONE, {item.name: item.stat().st_size for item in folder.iterdir() if item.is_file()})
 
 
+class _DenseSteps(TrainerCallback):
+    """Lets layers that quantize in their forward train without quantization for some steps (L4Q's first version)."""
+
+    def __init__(self, layers: list[GridLoraLinear], steps: int) -> None:
+        self._layers, self._steps = layers, steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in self._layers:
+            layer.dense_steps = state.global_step < self._steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self._steps:
+            for layer in self._layers:
+                layer.begin_quantizing()
+
+
 class AdapterTrainer(Trainer):
-    """`Trainer` that saves adapters alone, as safetensors and JSON (only its own optimizer state is a torch file)."""
+    """`Trainer` that saves adapters alone, as safetensors and JSON (only its own optimizer state is a torch file).
+
+    Scales and offsets, where they train, have a learning rate of their own and no weight decay.
+    """
+
+    grid_learning_rate: float | None = None
+    objective: RILQ | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.objective is not None and model.training:
+            share = 1.0 if num_items_in_batch is None else 1 / self.args.gradient_accumulation_steps
+            loss = self.objective(loss, inputs, share=share)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+        grid = [p for name, p in named if "lora_rho" in name or "lora_shift" in name]
+        if not grid or self.optimizer is not None:
+            return super().create_optimizer(model)
+        rest = [p for name, p in named if "lora_rho" not in name and "lora_shift" not in name]
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        rate = self.grid_learning_rate or self.args.learning_rate
+        groups = [{"params": grid, "lr": rate, "weight_decay": 0.0}]
+        groups += [{"params": rest, "weight_decay": self.args.weight_decay}] if rest else []
+        self.optimizer = kind(groups, **settings)
+        return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
@@ -157,6 +209,7 @@ def train(
     *,
     collate: Callable[[Sequence[Any]], Any],
     eval_data: Any = None,
+    objective: RILQ | None = None,
     tick: Tick = lambda *_: None,
 ) -> Trained:
     """Train the trainable parameters of `model`, in place.
@@ -168,6 +221,7 @@ def train(
         folder: For checkpoints. If it holds complete ones of the same run, training goes on from the last.
         collate: Makes a batch of sequences.
         eval_data: Held-out sequences, or None.
+        objective: What to lower besides the loss on the data.
         tick: Called after each step.
 
     Raises:
@@ -184,6 +238,15 @@ def train(
         data_collator=collate,
         callbacks=[_Watcher(tick)],
     )
+    if run.recipe.dense_steps:
+        if run.recipe.dense_steps >= steps:
+            raise ConfigError(
+                f"dense_steps={run.recipe.dense_steps} leaves none of {steps} steps to train the quantizer. Use fewer"
+            )
+        layers = [layer for layer in model.modules() if isinstance(layer, GridLoraLinear)]
+        trainer.add_callback(_DenseSteps(layers, run.recipe.dense_steps))
+    trainer.objective = objective
+    trainer.grid_learning_rate = run.recipe.grid_learning_rate
     trainer.remove_callback(PrinterCallback)  # results alone go to stdout
     set_seed(run.seed)
     last = last_checkpoint(folder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError, ConfigError, MergeError
 from quadapt.hf.folder import check_base, open_folder
-from quadapt.hf.merge import Certificate, dense_adapted, merge, random_probe
+from quadapt.hf.merge import Certificate, merge, random_probe
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off, lora_config
 from quadapt.hf.quantizer import base_config
 from quadapt.model.quantize import quantized_layers
@@ -157,7 +157,7 @@ def test_its_figures_are_those_of_a_direct_computation(adapter: Adapter, requant
 def test_its_layers_are_those_of_a_direct_comparison(adapter: Adapter, requantize: Any, base: nn.Module) -> None:
     batches = [torch.randint(3, 96, (4, 32))] if requantize is not None and requantize.needs else []
     model = adapted(base, adapter)
-    dense = {name: dense_adapted(layer).detach() for name, layer in adapted_layers(model).items()}
+    dense = {name: layer.dense_adapted() for name, layer in adapted_layers(model).items()}
     merged, certificate, _, originals = measured(model, requantize=requantize, batches=batches)
     now = weights(merged)
     assert [layer.name for layer in certificate.layers] == list(dense)
@@ -176,7 +176,7 @@ def test_the_dense_weight_of_an_adapted_layer_is_what_it_computes_with(base: nn.
     for adapter in (LoRA(), Pooled(), Pooled(form="side", pooling="mean")):
         layer = adapted_layers(adapted(base, adapter))["model.layers.0.mlp.down_proj"]
         x = torch.randn(5, 96)
-        torch.testing.assert_close(layer(x), x @ dense_adapted(layer).T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x), x @ layer.dense_adapted().T, rtol=1e-4, atol=1e-4)
 
 
 def test_its_text_names_the_verdict_and_the_cost(base: nn.Module) -> None:

@@ -72,11 +72,29 @@ class TuneConfig(Target, Grid, Machine):
     pooling: Annotated[Literal["sum", "mean"] | None, Flag((), "Adapter")] = None
     """qa-lora: sum inputs over a group, as in the paper, or average them, as in its authors' code. Default: sum."""
 
+    init: Annotated[Literal["l4q", "lsq+", "symmetric", "asymmetric"] | None, Flag((), "Adapter")] = None
+    """l4q, qat-lora: first scales. l4q clips nothing, the others are its paper's ablation. Default: l4q."""
+
+    dense_steps: Annotated[int | None, Flag((), "Adapter")] = None
+    """l4q: first steps that train A and B without quantization (the paper's first version). Default: 0."""
+
     form: Annotated[Literal["merged", "side"] | None, Flag((), "Adapter")] = None
     """qa-lora: train what the merge will give (exact), or a side branch as published (equivalent). Default: merged."""
 
+    objective: Annotated[Literal["cross-entropy", "rilq"], Flag((), "Training")] = "cross-entropy"
+    """rilq: half of the objective is the distance of the last hidden state to the full-precision model's."""
+
+    teacher: Annotated[str | None, Flag((), "Training")] = None
+    """rilq: folder or hub name of the full-precision model. Default: the dense model, or what the base was made of."""
+
+    keep_targets: Annotated[bool, Flag((), "Training")] = True
+    """rilq: compute the teacher's targets once and keep them on disk, rather than the teacher in memory."""
+
     learning_rate: Annotated[float | None, Flag(("--lr",), "Training")] = None
     """Peak learning rate of AdamW. Default: the paper's."""
+
+    grid_learning_rate: Annotated[float | None, Flag(("--scale-lr",), "Training")] = None
+    """Peak learning rate of scales and offsets, relative to the scale, where these train. Default: the method's."""
 
     schedule: Annotated[Literal["constant", "cosine", "linear"] | None, Flag(("--lr-scheduler-type",), "Training")] = (
         None
@@ -125,13 +143,21 @@ class TuneConfig(Target, Grid, Machine):
     def chosen_method(self) -> Method:
         """The method with the choices made about its adapter and recipe too."""
         from quadapt.methods import Recipe
-        from quadapt.nn.adapters import Pooled
+        from quadapt.nn.adapters import L4Q, Pooled
 
         chosen = super().chosen_method()
-        about = {name: value for name in ("pooling", "form") if (value := getattr(self, name)) is not None}
-        if about and not isinstance(chosen.adapter, Pooled):
+        about: dict[str, Any] = {}
+        for kind, names, owner in ((Pooled, ("pooling", "form"), "qa-lora"), (L4Q, ("init",), "l4q")):
+            given = {name: value for name in names if (value := getattr(self, name)) is not None}
+            if given and not isinstance(chosen.adapter, kind):
+                raise ConfigError(
+                    f"{next(iter(given))} is a setting of {owner}'s adapter; method={self.method!r} has none. Leave it "
+                    "out"
+                )
+            about |= given
+        if self.dense_steps and not isinstance(chosen.adapter, L4Q):
             raise ConfigError(
-                f"{next(iter(about))} is a setting of qa-lora's adapter; method={self.method!r} has none. Leave it out"
+                f"dense_steps needs the dense matrix; method={self.method!r} trains over codes. Leave it out"
             )
         own = {
             name: getattr(self, name) for name in Recipe.__dataclass_fields__ if getattr(self, name, None) is not None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from quadapt.model.quantize import Plan
     from quadapt.quant.rounding import Rounding
 
-MethodName = Literal["qa-lora", "qlora", "gptq-lora"]
+MethodName = Literal["qa-lora", "qlora", "gptq-lora", "qa-lora-scales", "peqa", "e2e-qp", "l4q", "qat-lora", "lr-qat"]
 """The keys of `methods.METHODS` (a test compares them)."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -92,7 +92,8 @@ class Grid(Settings):
     """How weights are quantized. What is not given is the method's own choice."""
 
     method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
-    """Preset of all that follows: qa-lora (merges exactly), qlora, gptq-lora."""
+    """Preset of all that follows. Merge exactly: qa-lora, qa-lora-scales, peqa, e2e-qp, l4q, lr-qat. Do not: qlora,
+    gptq-lora, qat-lora."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
@@ -151,7 +152,7 @@ class Grid(Settings):
         )
         if self.scales:
             offsets = self.scales if chosen.storage.offsets in ("fp16", "fp32", "double") else chosen.storage.offsets
-            chosen = replace(chosen, storage=Storage(scales=self.scales, offsets=offsets))
+            chosen = chosen.with_storage(Storage(scales=self.scales, offsets=offsets))
         chosen = replace(chosen, rounding=self._rounding(chosen.rounding))
         chosen.rounding.check(Layout(format=chosen.format, storage=chosen.storage, out=1, columns=1))
         return chosen
@@ -169,8 +170,8 @@ class Grid(Settings):
         """How each layer is quantized."""
         from quadapt.model.quantize import Plan
 
-        chosen = self.chosen_method()
-        return Plan(format=chosen.format, storage=chosen.storage, rounding=chosen.rounding)
+        format, storage, rounding = self.chosen_method().base()
+        return Plan(format=format, storage=storage, rounding=rounding)
 
     def given(self) -> list[str]:
         """Names of the grid settings that were set explicitly."""

@@ -20,7 +20,7 @@ from torch import nn
 
 from quadapt.errors import CheckpointError, QuadaptError, locate
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.quantizer import base_config
+from quadapt.hf.quantizer import base_config, fingerprint_of
 from quadapt.hf.verify import other_digests
 from quadapt.hf.workspace import write_json
 from quadapt.model.quantize import quantized_layers
@@ -237,8 +237,7 @@ def check_base(folder: Folder, model: nn.Module) -> None:
 
     config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
     wanted = identity_of(config).get("base_fingerprint")
-    with locate(f"{folder.name}: its base"):
-        found = base_config(model).fingerprint
+    found = fingerprint_of(model)
     if wanted and wanted != found:
         raise CheckpointError(
             f"{folder.name}: this adapter was trained over another base (fingerprint {str(wanted)[:12]}, this one "

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
-from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off
+from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers, adapters_off
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.model.quantize import Plan, quantize_layer, quantize_model, quantized_layers
+from quadapt.model.select import left_over
 from quadapt.quant.rounding import Rounding
 from quadapt.quant.weight import QuantWeight, largest_move
 
@@ -131,61 +132,49 @@ def merge(
     adapted = _logits(model, probe)
     with adapters_off(model):
         base = _logits(model, probe)
-    config, weights = base_config(model), {}
-    rows = []
-    for name in progress(list(layers)):
-        with locate(name), torch.no_grad():
-            weights[name], row = _merge_layer(name, layers[name], requantize)
-        rows.append(row)
-    merged = model.unload()
+    made, left = _about(model)
     if requantize is not None and requantize.needs:
-        rows = _round_again(merged, layers, requantize, batches)
-    made = {**config.made, "merge": "requantized" if requantize else "exact" if exact else "equivalent"}
-    adopt(merged, left=config.left, made=made)
+        merged, rows = _round_again(model, layers, requantize, batches)
+    else:
+        rows = []
+        for name in progress(list(layers)):
+            with locate(name), torch.no_grad():
+                rows.append(_merge_layer(name, layers[name], requantize))
+        merged = model.unload()
+    made["merge"] = "requantized" if requantize else "exact" if exact else "equivalent"
+    adopt(merged, left=left or left_over(merged, "no adapter trained over it"), made=made)
     after = _logits(merged, probe)
     equal = bool(torch.equal(adapted, after))
     verdict: Verdict = "lossy" if requantize else "exact" if exact and equal else "equivalent"
     return merged, _compare(adapted, after, base, probe, verdict=verdict, probe_name=probe_name, rows=rows)
 
 
-def _check_mergeable(layers: dict[str, QuantLoraLinear]) -> None:
+def _about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """How a quantized base was made and what it leaves unquantized; of a dense base there is nothing to say."""
+    if not quantized_layers(model):
+        kinds = {layer.adapters[name].kind for layer in adapted_layers(model).values() for name in layer.adapters}
+        return {"method": ", ".join(sorted(kinds))}, {}
+    config = base_config(model)
+    return dict(config.made), config.left
+
+
+def _check_mergeable(layers: dict[str, AdaptedLayer]) -> None:
     for name, layer in layers.items():
-        for active in layer.active_adapters:
-            if layer.lora_bias[active]:
-                raise MergeError(
-                    f"{name}: the adapter {active!r} has a bias. Only adapters without one (lora_bias=False) merge"
-                )
-            if layer.adapters[active].exactness == "none":
-                with locate(name):
-                    layer.adapters[active].merge(
-                        layer.quant.quant_weight, *layer.factors(active), layer.scaling[active]
-                    )
+        if any(layer.lora_bias[active] or layer.adapters[active].exactness == "none" for active in layer.adapters):
+            with locate(name), torch.no_grad():
+                layer.merged_weight()
 
 
-def _merge_layer(name: str, layer: QuantLoraLinear, requantize: Rounding | None) -> tuple[QuantWeight, MergedLayer]:
+def _merge_layer(name: str, layer: AdaptedLayer, requantize: Rounding | None) -> MergedLayer:
     """Give the layer its merged weight; say how it differs from the adapted one."""
-    before, adapted = layer.quant.quant_weight, dense_adapted(layer)
+    before, adapted = layer.first_weight(), layer.dense_adapted()
     if requantize is None:
-        layer.merge()
-        layer.merged_adapters.clear()  # so that unloading does not take it back
-    elif not requantize.needs:
+        merged = layer.merged_weight()
+    else:
         plan = Plan(format=before.format, storage=before.layout.storage, rounding=requantize)
-        layer.quant.quant_weight, _ = quantize_layer(name, adapted, plan, {})
-    return layer.quant.quant_weight, _difference(name, before, layer.quant.quant_weight, adapted)
-
-
-def dense_adapted(layer: QuantLoraLinear) -> Tensor:
-    """The weight that a layer computes with, adapters included, as float32 `[out, in]`."""
-    weight = layer.quant.quant_weight
-    active = [name for name in layer.active_adapters if name in layer.adapters]
-    for name in active:
-        if layer.adapters[name].merged_form:
-            weight = layer.adapters[name].merge(weight, *layer.factors(name), layer.scaling[name])
-    dense = weight.dequantize()
-    for name in active:
-        if not layer.adapters[name].merged_form:
-            dense = dense + layer.get_delta_weight(name)
-    return dense
+        merged, _ = quantize_layer(name, adapted, plan, {})
+    layer.settle(merged)
+    return _difference(name, before, merged, adapted)
 
 
 def _difference(name: str, base: QuantWeight, merged: QuantWeight, adapted: Tensor) -> MergedLayer:
@@ -194,17 +183,18 @@ def _difference(name: str, base: QuantWeight, merged: QuantWeight, adapted: Tens
 
 
 def _round_again(
-    model: nn.Module, layers: dict[str, QuantLoraLinear], rounding: Rounding, batches: Sequence[Tensor]
-) -> list[MergedLayer]:
+    model: Any, layers: dict[str, AdaptedLayer], rounding: Rounding, batches: Sequence[Tensor]
+) -> tuple[nn.Module, list[MergedLayer]]:
     """Requantize with a rounding that must see the model run: every layer dense first, then block by block."""
-    bases = {name: layer.quant.quant_weight for name, layer in layers.items()}
-    adapted = {name: dense_adapted(layer).detach() for name, layer in layers.items()}
+    bases = {name: layer.first_weight() for name, layer in layers.items()}
+    adapted = {name: layer.dense_adapted().detach() for name, layer in layers.items()}
+    biases = {name: layer.get_base_layer().bias for name, layer in layers.items()}
+    model = model.unload()
     linears = {}
     for name, weight in adapted.items():
-        bias = layers[name].quant.bias
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases[name] is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(next(model.parameters()).dtype), requires_grad=False)
-        linear.bias = bias
+        linear.bias = biases[name]
         model.set_submodule(name, linear)
         linears[name] = linear
     first = next(iter(bases.values())).layout
@@ -216,7 +206,7 @@ def _round_again(
     )
     quantize_model(model, linears, plan, batches=batches)
     again = quantized_layers(model)
-    return [_difference(name, base, again[name].quant_weight, adapted[name]) for name, base in bases.items()]
+    return model, [_difference(name, base, again[name].quant_weight, adapted[name]) for name, base in bases.items()]
 
 
 @torch.no_grad()

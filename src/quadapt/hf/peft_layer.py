@@ -18,8 +18,9 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from quadapt.errors import ConfigError, locate
-from quadapt.nn.adapters import Adapter, LoRA, adapter_from
+from quadapt.errors import ConfigError, MergeError, locate
+from quadapt.hf.grid_layer import GridLoraLinear
+from quadapt.nn.adapters import Adapter, CodesAdapter, GridAdapter, LoRA, adapter_from
 from quadapt.nn.adapters.base import MergedForm
 from quadapt.nn.quant_linear import QuantLinear, autocast
 from quadapt.quant.autograd import quant_matmul
@@ -108,7 +109,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, CodesAdapter] = {}
         self._unmerged: list[QuantWeight] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -173,6 +174,43 @@ class QuantLoraLinear(nn.Module, LoraLayer):
                 y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
         return self.quant.with_bias(y)
 
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.adapters]
+
+    def merged_weight(self) -> QuantWeight:
+        """The quantized weight with all active adapters merged into it; codes do not move.
+
+        Raises:
+            MergeError: An adapter cannot merge into codes.
+        """
+        weight = self.quant.quant_weight
+        for name in self._active():
+            if self.lora_bias[name]:
+                raise MergeError(f"the adapter {name!r} has a bias. Only adapters without one (lora_bias=False) merge")
+            weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
+        return weight
+
+    def first_weight(self) -> QuantWeight:
+        """The quantized weight from before the first step: the base's."""
+        return self.quant.quant_weight
+
+    @torch.no_grad()
+    def dense_adapted(self) -> Tensor:
+        """The weight that the layer computes with, adapters included, as float32 `[out, in]`."""
+        weight, active = self.quant.quant_weight, self._active()
+        for name in active:
+            if self.adapters[name].merged_form:
+                weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
+        dense = weight.dequantize()
+        for name in active:
+            if not self.adapters[name].merged_form:
+                dense = dense + self.get_delta_weight(name)
+        return dense
+
+    def settle(self, weight: QuantWeight) -> None:
+        """Replace the quantized weight, for good."""
+        self.quant.quant_weight = weight
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the quantized weight; codes do not move.
@@ -213,22 +251,38 @@ def register() -> None:
 
     def create(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, QuantLinear):
-            kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
-            return QuantLoraLinear(target, adapter_name, lora_config, **kwargs)
-        return stock(lora_config, adapter_name, target, **kwargs)
+        quantized = isinstance(base, QuantLinear)
+        if not quantized and identity_of(lora_config)["kind"] == LoRA.kind:
+            return stock(lora_config, adapter_name, target, **kwargs)
+        kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
+        adapter = adapter_of(lora_config)
+        with locate(kwargs.get("target_name") or "layer"):
+            _check_base(adapter, quantized=quantized)
+        if isinstance(adapter, GridAdapter):
+            return GridLoraLinear(target, adapter_name, adapter, lora_config, **kwargs)
+        return QuantLoraLinear(target, adapter_name, lora_config, **kwargs)
 
     create._quadapt = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
 
 
-def adapted_layers(model: nn.Module) -> dict[str, QuantLoraLinear]:
-    """The layers of a model that carry adapters over a quantized weight, by their name in the base model."""
+def _check_base(adapter: Adapter, *, quantized: bool) -> None:
+    if quantized == (adapter.base == "float"):
+        have = "quantized" if quantized else "dense"
+        raise ConfigError(
+            f"a {adapter.kind} adapter trains over {adapter.base} weights, and this layer is {have}. Give the "
+            + ("dense model" if quantized else "model that quadapt has quantized")
+        )
+
+
+AdaptedLayer = QuantLoraLinear | GridLoraLinear
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The layers of a model that carry adapters of ours, by their name in the base model."""
     prefix = "base_model.model."
     return {
-        name.removeprefix(prefix): module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLoraLinear)
+        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)
     }
 
 

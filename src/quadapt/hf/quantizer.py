@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from quadapt.hf.config import QuadaptConfig
 from quadapt.model.quantize import fingerprint, quantize_layer, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
-from quadapt.quant.weight import Layout
+from quadapt.quant.weight import Layout, hash_tensor
 
 
 class QuadaptQuantizer(HfQuantizer):
@@ -150,6 +151,18 @@ def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> An
     model.is_quantized = True
     model.quantization_method = config.quant_method
     return model
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """What tells one base from another: of a quantized model as its config has it, of a dense one over its matrices."""
+    if quantized_layers(model):
+        return base_config(model).fingerprint
+    state = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            state.update(f"{name}:{module.weight.dtype}".encode())
+            hash_tensor(state, module.weight)
+    return state.hexdigest()
 
 
 def base_config(model: nn.Module) -> QuadaptConfig:

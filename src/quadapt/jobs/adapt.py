@@ -1,17 +1,20 @@
-"""Put a method's adapter over a quantized model."""
+"""Put a method's adapter over a model."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from quadapt.config import TuneConfig
-from quadapt.hf.peft_layer import lora_config
-from quadapt.hf.quantizer import base_config
+from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.quantizer import fingerprint_of
 from quadapt.model.quantize import bits_of, quantized_layers
-from quadapt.model.select import matching
+from quadapt.model.select import matching, select
+from quadapt.nn.adapters import L4Q, Adapter
+from quadapt.quant.weight import Layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,46 +23,58 @@ log = logging.getLogger("quadapt")
 
 
 def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> PeftModel:
-    """A PEFT model with a fresh adapter over the quantized layers that `target_modules` names.
+    """A PEFT model with a fresh adapter over the layers that `target_modules` names.
 
     Args:
-        model: Quantized.
+        model: Quantized; dense for methods that quantize in their forward.
         config: Names the method; its rank, alpha and dropout hold.
         on_meta: Shapes alone, for estimates.
 
     Raises:
-        ConfigError: A name matches no quantized layer, or the adapter cannot train over the format.
+        ConfigError: A name matches no layer, or the adapter cannot train over the format.
     """
     from peft import get_peft_model
 
     chosen = config.chosen_method()
-    layers = quantized_layers(model)
-    names = matching(layers, config.target_modules)
-    recipe = chosen.recipe
-    wasted = [name for name in names if recipe.rank > chosen.adapter.inputs(layers[name].layout)]
+    layouts = _layouts(model, chosen.adapter, config.skip)
+    names = matching(layouts, config.target_modules)
+    recipe, inputs = chosen.recipe, chosen.adapter.inputs
+    wasted = [name for name in names if 0 < inputs(layouts[name]) < recipe.rank]
     if wasted and not on_meta:
         log.warning(
             "rank %d is more than the %d inputs of the adapter at %s%s: the rest of the rank is wasted",
             recipe.rank,
-            chosen.adapter.inputs(layers[wasted[0]].layout),
+            inputs(layouts[wasted[0]]),
             wasted[0],
             f" and {len(wasted) - 1} more" if len(wasted) > 1 else "",
         )
-    fingerprint = "" if on_meta else base_config(model).fingerprint
     settings = lora_config(
         chosen.adapter,
         rank=recipe.rank,
         alpha=recipe.alpha,
         dropout=recipe.dropout,
         target_modules=names,
-        base_fingerprint=fingerprint,
+        base_fingerprint="" if on_meta else fingerprint_of(model),
     )
     return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
 
 
+def _layouts(model: nn.Module, adapter: Adapter, skip: Sequence[str]) -> dict[str, Layout]:
+    """Layers that `adapter` can train over, with their layout: of the base, or of the product over a dense one."""
+    if isinstance(adapter, L4Q):
+        chosen = select(model, skip=skip).chosen
+        return {name: adapter.layout(linear.out_features, linear.in_features) for name, linear in chosen.items()}
+    return {name: layer.layout for name, layer in quantized_layers(model).items()}
+
+
 def true_bits(model: nn.Module) -> dict[str, float]:
-    """True bits per quantized weight: of the base, and with the adapter as it is stored."""
+    """True bits per adapted weight: of the base, and with the adapter as it is stored."""
     layouts = [layer.layout for layer in quantized_layers(model).values()]
-    weights = sum(layout.out * layout.columns for layout in layouts)
+    if not layouts:
+        dense = [layer.get_base_layer().get_parameter("weight") for layer in adapted_layers(model).values()]
+        weights, bits = sum(weight.numel() for weight in dense), sum(8 * weight.nbytes for weight in dense)
+        base = bits / weights
+    else:
+        weights, base = sum(layout.out * layout.columns for layout in layouts), bits_of(layouts)
     adapter = sum(8 * parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
-    return {"base": bits_of(layouts), "with_adapter": bits_of(layouts) + adapter / weights}
+    return {"base": base, "with_adapter": base + adapter / weights}

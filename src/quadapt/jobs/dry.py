@@ -17,6 +17,7 @@ from quadapt.hf.context import context_of
 from quadapt.jobs.source import device_of, model_config, skeleton
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
+from quadapt.nn.adapters import L4Q
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import Layout
 from quadapt.report import memory
@@ -76,9 +77,17 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
             with locate(layer):
                 layouts[layer] = plan.layout(layer, linear.out_features, linear.in_features)
                 plan.rounding.check(layouts[layer])
+    adapter = config.chosen_method().adapter
+    if quantized is None and isinstance(adapter, L4Q):  # quantizes in its forward: the base stays dense
+        layouts = {layer: adapter.layout(layout.out, layout.columns) for layer, layout in layouts.items()}
+        return _sketched(model, layouts, left, about)
     for layer, layout in layouts.items():
         bias = model.get_submodule(layer).bias
         model.set_submodule(layer, QuantLinear(layout, bias=bias is not None, device="meta", dtype=dtype))
+    return _sketched(model, layouts, left, about)
+
+
+def _sketched(model: nn.Module, layouts: Mapping[str, Layout], left: Mapping[str, str], about: Any) -> Sketch:
     largest = max(layout.out * layout.columns for layout in layouts.values())
     return Sketch(model, layouts, left, context_of(about), largest, memory.parameter_bytes(model))
 

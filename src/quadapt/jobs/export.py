@@ -14,7 +14,6 @@ from quadapt.errors import CheckpointError, ConfigError
 from quadapt.exporters import dense, gguf, gguf_lora, lora
 from quadapt.exporters.report import ExportReport
 from quadapt.hf.folder import Folder, find_base, load, open_folder
-from quadapt.hf.merge import dense_adapted
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.peft_layer import adapted_layers, adapter_of
 from quadapt.hf.workspace import check_disk, check_output, remove
@@ -97,7 +96,7 @@ def _settle(model: Any, config: ExportConfig, output: Path, ui: UI) -> tuple[Any
 def _densified(model: nn.Module) -> nn.Module:
     """Replace each adapted layer by a dense one with its adapter added."""
     layers = adapted_layers(model)
-    dense = {name: (dense_adapted(layer).detach(), layer.quant.bias) for name, layer in layers.items()}
+    dense = {name: (layer.dense_adapted(), layer.get_base_layer().bias) for name, layer in layers.items()}
     plain = model.unload()  # type: ignore[operator]
     for name, (weight, bias) in dense.items():
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -98,7 +98,9 @@ def load_adapted(folder: Folder, where: str, config: Any) -> tuple[nn.Module, An
     """
     from peft import PeftModel
 
-    base = load_model(where, dtype=config.dtype, device=device_of(config), trust_remote_code=config.trust_remote_code)
+    trained = folder.note.get("settings", {}).get("dtype", "auto")
+    dtype = trained if config.dtype == "auto" else config.dtype
+    base = load_model(where, dtype=dtype, device=device_of(config), trust_remote_code=config.trust_remote_code)
     check_base(folder, base)
     model = reading(folder.name, PeftModel.from_pretrained, base, folder.name)
     holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where

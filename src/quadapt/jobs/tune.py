@@ -13,13 +13,15 @@ from quadapt.data import Collator, Encoded, Rows, check_loss, encode, pad_token_
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import NOTE, Folder, load_model, load_tokenizer, open_folder
-from quadapt.hf.quantizer import base_config
+from quadapt.hf.peft_layer import identity_of
+from quadapt.hf.quantizer import fingerprint_of
 from quadapt.hf.workspace import Workspace, check_output, remove, write_json
 from quadapt.jobs import dry
 from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.quantize import quantize_into
-from quadapt.jobs.source import device_of, held_out, job_of, model_config, versions
+from quadapt.jobs.source import dense_folder, device_of, held_out, job_of, model_config, versions
 from quadapt.methods import Recipe
+from quadapt.objectives import RILQ, KeptTeacher, Teacher
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
 
@@ -43,6 +45,11 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
             f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give "
             "the dense model"
         )
+    if folder.kind == "quantized" and chosen.adapter.base != "codes":
+        raise ConfigError(
+            f"method={config.method!r} starts from the dense model, and {config.model!r} is quantized. Give the dense "
+            "one"
+        )
     about = model_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
     if seq_len > context_of(about):
@@ -56,17 +63,17 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     data = _encoded(config, rows, held, tokenizer, seq_len, ui)
     calibration = read(config.calibration_data) if config.calibration_data else rows
     found = dry.sketch(folder.name, config)
-    needs = found.bytes_on_disk if folder.kind == "model" else 0
+    needs = found.bytes_on_disk if folder.kind == "model" and chosen.adapter.base != "float" else 0
     dry.check_fits(dry.tuning(config, found, seq_len=seq_len), device, ui)
     job = job_of("tune", config.model_dump(mode="json"), inputs)
     with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=needs) as space:
         if space.resumed:
             ui.say(f"going on with {space.path}")
         base = folder.path
-        if folder.kind == "model":
+        if folder.kind == "model" and chosen.adapter.base != "float":
             base = _make_base(space.path, config, ui, device, calibration, seq_len)
         summary = _train(config, space, base, folder, tokenizer, data, ui)
-        space.commit("checkpoints")
+        space.commit("checkpoints", "targets")
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return {"output": config.output, **summary}
@@ -136,10 +143,11 @@ def _train(
     set_seed(config.seed)
     model = adapt(quantized, config)
     _say_recipe(chosen.recipe, ui)
-    ui.say(f"{trainable_parameters(model):,} trainable parameters over {base_config(quantized).fingerprint[:12]}")
+    ui.say(f"{trainable_parameters(model):,} trainable parameters over {fingerprint_of(quantized)[:12]}")
     fields = {
         name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"
     }
+    objective = _objective(config, space, model, data[0], Collator(pad_token_id(tokenizer)), ui)
     run = Run(recipe=chosen.recipe, device=device, **fields)
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
@@ -149,6 +157,7 @@ def _train(
             space.path / "checkpoints",
             collate=Collator(pad_token_id(tokenizer)),
             eval_data=None if data[1] is None else data[1].data,
+            objective=objective,
             tick=tick,
         )
         most = peak()
@@ -178,6 +187,31 @@ def _train(
     return summary
 
 
+def _objective(
+    config: TuneConfig, space: Workspace, model: Any, data: Encoded, collate: Collator, ui: UI
+) -> RILQ | None:
+    """RILQ's objective, if it is asked for: with targets from disk, or from the teacher as it goes."""
+    if config.objective == "cross-entropy":
+        return None
+    quantized = getattr(model.config, "quantization_config", None)
+    name = config.teacher or (quantized.made.get("source") if quantized else config.model)
+    if not name:
+        raise ConfigError("objective='rilq' needs the full-precision model. Say where it is with --teacher")
+    dense_folder(name)
+    device = device_of(config)
+    teacher = Teacher(load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code))
+    if not config.keep_targets:
+        return RILQ(model, teacher)
+    kept, size = KeptTeacher(space.path / "targets"), config.batch_size
+    starts = range(0, len(data.data), size)
+    batches = [
+        collate([data.data[at] for at in range(start, min(start + size, len(data.data)))])
+        for start in ui.over("reading", list(starts))
+    ]
+    kept.fill(teacher, batches, lambda todo: ui.over("the teacher's targets", todo))
+    return RILQ(model, kept)
+
+
 def _write(
     space: Workspace, model: Any, tokenizer: Any, base: Path, folder: Folder, summary: Mapping[str, Any]
 ) -> None:
@@ -187,8 +221,8 @@ def _write(
     where = {"relative": os.path.relpath(final, space.output.resolve()), "absolute": str(final), "hub": None}
     if folder.kind == "quantized" and not folder.path.exists():
         where = {"relative": None, "absolute": None, "hub": folder.name}
-    where["fingerprint"] = base_config(model.get_base_model()).fingerprint
     config = model.peft_config["default"]
+    where["fingerprint"] = identity_of(config)["base_fingerprint"]
     model.peft_config["default"] = replace(config, base_model_name_or_path=named)
     model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)

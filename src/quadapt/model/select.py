@@ -70,6 +70,18 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
     return Selection(chosen, left)
 
 
+def left_over(model: nn.Module, reason: str) -> dict[str, str]:
+    """Why each matrix outside quantized layers is not quantized; `reason` for those that could be."""
+    head, tied = _head(model), _tied(model)
+    left = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and not isinstance(module, QuantLinear):
+                full = f"{name}.{parameter_name}" if parameter_name != "weight" else name
+                left[full] = _reason(module, full, head, tied, (), ()) or reason
+    return left
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether `pattern` is a run of the dotted parts of `name`: `q_proj` and `layers.0` match `a.layers.0.q_proj`."""
     return f".{pattern}." in f".{name}."

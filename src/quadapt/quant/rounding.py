@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -73,6 +73,36 @@ class Nearest(Rounding):
         packed = torch.cat(
             [_encode(weight[rows], layout, scales[rows], None if shift is None else shift[rows]) for rows in chunks]
         )
+        return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint(Rounding):
+    """Eight bits for a matrix that will have fewer: the range of `bits`-bit codes in `256 / 2**bits` times finer steps.
+
+    LR-QAT's frozen base (arXiv 2406.06385, Q n.(8-n)): its training moves weights between the coarse codes.
+    """
+
+    bits: int = 4
+    """Width of a code of the product: 2, 3 or 4."""
+
+    range: Literal["minmax", "mse"] = "mse"
+    """How a group's span is chosen for the coarse codes, as in `Nearest`; what lies beyond it is clipped."""
+
+    def check(self, layout: Layout) -> None:
+        super().check(layout)
+        if layout.format.levels != "int" or layout.format.bits != 8 or layout.format.zero != "none":
+            raise ConfigError(f"{layout.format.name}: a fixed-point base is made of symmetric 8-bit integers")
+
+    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
+        self.check(layout)
+        coarse = replace(layout, format=replace(layout.format, bits=self.bits))
+        chunks = row_chunks(weight)
+        scales = torch.cat([find_grid(weight[rows], coarse, self.range)[0] for rows in chunks]) / 2 ** (8 - self.bits)
+        grid = QuantWeight.build(layout, codes_of_zero(layout, weight), scales, None)
+        shift = implied_offsets(layout, grid.scales, None)
+        assert shift is not None
+        packed = torch.cat([_encode(weight[rows], layout, grid.scales[rows], shift[rows]) for rows in chunks])
         return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
 
 

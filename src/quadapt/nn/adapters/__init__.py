@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quadapt.errors import CheckpointError
-from quadapt.nn.adapters.base import Adapter
+from quadapt.nn.adapters.base import Adapter, CodesAdapter
+from quadapt.nn.adapters.grid import GridAdapter
+from quadapt.nn.adapters.l4q import L4Q, QATLoRA
 from quadapt.nn.adapters.lora import LoRA
+from quadapt.nn.adapters.lr_qat import LRQAT
 from quadapt.nn.adapters.pooled import Pooled
+from quadapt.nn.adapters.scales import Scales
 
-__all__ = ["ADAPTERS", "Adapter", "LoRA", "Pooled", "adapter_from"]
+__all__ = [
+    "ADAPTERS",
+    "L4Q",
+    "LRQAT",
+    "Adapter",
+    "CodesAdapter",
+    "GridAdapter",
+    "LoRA",
+    "Pooled",
+    "QATLoRA",
+    "Scales",
+    "adapter_from",
+]
 
-ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "pooled": Pooled}
+ADAPTERS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, Pooled, Scales, L4Q, QATLoRA, LRQAT)}
 
 
 def adapter_from(identity: Mapping[str, object]) -> Adapter:

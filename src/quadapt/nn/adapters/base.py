@@ -1,7 +1,8 @@
-"""What an adapter is: which parameters train over a quantized matrix, and what they do to it.
+"""What an adapter is: which parameters train over a matrix, and what they do to it.
 
-An :class:`Adapter` is a frozen dataclass without tensors; a layer keeps the parameters and hands them over. So one PEFT
-layer serves every adapter, and an adapter's settings are its identity on disk.
+An :class:`Adapter` is a frozen dataclass without tensors; a layer keeps the parameters and hands them over. So few PEFT
+layers serve every adapter, and an adapter's settings are its identity on disk. There are two families: a
+:class:`CodesAdapter` moves what lies over fixed codes and scales; a `GridAdapter` (grid.py) trains the grid itself.
 """
 
 from __future__ import annotations
@@ -14,28 +15,40 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import MergeError
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 Exactness = Literal["exact", "equivalent", "none"]
 
 
+Base = Literal["codes", "float", "fixed-point"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter(ABC):
-    """Trained parameters `lora_A`, `lora_B` over a quantized matrix, and `scaling` (alpha / rank)."""
+    """What trains over a matrix: `lora_A`, `lora_B`, `scaling` (alpha / rank), and whatever else its family has."""
 
     kind: ClassVar[str]
     """Name on disk and in `ADAPTERS`."""
+
+    base: ClassVar[Base] = "codes"
+    """What it trains over: codes; the dense matrix; or its 8-bit fixed-point form."""
 
     def check(self, layout: Layout, rank: int, dropout: float) -> None:  # noqa: B027 - most adapters accept anything
         """Raise ConfigError or ShapeError if this adapter cannot train over `layout`."""
 
     @abstractmethod
     def inputs(self, layout: Layout) -> int:
-        """Inputs of `lora_A` `[rank, inputs]`; `lora_B` is `[out, rank]`."""
+        """Inputs of `lora_A` `[rank, inputs]`; `lora_B` is `[out, rank]`. 0: there are no such factors."""
 
     @abstractmethod
     def reset(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Initialize the parameters in place, as the method's paper or authors do."""
+        """Initialize the factors in place, as the method's paper or authors do."""
+
+    def with_grid(self, format: Format, storage: Storage) -> Adapter:
+        """The same adapter for another grid: only those that do not train over codes keep it themselves."""
+        return self
 
     @property
     def exactness(self) -> Exactness:
@@ -46,6 +59,14 @@ class Adapter(ABC):
     def merged_form(self) -> bool:
         """Whether training computes with the merged matrix itself; otherwise the adapter is a side branch."""
         return False
+
+    def identity(self) -> dict[str, object]:
+        """Kind and settings, as they are saved."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+class CodesAdapter(Adapter):
+    """An adapter over a matrix whose codes and scales stay as they are."""
 
     def merge(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> QuantWeight:
         """The adapted matrix, quantized, without moving a code.
@@ -73,16 +94,12 @@ class Adapter(ABC):
     def as_lora(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
         """`A [rank, in]` and `B [out, rank]` of the ordinary LoRA that does the same, at the same scaling."""
 
-    def identity(self) -> dict[str, object]:
-        """Kind and settings, as they are saved."""
-        return {"kind": self.kind, **asdict(self)}
-
 
 @dataclass(frozen=True)
 class MergedForm:
     """Adapters trained in the merged form: the product computes with what they merge to."""
 
-    parts: tuple[tuple[Adapter, float], ...]
+    parts: tuple[tuple[CodesAdapter, float], ...]
     """Adapters with their scaling, in the order in which a merge would apply them."""
 
     def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:

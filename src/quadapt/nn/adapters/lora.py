@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from quadapt.nn.adapters.base import Adapter, add_low_rank
+from quadapt.nn.adapters.base import CodesAdapter, add_low_rank
 from quadapt.quant.weight import Layout, QuantWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Adapter):
+class LoRA(CodesAdapter):
     """`y = x W^T + scaling * x A^T B^T`. Cannot merge into codes: stays base + adapter, or is requantized by name."""
 
     kind: ClassVar[str] = "lora"

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import expand, pool
-from quadapt.nn.adapters.base import Adapter, Exactness, add_low_rank
+from quadapt.nn.adapters.base import CodesAdapter, Exactness, add_low_rank
 from quadapt.quant.rounding import check_choice
 from quadapt.quant.storage import FLOATS, Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pooled(Adapter):
+class Pooled(CodesAdapter):
     """`W' = scales * levels[codes] + offsets + scaling * B @ A`, with `A [rank, groups]`.
 
     Trained in the merged form by default: forward computes with the offsets that a merge would store, rounded to their

@@ -1,0 +1,175 @@
+"""Quantizing inside the forward, over the dense matrix: L4Q, and the baseline that its paper measures it against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quadapt.errors import ConfigError, MergeError
+from quadapt.kernels import kernels_for
+from quadapt.nn.adapters.base import Exactness, add_low_rank
+from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained
+from quadapt.quant.fake_quant import FakeQuant, snap
+from quadapt.quant.format import Format
+from quadapt.quant.rounding import check_choice
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class L4Q(GridAdapter):
+    """L4Q (Jeon et al. 2024, arXiv:2402.04902): quantize after merging, `W' = Q(W0 + scaling * B A; s, b)`.
+
+    `A`, `B`, scales and (unless `offsets` is none) offsets train together over the dense matrix, which stays frozen.
+    Training memory is that of LoRA over 16-bit weights; the product is codes, scales and offsets alone.
+
+    Differs: scales and shifts train relative to the first scale, `s = s0 * exp(rho)` and `b = b0 + s0 * shift`; the
+        paper trains them as they are, where one step of Adam may be several percent of a scale, or cross zero.
+    """
+
+    kind: ClassVar[str] = "l4q"
+    base = "float"
+
+    bits: int = 4
+    """Width of a code."""
+
+    group_size: int = 128
+    """Inputs that share a scale."""
+
+    offsets: Literal["none", "integer", "float"] = "float"
+    """none: symmetric, only scales train. integer: zero-points stay whole (straight through). float: free."""
+
+    init: Literal["l4q", "lsq+", "symmetric", "asymmetric"] = "l4q"
+    """First scales (paper, eqs. 15, 37, 38): l4q clips neither tail; the others are its ablation."""
+
+    order: Literal["clamp-round", "round-clamp"] = "clamp-round"
+    """Whether a weight beyond the last level, but nearest to it, counts as clipped (the paper) or not."""
+
+    tolerance: float = 1e-4
+    """How far beyond the last level a weight counts as inside, in steps: first scales put the extremes right on it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("offsets", self.offsets, ("none", "integer", "float"))
+        check_choice("init", self.init, ("l4q", "lsq+", "symmetric", "asymmetric"))
+        if self.init == "asymmetric" and self.offsets == "none":
+            raise ConfigError("init='asymmetric' starts from offsets, and offsets='none' has none. Use another init")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("rho",) if self.offsets == "none" else ("rho", "shift")
+
+    def inputs(self, layout: Layout) -> int:
+        return layout.columns
+
+    def with_grid(self, format: Format, storage: Storage) -> L4Q:
+        if format.levels != "int":
+            raise ConfigError(f"levels={format.levels!r}: {self.kind} trains evenly spaced levels. Use levels='int'")
+        kind: Held = "fp32" if storage.scales == "fp32" else "fp16"
+        return replace(self, bits=format.bits, group_size=format.group_size, offsets=format.zero, scales=kind)
+
+    def product(self, source: Source) -> Layout:
+        assert isinstance(source, Tensor)
+        return self.layout(*source.shape)
+
+    def layout(self, out: int, columns: int) -> Layout:
+        """Layout of the product of a dense matrix `[out, columns]`."""
+        format = Format(bits=self.bits, group_size=self.group_size, zero=self.offsets)
+        kind: Held = "fp32" if self.scales == "fp32" else "fp16"
+        offsets = {"none": "absent", "integer": "integer", "float": kind}[self.offsets]
+        return Layout(format=format, storage=Storage(scales=kind, offsets=offsets), out=out, columns=columns)  # type: ignore[arg-type]
+
+    def how(self, layout: Layout) -> FakeQuant:
+        return FakeQuant(format=layout.format, columns=layout.columns, order=self.order, tolerance=self.tolerance)
+
+    @torch.no_grad()
+    def start(self, source: Source) -> Tensor:
+        """First scales and shifts, `[2, out, groups]`."""
+        assert isinstance(source, Tensor)
+        layout, half = self.product(source), 2 ** (self.bits - 1)
+        width = layout.format.width(layout.columns)
+        low, high = kernels_for(source.device).group_range(source, width)
+        if self.init == "asymmetric":
+            scales = _up((high - low) / (2 * half - 1), layout.storage.scales)
+            return torch.stack([scales, low + half * scales])
+        if self.init == "lsq+":
+            mean, deviation = _moments(source, width)
+            scales = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / half
+        elif self.init == "symmetric":
+            scales = torch.maximum(-low, high) / half
+        else:
+            scales = torch.maximum(-low / half, high / (half - 1))
+        return torch.stack([_up(scales, layout.storage.scales), torch.zeros_like(scales)])
+
+    def grid(
+        self, source: Source, start: Tensor | None, trained: Trained, scaling: float
+    ) -> tuple[Tensor, Tensor | None]:
+        assert start is not None
+        layout, half = self.product(source), 2 ** (self.bits - 1)
+        first, shift = start.detach().float()
+        scales = snap(first * trained["rho"].float().exp(), layout.storage.scales)
+        if self.offsets == "none":
+            return scales, None
+        shift = shift + first * trained["shift"].float()
+        if self.offsets == "integer":
+            zero = half - shift / scales
+            return scales, zero + (zero.round().clamp(0, 2 * half - 1) - zero).detach()
+        return scales, snap(shift - half * scales, layout.storage.offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QATLoRA(L4Q):
+    """QAT-LoRA, the baseline of L4Q's paper: `y = Q(W0; s, b) x + scaling * B A x`.
+
+    The quantizer and the adapter train side by side; the sum does not merge into codes.
+    """
+
+    kind: ClassVar[str] = "qat-lora"
+
+    @property
+    def exactness(self) -> Exactness:
+        return "none"
+
+    @property
+    def merged_form(self) -> bool:
+        return False
+
+    def check(self, layout: Layout, rank: int, dropout: float) -> None:
+        """Any dropout goes: there is a branch to drop."""
+
+    def inside(self, trained: Trained) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
+
+    def forward(self, x: Tensor, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> Tensor:
+        y = super().forward(x, source, start, trained, scaling)
+        return add_low_rank(y, x, trained["A"], trained["B"], scaling)
+
+    def merge(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> QuantWeight:
+        raise MergeError(
+            "qat-lora's branch changes weights within a group, which codes cannot follow. Train with --method l4q, or "
+            "accept the loss and requantize (merge --requantize)"
+        )
+
+    def dense(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> Tensor:
+        quantized = super().dense(source, start, trained, scaling)
+        return quantized + scaling * (trained["B"].float() @ trained["A"].float())
+
+
+def _up(scales: Tensor, kind: str) -> Tensor:
+    """The next number that storage can hold: a scale that is rounded down would clip its group's extreme."""
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    if kind != "fp16":
+        return scales
+    kept = scales.half()
+    return torch.where(kept.float() < scales, kept * (1 + 2**-10), kept).float()
+
+
+def _moments(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each group, float32 `[out, groups]`."""
+    missing = -weight.shape[1] % width
+    groups = nn.functional.pad(weight.double(), (0, missing), value=torch.nan).unflatten(1, (-1, width))
+    mean = groups.nanmean(-1, keepdim=True)
+    return mean[..., 0].float(), (groups - mean).square().nanmean(-1).sqrt().float()
