@@ -72,6 +72,16 @@ def test_any_batch_and_any_row(lead: tuple[int, ...], columns: int) -> None:
         assert_same_gradients(each(), straight_through(each), each.leaves)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_inputs_and_factors_need_not_be_contiguous() -> None:
+    each = case(lead=(5, 2))
+    plain = {name: getattr(each, name).detach() for name in ("x", "A", "B")}
+    skewed = {name: tensor.transpose(0, 1).contiguous().transpose(0, 1) for name, tensor in plain.items()}
+    each = replace(each, **{name: tensor.requires_grad_() for name, tensor in skewed.items()})
+    assert not any(tensor.is_contiguous() for tensor in skewed.values())
+    assert_same_gradients(each(), straight_through(each), each.leaves)
+
+
 @pytest.mark.parametrize(("order", "tolerance"), [("clamp-round", 1e-4), ("clamp-round", 0.3), ("round-clamp", 0.3)])
 @pytest.mark.parametrize("bits", BITS)
 def test_l4q_by_its_equations(bits: int, order: str, tolerance: float) -> None:

@@ -151,16 +151,15 @@ class Made(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("domain", ["weight", "codes"])
-def test_of_a_weights_size_backward_makes_the_dense_weight_alone(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_makes_nothing_larger_than_a_tile(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_quant, "_TILE", 5 * 512)
     each = case(domain, columns=512, lead=(4,)).to(torch.float32, x=torch.bfloat16)
     y = each()
     with Made() as made:
         torch.autograd.grad(y, each.leaves, torch.ones_like(y))
-    dense, tile = OUT * 512 * 2, 5 * 512 * 4
-    assert [size for size in made.sizes.values() if size >= dense] == [dense]
-    assert max(size for size in made.sizes.values() if size != dense) == max(tile, 4 * 512 * 4)
-    assert sum(made.sizes.values()) < dense + 6 * tile + 4 * each.A.nbytes
+    tile, inputs = 5 * 512 * 4, 4 * 512 * 4  # a bfloat16 weight would have 24 * 512 * 2
+    assert max(made.sizes.values()) == max(tile, inputs)
+    assert list(made.sizes.values()).count(tile) == 2  # the gradient and the weights
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
@@ -180,6 +179,22 @@ def test_gradients_of_parameters_are_not_rounded_to_the_dtype_of_the_inputs(doma
     for mine, other in zip(found[1:], want[1:], strict=True):
         assert float((mine - other).norm() / other.norm()) < 1e-5
     assert float((found[0] - want[0]).norm() / want[0].norm()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("domain", ["weight", "codes"])
+def test_accelerators_multiply_in_the_dtype_of_the_inputs(
+    domain: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = case(domain).to(torch.float32, x=dtype)
+    dy = torch.randn(2, 5, OUT).to(dtype)
+    want = gradients(each, dy)
+    monkeypatch.setattr(fake_quant, "_fast", lambda dy, _: dy.dtype)
+    monkeypatch.setattr(fake_quant, "_TOKENS", 3)
+    monkeypatch.setattr(fake_quant, "_TILE", 7 * IN)
+    for mine, other in zip(gradients(each, dy), want, strict=True):
+        assert mine.dtype == other.dtype
+        assert float((mine - other).norm() / other.norm()) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_factors_and_bases_may_have_other_dtypes() -> None:

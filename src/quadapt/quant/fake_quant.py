@@ -6,9 +6,9 @@ merged model and training model are the same computation. Two domains say what i
 * **weight** (L4Q, QAT-LoRA's base, LSQ, Block-AP): `W0 + scaling * B @ A` in units of the grid, over a float base;
 * **codes** (LR-QAT; without `A` and `B` PEQA and E2E-QP): frozen codes plus `scaling * B @ A`.
 
-Backward starts from the gradient of the output alone: it computes the gradient of the weights a few rows at a time, and
-everything that depends on it, quantizing once more. So nothing is kept for backward but the inputs and tensors that
-exist anyway, and no temporary but one tile and the dense weight of the product is of a weight's size.
+Backward starts from the gradient of the output alone: a few rows at a time, it quantizes once more, computes the
+gradient of these weights, and all that depends on it. So nothing is kept for backward but the inputs and tensors that
+exist anyway, and nothing of a weight's size is made; forward has the dense weight while it multiplies.
 
 Source: L4Q (arXiv 2402.04902) eqs. 5-14; LR-QAT (arXiv 2406.06385); PEQA (arXiv 2305.14152); EfficientQAT
 (arXiv 2407.11062). Signed formulas follow by the chain rule of `offsets = b - scales * 2**(bits - 1)`.
@@ -126,6 +126,7 @@ class FakeQuantMatmul(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):  # backward may run inside of it
             if x is None:
                 return dy @ fake_quantize(*operands, dy.dtype), *(None,) * 7
+            rows = x.reshape(-1, x.shape[-1])
             needs_x, _, _, needs_base, _, _, needs_A, needs_B = ctx.needs_input_grad
             wanted = Gradients(
                 base=torch.empty_like(base) if needs_base else None,
@@ -133,10 +134,10 @@ class FakeQuantMatmul(torch.autograd.Function):
                 offsets=torch.empty_like(offsets),
                 A=torch.zeros_like(A, dtype=scales.dtype) if needs_A else None,
                 B=torch.empty_like(B, dtype=scales.dtype) if needs_B else None,
-                dense=dy.new_empty(len(base), ctx.how.columns) if needs_x else None,
+                x=rows.new_zeros(rows.shape, dtype=scales.dtype) if needs_x else None,
             )
-            _fill(wanted, dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), operands, ctx.how.slack)
-            dx = None if wanted.dense is None else dy @ wanted.dense
+            _fill(wanted, dy.reshape(-1, dy.shape[-1]), rows, operands, ctx.how.slack)
+        dx = None if wanted.x is None else wanted.x.view(x.shape).to(x.dtype)
         dA = None if wanted.A is None else wanted.A.to(A.dtype)
         dB = None if wanted.B is None else (ctx.scaling * wanted.B).to(B.dtype)
         return dx, None, None, wanted.base, wanted.scales, wanted.offsets, dA, dB
@@ -155,8 +156,8 @@ class Gradients:
     B: Tensor | None
     """Of `B` as the kernels take it, already scaled."""
 
-    dense: Tensor | None
-    """The weights themselves, in the dtype of the product: the pass that masks the gradient gives them too."""
+    x: Tensor | None
+    """Inputs, `[tokens, in]`: zeros at first, likewise."""
 
 
 Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Grid]
@@ -172,18 +173,29 @@ def _operands(
 
 
 def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: float | None) -> None:
-    """Compute gradients tile by tile, given `dy [tokens, out]` and `x [tokens, in]`."""
+    """Compute gradients tile by tile, given `dy [tokens, out]` and `x [tokens, in]`.
+
+    The pass that masks the gradient of a tile gives its weights too, for that of `x`; where these are float32, they are
+    not rounded as forward rounds them.
+    """
     base, A, B, scales, offsets, levels, grid = operands
     step = max(1, _TILE // grid.columns)
+    work = _fast(dy, scales.dtype)
     tile = scales.new_empty(min(step, len(base)), grid.columns)
+    weights = None if wanted.x is None else torch.empty_like(tile, dtype=work)
     for start in range(0, len(base), step):
         rows = slice(start, start + step)
-        G = _outer(dy[:, rows], x, tile[: len(base) - start])
+        G = tile[: len(base) - start].zero_()
+        for some in _parts(len(x)):
+            _add_product(G, dy[some, rows].to(work).T, x[some].to(work))
         factor = None if B is None else B[rows]
-        dense = None if wanted.dense is None else wanted.dense[rows]
+        dense = None if weights is None else weights[: len(base) - start]
         wanted.scales[rows], wanted.offsets[rows] = fake_gradients(
             G, base[rows], A, factor, scales[rows], offsets[rows], levels, grid, slack, dense
         )
+        if wanted.x is not None and dense is not None:
+            for some in _parts(len(x)):
+                _add_product(wanted.x[some], dy[some, rows].to(work), dense)
         if wanted.base is not None:
             wanted.base[rows] = G
         if wanted.A is not None and factor is not None:
@@ -192,12 +204,20 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
             torch.mm(G, A.T, out=wanted.B[rows])
 
 
-def _outer(dy: Tensor, x: Tensor, G: Tensor) -> Tensor:
-    """`dy.T @ x` into `G`, in its dtype: sums over groups need more than the product's, and float16 would overflow."""
-    for start in range(0, max(1, len(x)), _TOKENS):
-        some = slice(start, start + _TOKENS)
-        G.addmm_(dy[some].to(G.dtype).T, x[some].to(G.dtype), beta=float(start > 0))
-    return G
+def _parts(tokens: int) -> list[slice]:
+    return [slice(start, start + _TOKENS) for start in range(0, tokens, _TOKENS)]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _fast(dy: Tensor, wide: torch.dtype) -> torch.dtype:
+    """What backward multiplies in: `wide` on the CPU, where it is faster too without matrix units for short floats."""
+    return wide if dy.device.type == "cpu" else dy.dtype
 
 
 def fake_quant_matmul(
