@@ -89,7 +89,7 @@ class Method:
         if self.adapter.base != "fixed-point":
             return self.format, self.storage, self.rounding
         fine = replace(self.format, bits=8)
-        span = getattr(self.rounding, "range", "mse")
+        span = self.rounding.range if isinstance(self.rounding, (Nearest, GPTQ)) else "mse"
         return fine, Storage.default(fine), FixedPoint(bits=self.format.bits, range=span)
 
     def with_format(self, format: Format) -> Method:

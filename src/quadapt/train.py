@@ -179,7 +179,8 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+        whole: Any = model or self.model
+        named = [(name, p) for name, p in whole.named_parameters() if p.requires_grad]
         grid = [p for name, p in named if "lora_rho" in name or "lora_shift" in name]
         if not grid or self.optimizer is not None:
             return super().create_optimizer(model)

@@ -224,7 +224,6 @@ def test_a_sharded_bfloat16_model_is_quantized_as_its_weights_are(tiny_llama: Ma
     ids=str,
 )
 def test_a_wrong_wish_fails_at_once(wish: dict[str, Any]) -> None:
-    # FAILS for range: any word but minmax means mse
     with pytest.raises(ConfigError):
         QuadaptConfig(**wish)
 
@@ -301,7 +300,6 @@ def test_quadapt_may_be_imported_after_transformers(strangers: dict[str, Any]) -
 def test_a_tensor_that_is_missing_is_named(part: str, saved: Path) -> None:
     name = f"model.layers.1.self_attn.v_proj.{part}"
     edit(saved, lambda tensors: tensors.pop(name))
-    # FAILS for the codes: transformers draws a missing weight at random, which bytes cannot be ("normal_kernel_cpu")
     with pytest.raises(CheckpointError, match=f"{name}: is not in the checkpoint"):
         load(saved)
 

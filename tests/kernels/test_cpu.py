@@ -135,7 +135,6 @@ def test_group_error_equals_the_reference_but_for_the_order_of_its_sum(bits: int
 def test_compensate_equals_the_reference_bit_for_bit(bits: int, levels: str, dtype: torch.dtype) -> None:
     table = None if levels == "int" else torch.tensor(normal_levels(bits))
     for columns, shifted in itertools.product((1, 2, 17, 32), (True, False)):
-        # FAILS in float32: the loop promotes to float64 (`scales[row] * 0`, `max(.., 0)`, and so all that follows)
         weight = torch.randn(40, columns, dtype=dtype)
         upper = torch.randn(columns, columns, dtype=dtype).mul(0.3).triu() + torch.eye(columns, dtype=dtype)
         scales, offsets = torch.rand(40, dtype=dtype) + 0.1, torch.randn(40, dtype=dtype) if shifted else None
@@ -290,7 +289,6 @@ def test_parameters_keep_storages_that_can_be_resized() -> None:
         layer(x).sum().backward()
         layer.quant_weight.digest()
         pinned = [name for name, p in layer.named_parameters() if not p.untyped_storage().resizable()]
-        # FAILS for fp32 scales: `QuantWeight.scales` is then a view of the parameter, and goes through `cpu._numpy`
         assert pinned == [], format.name
     layer.weight.numpy()
     assert not layer.weight.untyped_storage().resizable()  # what this test looks for is what `.numpy()` does

@@ -196,7 +196,6 @@ def test_without_true_sequential_a_block_is_calibrated_as_it_was(tiny_llama: Mak
     model, spy = tiny_llama(), Spy(true_sequential=False)
     dense = copy.deepcopy(model)
     quantize_model(model, select(model).chosen, plan_of(spy), batches=batches())
-    # FAILS: nothing reads `true_sequential`
     for at, name in enumerate(ORDER):
         want = moment_of(dense, f"model.layers.0.{name}", batches())
         torch.testing.assert_close(spy.calls[at][1], want, rtol=1e-4, atol=1e-6)
@@ -332,7 +331,6 @@ def test_a_damaged_block_is_quantized_again(damage: str, tiny_llama: Make, tmp_p
     elif damage != "missing":
         path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     again = tiny_llama()
-    # FAILS for a foreign file: a file without our metadata ends in a TypeError
     rows = quantize_model(again, select(again).chosen, plan_of(Nearest()), keeper=BlockFiles(tmp_path))
     assert digests(again) == digests(model)
     assert len(rows) == 14

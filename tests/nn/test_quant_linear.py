@@ -212,20 +212,17 @@ def assert_compiled_equals_eager(module: nn.Module, backend: str, dtype: torch.d
 @pytest.mark.parametrize("kind", ["int4", "nf4-double", "int8-fp32"])
 def test_it_traces_as_one_graph_forward_and_backward(kind: str) -> None:
     torch.compiler.reset()
-    # FAILS: Dynamo breaks at `storage_offset()` in `storage._as_floats`, then at `dynamic_map().tolist()`
     assert_compiled_equals_eager(layer_of(kind), "aot_eager", torch.bfloat16)
 
 
 def test_the_merged_form_traces_as_one_graph_forward_and_backward() -> None:
     torch.compiler.reset()
-    # FAILS as above, then at the lock of the cached property `Layout.shapes`
     assert_compiled_equals_eager(Merged(layer_of("int4")), "aot_eager", torch.float32)
 
 
 @pytest.mark.slow
 def test_compiled_code_computes_the_same() -> None:
     torch.compiler.reset()
-    # FAILS, as above
     assert_compiled_equals_eager(
         nn.Sequential(layer_of("int4", out=80), nn.GELU(), layer_of("nf4-double")), "inductor", torch.float32
     )
@@ -323,7 +320,6 @@ def test_ddp_trains_beside_the_very_same_weights(kind: str, together: dict[str, 
 @kinds
 def test_fsdp2_in_bfloat16_leaves_codes_scales_and_offsets_exact(kind: str, together: dict[str, Any]) -> None:
     found = together[f"{kind} fsdp2"]
-    # FAILS for nf8-fp32: forward takes `.numpy()` of fp32 scales, whose storage FSDP2 then cannot resize
     assert "error" not in found
     assert found["exact"]
     assert found["output"]

@@ -118,7 +118,6 @@ def test_merged_form_serves_any_groups_and_any_batch(
 def test_merged_form_serves_a_single_vector_as_a_linear_layer_does(quant_weight: Make) -> None:
     weight = quant_weight(Format(bits=4))
     x, A, B = case(weight, lead=())
-    # FAILS: backward flattens axes 0 to -2, which a vector does not have
     ours = merged_form(x, weight, A, B, Pooled(), 0.5)
     assert_same_gradients(ours, straight_through(x, weight, A, B, 0.5, torch.float16), (x, A, B))
 

@@ -60,9 +60,16 @@ def adapted(model: nn.Module, adapter_name: str) -> Layers:
     Raises:
         ExportError: There are none.
     """
-    from quadapt.hf.peft_layer import adapted_layers
+    from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 
-    layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.adapters}
+    layers = {}
+    for name, layer in adapted_layers(model).items():
+        if adapter_name in layer.adapters and not isinstance(layer, QuantLoraLinear):
+            raise ExportError(
+                f"{name}: a {layer.adapter.kind} adapter is part of the quantizer, no LoRA. Merge it first"
+            )
+        if adapter_name in layer.adapters:
+            layers[name] = layer
     if not layers:
         known: Any = getattr(model, "peft_config", {})
         raise ExportError(

@@ -34,7 +34,7 @@ class BlockFiles:
         """The block, if an earlier run finished it."""
         try:
             return self._read(self._file(unit))
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return None
 
     def keep(self, unit: str, weights: dict[str, QuantWeight], rows: list[LayerRow]) -> dict[str, QuantWeight]:

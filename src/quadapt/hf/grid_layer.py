@@ -16,13 +16,23 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, locate
-from quadapt.nn.adapters import GridAdapter
+from quadapt.nn.adapters import Adapter, GridAdapter
 from quadapt.nn.adapters.base import add_low_rank
 from quadapt.nn.adapters.grid import Source
 from quadapt.nn.quant_linear import QuantLinear, autocast
 from quadapt.quant.weight import Layout, QuantWeight
 
 PARTS = ("lora_rho", "lora_shift", "lora_start")
+
+
+def initialize(adapter: Adapter, A: Tensor, B: Tensor, how: bool | str | None) -> None:
+    """Initialize an adapter's factors as its method does, or normally distributed as PEFT's "gaussian"."""
+    if A.device.type == "meta":
+        return
+    if how is True:
+        adapter.reset(A.data, B.data)
+    elif how == "gaussian":
+        nn.init.normal_(A, std=1 / len(A))
 
 
 class GridLoraLinear(nn.Module, LoraLayer):
@@ -74,7 +84,7 @@ class GridLoraLinear(nn.Module, LoraLayer):
             layout = adapter.product(source)
             adapter.check(layout, r, config.lora_dropout)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]
-        self._factors(adapter_name, adapter.inputs(layout), r, reset=config.init_lora_weights is True)
+        self._factors(adapter_name, adapter.inputs(layout), r, config.init_lora_weights)
         grid = (layout.out, layout.groups)
         for name in adapter.names:
             getattr(self, f"lora_{name}")[adapter_name] = nn.Parameter(torch.zeros(grid, device=device))
@@ -82,19 +92,18 @@ class GridLoraLinear(nn.Module, LoraLayer):
             start = torch.empty(2, *grid, device=device) if device.type == "meta" else adapter.start(source)
             self.lora_start[adapter_name] = nn.Parameter(start, requires_grad=False)
             self.frozen_peft_weight_names[adapter_name] = ("lora_start",)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[arg-type]
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _factors(self, adapter_name: str, inputs: int, r: int, *, reset: bool) -> None:
+    def _factors(self, adapter_name: str, inputs: int, r: int, how: Any) -> None:
         """Give `lora_A` the shape that the adapter has, or take both factors away."""
         if not inputs:
             del self.lora_A[adapter_name], self.lora_B[adapter_name]
             return
-        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        A = self.lora_A[adapter_name].get_parameter("weight")
         if inputs != self.in_features:
             self.lora_A[adapter_name] = nn.Linear(inputs, r, bias=False, device=A.device, dtype=A.dtype)
-            A = self.lora_A[adapter_name].weight
-        if reset and A.device.type != "meta":
-            self.adapters[adapter_name].reset(A.data, B.data)
+            A = self.lora_A[adapter_name].get_parameter("weight")
+        initialize(self.adapters[adapter_name], A, self.lora_B[adapter_name].get_parameter("weight"), how)
 
     @property
     def source(self) -> Source:
@@ -146,7 +155,7 @@ class GridLoraLinear(nn.Module, LoraLayer):
             _, _, trained, scaling = self.parts()
             return add_low_rank(self.base_layer(x), autocast(x), trained["A"], trained["B"], scaling)
         y = self.adapter.forward(autocast(x), *self.parts())
-        bias = self.get_base_layer().bias
+        bias: Any = self.get_base_layer().bias
         return y if bias is None else y + bias.to(y.dtype)
 
     @torch.no_grad()
@@ -157,6 +166,10 @@ class GridLoraLinear(nn.Module, LoraLayer):
         assert start is not None
         start.copy_(self.adapter.start(source.float() + scaling * (trained["B"].float() @ trained["A"].float())))
         self.dense_steps = False
+
+    def active(self) -> list[str]:
+        """Names of the adapters of this layer that are active: one, or none."""
+        return [name for name in self.active_adapters if name in self.adapters]
 
     def merged_weight(self) -> QuantWeight:
         """The quantized weight that training arrived at.
@@ -176,7 +189,8 @@ class GridLoraLinear(nn.Module, LoraLayer):
 
     def settle(self, weight: QuantWeight) -> None:
         """Put a quantized weight in the place of the base layer, for good."""
-        self.base_layer = QuantLinear.of(weight, self.get_base_layer().bias)
+        bias: Any = self.get_base_layer().bias
+        self.base_layer = QuantLinear.of(weight, bias)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -128,7 +128,7 @@ def merge(
     if probe is None:
         probe = random_probe(model.config.get_text_config().vocab_size, length=min(128, context_of(model.config)))
         probe_name = f"{probe.numel()} random tokens"
-    exact = all(layer.adapters[name].merged_form for layer in layers.values() for name in layer.active_adapters)
+    exact = all(layer.adapters[name].merged_form for layer in layers.values() for name in layer.active())
     adapted = _logits(model, probe)
     with adapters_off(model):
         base = _logits(model, probe)
@@ -160,7 +160,7 @@ def _about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
 
 def _check_mergeable(layers: dict[str, AdaptedLayer]) -> None:
     for name, layer in layers.items():
-        if any(layer.lora_bias[active] or layer.adapters[active].exactness == "none" for active in layer.adapters):
+        if any(layer.lora_bias[active] or layer.adapters[active].exactness == "none" for active in layer.active()):
             with locate(name), torch.no_grad():
                 layer.merged_weight()
 
@@ -188,7 +188,7 @@ def _round_again(
     """Requantize with a rounding that must see the model run: every layer dense first, then block by block."""
     bases = {name: layer.first_weight() for name, layer in layers.items()}
     adapted = {name: layer.dense_adapted().detach() for name, layer in layers.items()}
-    biases = {name: layer.get_base_layer().bias for name, layer in layers.items()}
+    biases: dict[str, Any] = {name: layer.get_base_layer().bias for name, layer in layers.items()}
     model = model.unload()
     linears = {}
     for name, weight in adapted.items():

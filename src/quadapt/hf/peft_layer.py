@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
-from quadapt.hf.grid_layer import GridLoraLinear
+from quadapt.hf.grid_layer import GridLoraLinear, initialize
 from quadapt.nn.adapters import Adapter, CodesAdapter, GridAdapter, LoRA, adapter_from
 from quadapt.nn.adapters.base import MergedForm
 from quadapt.nn.quant_linear import QuantLinear, autocast
@@ -119,6 +119,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         adapter = adapter_of(config)
         with locate(kwargs.get("target_name") or "layer"):
             adapter.check(self.quant.layout, r, config.lora_dropout)
+        assert isinstance(adapter, CodesAdapter)
         self.adapters[adapter_name] = adapter
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]
         inputs = adapter.inputs(self.quant.layout)
@@ -127,8 +128,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             pooled = nn.Linear(inputs, r, bias=False, device=A.device, dtype=A.dtype)
             self.lora_A[adapter_name] = pooled.requires_grad_(A.requires_grad)
             A = pooled.weight
-        if config.init_lora_weights is True and A.device.type != "meta":
-            adapter.reset(A.data, B.data)
+        initialize(adapter, A, B, config.init_lora_weights)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter (PEFT's hook)."""
@@ -156,11 +156,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = (
-            []
-            if self.disable_adapters or self.merged
-            else [name for name in self.active_adapters if name in self.adapters]
-        )
+        active = [] if self.disable_adapters or self.merged else self.active()
         x = autocast(x)
         weight = self.quant.quant_weight
         inside = [name for name in active if self.adapters[name].merged_form]
@@ -174,7 +170,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
                 y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
         return self.quant.with_bias(y)
 
-    def _active(self) -> list[str]:
+    def active(self) -> list[str]:
+        """Names of the adapters of this layer that are active."""
         return [name for name in self.active_adapters if name in self.adapters]
 
     def merged_weight(self) -> QuantWeight:
@@ -184,7 +181,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             MergeError: An adapter cannot merge into codes.
         """
         weight = self.quant.quant_weight
-        for name in self._active():
+        for name in self.active():
             if self.lora_bias[name]:
                 raise MergeError(f"the adapter {name!r} has a bias. Only adapters without one (lora_bias=False) merge")
             weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
@@ -197,7 +194,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
     @torch.no_grad()
     def dense_adapted(self) -> Tensor:
         """The weight that the layer computes with, adapters included, as float32 `[out, in]`."""
-        weight, active = self.quant.quant_weight, self._active()
+        weight, active = self.quant.quant_weight, self.active()
         for name in active:
             if self.adapters[name].merged_form:
                 weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
@@ -289,14 +286,14 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model alone."""
-    layers = list(adapted_layers(model).values())
+    before = [(layer, layer._disable_adapters) for layer in adapted_layers(model).values()]
     try:
-        for layer in layers:
+        for layer, _ in before:
             layer._disable_adapters = True
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, off in before:
+            layer._disable_adapters = off
 
 
 register()

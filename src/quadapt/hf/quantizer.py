@@ -79,6 +79,7 @@ class QuadaptQuantizer(HfQuantizer):
         if wish:  # the loader hands the float tensor over only if the model has a float tensor of that name and shape
             dense = torch.empty(layout.out, layout.columns, dtype=dtype, device="meta")
             layer.weight = nn.Parameter(dense, requires_grad=False)
+        layer._is_hf_initialized = True  # type: ignore[assignment]  # codes that are missing are not drawn at random
         model.set_submodule(name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

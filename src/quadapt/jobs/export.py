@@ -96,7 +96,9 @@ def _settle(model: Any, config: ExportConfig, output: Path, ui: UI) -> tuple[Any
 def _densified(model: nn.Module) -> nn.Module:
     """Replace each adapted layer by a dense one with its adapter added."""
     layers = adapted_layers(model)
-    dense = {name: (layer.dense_adapted(), layer.get_base_layer().bias) for name, layer in layers.items()}
+    dense: dict[str, tuple[Any, Any]] = {
+        name: (layer.dense_adapted(), layer.get_base_layer().bias) for name, layer in layers.items()
+    }
     plain = model.unload()  # type: ignore[operator]
     for name, (weight, bias) in dense.items():
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -182,13 +182,14 @@ def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, err
 def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits, codes, first, last):
     """GPTQ's inner loop over a few columns: round one, hand its error on. Leaves the errors in `weight`."""
     columns = weight.shape[1]
-    top = 2**bits - 1
+    zero = scales[0] - scales[0]  # of their dtype: a literal would turn float32 arithmetic into float64
+    top = zero + np.float32(2**bits - 1)
     for row in range(first, last):
-        scale, offset = scales[row], offsets[row] if shifted else scales[row] * 0
+        scale, offset = scales[row], offsets[row] if shifted else zero
         for i in range(columns):
             value = (weight[row, i] - offset) / scale
             if len(mids) == 0:
-                level = min(max(np.rint(value), 0), top)
+                level = min(max(np.rint(value), zero), top)
                 code = np.uint8(level)
             else:
                 code = np.uint8(0)
@@ -303,7 +304,7 @@ def compensate(
     tables = [_numpy(t.to(weight.dtype)) for t in (mids, mids if levels is None else levels)]
     over_rows(
         lambda first, last: _compensate_rows(
-            weight.numpy(), *arrays, offsets is not None, *tables, bits, codes.numpy(), first, last
+            _numpy(weight), *arrays, offsets is not None, *tables, bits, codes.numpy(), first, last
         ),
         weight.shape[0],
         weight.shape[1] ** 2,
@@ -319,6 +320,19 @@ def _grid(weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor
     return (*arrays, offsets is not None, _numpy(mids), _numpy(mids if levels is None else levels))
 
 
+class _Memory:
+    """The memory of a tensor as NumPy asks for it: by address, and kept alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": {torch.float32: "<f4", torch.float64: "<f8"}[tensor.dtype],
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
 def _numpy(tensor: Tensor) -> Any:
-    """A NumPy view of a temporary (a parameter only ever passes as an address, see above)."""
-    return tensor.detach().contiguous().numpy()
+    """A NumPy array over a tensor's memory. Not by `.numpy()`: it may be a view of a parameter, see above."""
+    return np.asarray(_Memory(tensor.detach().contiguous()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -166,17 +166,27 @@ class _Worker:
     ) -> tuple[dict[str, QuantWeight], list[LayerRow]]:
         weights: dict[str, QuantWeight] = {}
         rows = []
-        for stage in self._stages(unit, names, walk):
-            statistics: Statistics = {}
-            if walk is not None:
-                block = self.model.get_submodule(unit)
-                statistics = {"second_moment": walk.second_moment(unit, block, self.model.get_submodule(stage[0]))}
+        for stage, statistics in self._gathered(unit, self._stages(unit, names, walk), walk):
             for name in stage:
                 with locate(name):
                     weights[name], row = quantize_layer(name, self.layers[name].weight.detach(), self.plan, statistics)
                 rows.append(row)
                 self._replace(name, weights[name])
         return weights, rows
+
+    def _gathered(
+        self, unit: str, stages: list[list[str]], walk: BlockWalk | None
+    ) -> Iterable[tuple[list[str], Statistics]]:
+        """Each stage with its statistics: gathered in its turn, or all before the first if the rounding says so."""
+        if walk is None:
+            return [(stage, {}) for stage in stages]
+
+        def gather(stage: list[str]) -> Statistics:
+            block, first = self.model.get_submodule(unit), self.model.get_submodule(stage[0])
+            return {"second_moment": walk.second_moment(unit, block, first)}
+
+        found = ((stage, gather(stage)) for stage in stages)
+        return found if getattr(self.plan.rounding, "true_sequential", True) else list(found)
 
     def _stages(self, unit: str, names: list[str], walk: BlockWalk | None) -> list[list[str]]:
         """Layers that share their statistics, in order; each stage is calibrated on the quantized ones before it."""

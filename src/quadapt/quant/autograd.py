@@ -54,8 +54,8 @@ class QuantMatmul(torch.autograd.Function):
             dx = weight.layer_order(dy @ _dense(weight, move, params, dy.dtype))
         moved: tuple[Tensor | None, ...] = (None,) * len(params)
         if ctx.trains:
-            pooled = saved[-1].flatten(0, -2)
-            moved = move.gradients(weight, params, dy.flatten(0, -2).to(pooled.dtype).T @ pooled)
+            pooled = saved[-1].reshape(-1, layout.groups)
+            moved = move.gradients(weight, params, dy.reshape(-1, layout.out).to(pooled.dtype).T @ pooled)
         return dx, None, None, *((None,) * len(layout.shapes)), *moved
 
 

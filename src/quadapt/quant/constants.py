@@ -18,6 +18,7 @@ def per_device(make: Callable[..., Sequence[float]]) -> Callable[..., Tensor]:
     """
     kept: dict[tuple[object, ...], Tensor] = {}
 
+    @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
     @wraps(make)
     def constant(*args: object, device: torch.device) -> Tensor:
         if detect_fake_mode() is not None:

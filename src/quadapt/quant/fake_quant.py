@@ -292,6 +292,6 @@ class _Snap(torch.autograd.Function):
         return gradient, None
 
 
-def snap(values: Tensor, kind: Literal["fp16", "fp32"]) -> Tensor:
+def snap(values: Tensor, kind: str) -> Tensor:
     """Round `values` as they will be stored, with the gradient of no rounding at all; their dtype stays."""
     return _Snap.apply(values, FLOATS[kind])

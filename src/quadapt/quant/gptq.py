@@ -17,7 +17,16 @@ from torch import Tensor
 
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.kernels import kernels_for, pack
-from quadapt.quant.rounding import Rounding, Statistics, as_float, codes_of_zero, find_grid, implied_offsets, snap
+from quadapt.quant.rounding import (
+    Rounding,
+    Statistics,
+    as_float,
+    check_choice,
+    codes_of_zero,
+    find_grid,
+    implied_offsets,
+    snap,
+)
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -53,6 +62,7 @@ class GPTQ(Rounding):
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
+        check_choice("range", self.range, ("minmax", "mse"))
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
         if "double" in (layout.storage.scales, layout.storage.offsets) and not self.static_groups:
@@ -70,7 +80,9 @@ class GPTQ(Rounding):
         moment = statistics["second_moment"]
         if tuple(moment.shape) != (layout.columns, layout.columns):
             raise ShapeError(f"second_moment is {tuple(moment.shape)}, the layer has {layout.columns} inputs")
-        work = as_float(weight).clone()
+        if tuple(weight.shape) != (layout.out, layout.columns):
+            raise ShapeError(f"the weight is {tuple(weight.shape)}, its layout {(layout.out, layout.columns)}")
+        work = as_float(weight.detach()).clone()
         work[:, moment.diagonal() == 0] = 0  # dead inputs: what they hold must not widen their group's range
         perm = None
         if self.act_order:

@@ -57,6 +57,10 @@ class Nearest(Rounding):
     code_against: CodeAgainst = "stored"
     """Compute codes with the scales and offsets as stored (rounded), or with the exact ones as QLoRA does."""
 
+    def __post_init__(self) -> None:
+        check_choice("range", self.range, ("minmax", "mse"))
+        check_choice("code_against", self.code_against, ("stored", "exact"))
+
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)
         if tuple(weight.shape) != (layout.out, layout.columns):
@@ -151,6 +155,7 @@ def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[T
         )
     scales, offsets = _grid(low, high, layout)
     _check_underflow(scales, layout.storage)
+    _check_overflow(offsets, layout.storage)
     if range_ == "minmax":
         return scales, offsets
     best = torch.full_like(scales, torch.inf)
@@ -174,7 +179,7 @@ def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[T
 
 
 def _grid(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The grid that spans `low` to `high`. A group without extent gets scale 1, so that nothing divides by zero."""
+    """The grid that spans `low` to `high`. A group without extent gets the smallest scale: nothing divides by zero."""
     bits, zero = layout.format.bits, layout.format.zero
     if layout.format.levels != "int":
         middle = (high + low) / 2 if zero == "float" else torch.zeros_like(low)
@@ -190,7 +195,7 @@ def _grid(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | N
 
 
 def _positive(scales: Tensor) -> Tensor:
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
+    return torch.where(scales > 0, scales, SMALLEST_SCALE)
 
 
 def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor | None:
@@ -210,17 +215,28 @@ def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tens
 
 
 class ScaleUnderflow(ShapeError):  # noqa: N818
-    """Scales are too small (or too large) for fp16; the layer needs fp32 scales."""
+    """Scales are too small (or too large) for fp16, or offsets too large; the layer needs fp32."""
+
+
+SMALLEST_SCALE = 32 * 2.0**-24
+"""Smallest scale that fp16 holds within 1/64."""
 
 
 def _check_underflow(scales: Tensor, storage: Storage) -> None:
     """Raise ScaleUnderflow where fp16 changes a scale by over 1/64: under 32 of its smallest steps, or over its top."""
     if storage.scales == "fp16":
         worst = [float(scales.min()), float(scales.max())]
-        if worst[0] < 32 * 2.0**-24 or worst[1] > torch.finfo(torch.float16).max:
+        if worst[0] < SMALLEST_SCALE or worst[1] > torch.finfo(torch.float16).max:
             raise ScaleUnderflow(
                 f"scales from {worst[0]:.1e} to {worst[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)"
             )
+
+
+def _check_overflow(offsets: Tensor | None, storage: Storage) -> None:
+    if offsets is not None and storage.offsets == "fp16" and offsets.numel():
+        worst = float(offsets.abs().max())
+        if worst > torch.finfo(torch.float16).max:
+            raise ScaleUnderflow(f"offsets up to {worst:.1e} do not fit fp16. Use fp32 scales (--scales fp32)")
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

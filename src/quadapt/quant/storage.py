@@ -71,8 +71,9 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
         return {"": _as_bytes(values.float().to(FLOATS[kind]))}
     if kind == "integer":
         return {"": values.to(torch.uint8)}
-    mean = values.float().mean() if centre else values.new_zeros(())
-    blocks = torch.nn.functional.pad((values.float() - mean).flatten(), (0, -values.numel() % SUPER)).view(-1, SUPER)
+    values = values.float()
+    mean = values.mean() if centre else values.new_zeros(())
+    blocks = torch.nn.functional.pad((values - mean).flatten(), (0, -values.numel() % SUPER)).view(-1, SUPER)
     absmax = blocks.abs().amax(1)
     unit = blocks / torch.where(absmax == 0, 1, absmax)[:, None]
     table = dynamic_map(device=values.device)
@@ -136,6 +137,6 @@ def _as_bytes(values: Tensor) -> Tensor:
 
 def _as_floats(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Read bytes as floats. A tensor read from a file may start at any byte; torch views only aligned ones."""
-    if stored.storage_offset() % dtype.itemsize or not stored.is_contiguous():
+    if torch.compiler.is_compiling() or stored.storage_offset() % dtype.itemsize or not stored.is_contiguous():
         stored = stored.clone(memory_format=torch.contiguous_format)
     return stored.view(dtype)

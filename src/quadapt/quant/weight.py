@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,29 +58,34 @@ class Layout:
         """Groups in a row."""
         return self.format.groups(self.columns)
 
-    @cached_property
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the stored form, in a fixed order; all uint8, but `perm` int32.
 
         Eight-bit codes have a third axis of one: a loader that does not know this form must fail on the shape of
         `weight`, and at eight bits only that axis tells it from the dense matrix.
         """
-        row = self.format.row_bytes(self.columns)
-        shapes: dict[str, tuple[int, ...]] = {
-            "weight": (self.out, row, 1) if self.format.bits == 8 else (self.out, row)
-        }
-        for name, kind in (("scales", self.storage.scales), ("offsets", self.storage.offsets)):
-            for suffix, shape in stored.stored_shapes(kind, self.out, self.groups).items():
-                shapes[name + suffix] = shape
-        if self.permuted:
-            shapes["perm"] = (self.columns,)
-        return shapes
+        return _shapes(self)
 
     @property
     def bits_per_weight(self) -> float:
         """True bits per weight: every stored byte, second-level constants and permutation included."""
         sizes = {name: torch.Size(shape).numel() * (4 if name == "perm" else 1) for name, shape in self.shapes.items()}
         return 8 * sum(sizes.values()) / (self.out * self.columns)
+
+
+@cache
+def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    row = layout.format.row_bytes(layout.columns)
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight": (layout.out, row, 1) if layout.format.bits == 8 else (layout.out, row)
+    }
+    for name, kind in (("scales", layout.storage.scales), ("offsets", layout.storage.offsets)):
+        for suffix, shape in stored.stored_shapes(kind, layout.out, layout.groups).items():
+            shapes[name + suffix] = shape
+    if layout.permuted:
+        shapes["perm"] = (layout.columns,)
+    return shapes
 
 
 @dataclass(frozen=True, eq=False)

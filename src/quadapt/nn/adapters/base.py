@@ -120,5 +120,7 @@ class MergedForm:
 def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """`y + scaling * x A^T B^T` in the dtype of `y`; parameters are cast, inputs and outputs are not."""
     hidden = torch.nn.functional.linear(x, lora_A.to(x.dtype))
-    rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), lora_B.to(y.dtype).T, alpha=scaling)
+    rows = torch.addmm(
+        y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), lora_B.to(y.dtype).T, alpha=scaling
+    )
     return rows.view(y.shape)

@@ -13,7 +13,7 @@ from quadapt.kernels import kernels_for
 from quadapt.nn.adapters.base import Exactness, add_low_rank
 from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained
 from quadapt.quant.fake_quant import FakeQuant, snap
-from quadapt.quant.format import Format
+from quadapt.quant.format import Format, Zero
 from quadapt.quant.rounding import check_choice
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
@@ -39,7 +39,7 @@ class L4Q(GridAdapter):
     group_size: int = 128
     """Inputs that share a scale."""
 
-    offsets: Literal["none", "integer", "float"] = "float"
+    offsets: Zero = "float"
     """none: symmetric, only scales train. integer: zero-points stay whole (straight through). float: free."""
 
     init: Literal["l4q", "lsq+", "symmetric", "asymmetric"] = "l4q"
@@ -69,6 +69,7 @@ class L4Q(GridAdapter):
         if format.levels != "int":
             raise ConfigError(f"levels={format.levels!r}: {self.kind} trains evenly spaced levels. Use levels='int'")
         kind: Held = "fp32" if storage.scales == "fp32" else "fp16"
+        assert format.zero != "default"  # a format resolves it
         return replace(self, bits=format.bits, group_size=format.group_size, offsets=format.zero, scales=kind)
 
     def product(self, source: Source) -> Layout:
