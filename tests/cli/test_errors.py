@@ -53,7 +53,7 @@ def tuned(*changes: str) -> tuple[str, ...]:
 
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # settings
-    "method": (tuned("--method", "qalora"), ("method='qalora'", "'qa-lora', 'qlora' or 'gptq-lora'")),
+    "method": (tuned("--method", "qalora"), ("method='qalora'", "'qa-lora', 'qlora', 'gptq-lora'")),
     "bits": (tuned("--bits", "5"), ("bits=5", "2, 3, 4 or 8")),
     "group size": (tuned("--group-size", "20"), ("group_size=20", "multiple of 16", "Use 32, 64 or 128")),
     "no group": (tuned("--group-size", "0"), ("group_size=0",)),
@@ -100,7 +100,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("merge", "adapter", "--output", "new", "--base", "nearest"),
         ("adapter: this adapter was trained over another base (fingerprint", "--base"),
     ),
-    "dense base": (("merge", "adapter", "--output", "new", "--base", "dense"), ("adapter: its base", "not quantized")),
+    "dense base": (
+        ("merge", "adapter", "--output", "new", "--base", "dense"),
+        ("adapter: this adapter was trained over another base", "--base"),
+    ),
     "no base": (
         ("eval", "adapter", "--data", "story.txt", "--base", "naerest"),
         ("'naerest'", "Did you mean 'nearest'?"),

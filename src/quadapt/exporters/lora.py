@@ -64,12 +64,13 @@ def adapted(model: nn.Module, adapter_name: str) -> Layers:
 
     layers = {}
     for name, layer in adapted_layers(model).items():
-        if adapter_name in layer.adapters and not isinstance(layer, QuantLoraLinear):
+        if adapter_name not in layer.adapters:
+            continue
+        if not isinstance(layer, QuantLoraLinear):
             raise ExportError(
                 f"{name}: a {layer.adapter.kind} adapter is part of the quantizer, no LoRA. Merge it first"
             )
-        if adapter_name in layer.adapters:
-            layers[name] = layer
+        layers[name] = layer
     if not layers:
         known: Any = getattr(model, "peft_config", {})
         raise ExportError(
