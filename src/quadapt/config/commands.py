@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
+from pydantic import model_validator
 
 from quadapt.config.fields import Flag, Grid, Machine, Settings, Target, checked
 from quadapt.errors import ConfigError
@@ -41,6 +42,10 @@ class TuneConfig(Target, Grid, Machine):
     data: Annotated[str, Flag((), "Data")]
     """Training data: text, JSON lines, CSV, Parquet, or a hub name. Columns: text; prompt and completion; instruction,
     input and output; or messages."""
+
+    output: Annotated[str, Flag(("-o", "--output-dir"), "Output")] = ""
+    """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
+    here, named after model, method and bits."""
 
     eval_data: Annotated[str | None, Flag((), "Data")] = None
     """Held-out data, of the same kinds."""
@@ -139,6 +144,16 @@ class TuneConfig(Target, Grid, Machine):
 
     dry_run: Annotated[bool, Flag((), "Output")] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        """Name the output, if the user has not."""
+        if isinstance(values, dict) and "output" not in values and values.get("model"):
+            bits = f"-{values['bits']}bit" if values.get("bits") else ""
+            name = Path(str(values["model"])).expanduser().resolve().name
+            return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
+        return values
 
     def chosen_method(self) -> Method:
         """The method with the choices made about its adapter and recipe too."""

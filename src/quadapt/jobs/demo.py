@@ -44,11 +44,11 @@ from quadapt.train import Run, train
 
 STEPS, BATCH, TEST_STORIES, LENGTH = 80, 16, 200, 128
 RANK = 16
-RECIPES = {
-    "lora": Recipe(learning_rate=5e-3, rank=RANK, alpha=RANK, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0),
-    "pooled": Recipe(learning_rate=3e-3, rank=RANK, alpha=RANK, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0),
-}
-"""Found by a small search for each kind of adapter; the same for all bit widths."""
+RECIPE = Recipe(
+    learning_rate=3e-3, rank=RANK, alpha=RANK, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0, source="ours"
+)
+"""One for every row. Of learning rates 3e-3, 5e-3 and 1e-2 the first is best for QA-LoRA, and within 0.3 % of the best
+held-out perplexity for full-precision LoRA."""
 
 PRECISION = "full precision"
 
@@ -186,14 +186,13 @@ class _Bench:
         from peft import LoraConfig, get_peft_model
         from transformers.trainer_utils import set_seed
 
-        recipe = RECIPES["pooled" if isinstance(adapter, Pooled) else "lora"]
         set_seed(self.seed)
         if adapter is None:
             about = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         else:
-            about = lora_config(adapter, rank=recipe.rank, alpha=recipe.alpha)
+            about = lora_config(adapter, rank=RANK, alpha=RANK)
         tuned = get_peft_model(model, about)
-        run = Run(recipe=recipe, max_steps=STEPS, batch_size=BATCH, seed=self.seed, save_steps=10 * STEPS)
+        run = Run(recipe=RECIPE, max_steps=STEPS, batch_size=BATCH, seed=self.seed, save_steps=10 * STEPS)
         with self.ui.working("  training") as tick:
             folder = Path(tempfile.mkdtemp(dir=self.scratch))  # of its own: a run goes on from what lies in its folder
             train(tuned, self.data.data, run, folder, collate=Collator(pad_token_id(self.tokenizer)), tick=tick)
