@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import store, table
+from quadapt.hf.folder import load_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=32000,
@@ -55,7 +57,7 @@ def child(source: str, target: str) -> None:
             most = max(most, anonymous())
             time.sleep(0.01)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     config = QuantizeConfig(model=source, output=target, method="qa-lora", rounding="nearest")
     result = quantize(config, UI(quiet=True))
@@ -76,10 +78,12 @@ def main() -> dict[str, Any]:
         with torch.device("meta"):
             model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
         model = model.to_empty(device="cpu")
+        model.tie_weights()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         model.save_pretrained(source, max_shard_size="500MB")
+        load_tokenizer(str(files("quadapt.demo") / "model")).save_pretrained(source)
         del model
         command = [sys.executable, "-m", "benchmarks.memory", str(source), str(target)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])

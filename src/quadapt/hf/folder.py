@@ -179,8 +179,18 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a folder or hub name."""
+    """Load the tokenizer of a folder or hub name.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*vocab*")):
+        raise CheckpointError(
+            f"{name!r} has no tokenizer (tokenizer.json, tokenizer.model, ..). Copy it from the model's source"
+        )
 
     return reading(name, AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
 
