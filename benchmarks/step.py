@@ -103,7 +103,8 @@ def main(rounds: int = 11) -> dict[str, Any]:
         rows,
     )
     figures = {
-        "limit": "int4 QA-LoRA and nf4 QLoRA at most 1.10 of PEFT's bf16 LoRA (goal 1.05), and 1.0 of bitsandbytes; L4Q at most 2.0 (goal 1.7)",
+        "limit": "int4 QA-LoRA and nf4 QLoRA at most 1.10 of PEFT's bf16 LoRA (goal 1.05), and 1.0 of bitsandbytes; "
+        "L4Q at most 2.0 (goal 1.7)",
         "rows": [
             {"step": name, "median_ms": ms, "of_bf16_lora": of_bf16, "of_bitsandbytes": of_bnb}
             for name, ms, of_bf16, of_bnb in rows
