@@ -149,7 +149,7 @@ class TuneConfig(Target, Grid, Machine):
     @classmethod
     def _named(cls, values: Any) -> Any:
         """Name the output, if the user has not."""
-        if isinstance(values, dict) and "output" not in values and values.get("model"):
+        if isinstance(values, dict) and values.get("model") and not values.get("output"):
             bits = f"-{values['bits']}bit" if values.get("bits") else ""
             name = Path(str(values["model"])).expanduser().resolve().name
             return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
