@@ -143,23 +143,25 @@ def export(
     Args:
         model: Quantized, merged (gguf, hf); or a PEFT model (lora).
         tokenizer: Its tokenizer.
-        output: File (gguf) or folder (hf, lora).
-        format: gguf, hf or lora.
+        output: File (gguf) or folder (the others).
+        format: gguf, hf, lora or compressed-tensors.
         dtype: Of the dense weights (hf).
 
     Raises:
         ExportError: The format cannot hold the model.
     """
     from quadapt.errors import ConfigError
-    from quadapt.exporters import dense, gguf, lora
+    from quadapt.exporters import compressed_tensors, dense, gguf, lora
 
     if format == "gguf":
         return gguf.export_gguf(model, tokenizer, output)
     if format == "hf":
         return dense.export_hf(model, tokenizer, output, dtype=dtype)  # type: ignore[arg-type]
+    if format == "compressed-tensors":
+        return compressed_tensors.export_compressed_tensors(model, tokenizer, output)
     if format == "lora":
         return lora.export_lora(model, output)
-    raise ConfigError(f"format={format!r} is unknown. Use gguf, hf or lora")
+    raise ConfigError(f"format={format!r} is unknown. Use gguf, hf, lora or compressed-tensors")
 
 
 def load(

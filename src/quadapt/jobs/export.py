@@ -11,7 +11,7 @@ from torch import nn
 
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError
-from quadapt.exporters import dense, gguf, gguf_lora, lora
+from quadapt.exporters import compressed_tensors, dense, gguf, gguf_lora, lora
 from quadapt.exporters.report import ExportReport
 from quadapt.hf.folder import Folder, find_base, load, open_folder
 from quadapt.hf.merge import merge as merge_model
@@ -71,6 +71,9 @@ def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, ui: U
     remove(new)
     if config.format == "lora":
         report = lora.export_lora(model, new)
+    elif config.format == "compressed-tensors":
+        held: Any = "float16" if config.dtype == "auto" else config.dtype
+        report = compressed_tensors.export_compressed_tensors(model, tokenizer, new, dtype=held)
     else:
         dtype: Any = "bfloat16" if config.dtype == "auto" else config.dtype
         report = dense.export_hf(model, tokenizer, new, dtype=dtype, progress=bar)
@@ -85,6 +88,11 @@ def _settle(model: Any, config: ExportConfig, output: Path, ui: UI) -> tuple[Any
         merged, certificate = merge_model(model)
         ui.say(f"merged first: {certificate}")
         return merged, []
+    if config.format == "compressed-tensors":
+        raise ConfigError(
+            "the adapter cannot merge into codes. Requantize it first (quadapt merge --requantize), or use --format "
+            "gguf or lora"
+        )
     if config.format == "hf":
         ui.say("the adapter cannot merge into codes; base and adapter are added up in the dense weights")
         return _densified(model), []

@@ -1,0 +1,155 @@
+"""compressed-tensors' `pack-quantized` folder, as vLLM serves it: codes as they are, whole zero-points, scales.
+
+Its rows of int32 words are our rows of bytes, a little-endian stream of bits; its codes and zero-points are signed,
+which it undoes in packing. Offsets must be whole zero-points (or implied, for symmetric integers). Those of QA-LoRA's
+merge and of textbook asymmetric rounding are floats, which this format cannot hold: train with `zero="integer"` for it.
+transformers 5.23 loads symmetric folders alone: it expects zero-points unpacked, which that library never writes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quadapt.errors import ExportError
+from quadapt.exporters.files import new_folder
+from quadapt.exporters.report import ExportReport, TensorRow, size_of
+from quadapt.exporters.tensors import TYPES, refuse_adapters, tensors_of
+from quadapt.kernels import pack
+from quadapt.quant.weight import QuantWeight
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export_compressed_tensors(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"] = "float16",
+) -> ExportReport:
+    """Write a quantized model for compressed-tensors, and so for vLLM and transformers with that package.
+
+    Args:
+        model: Quantized layers as codes, without adapters.
+        tokenizer: Saved beside it.
+        folder: Must not exist, or be empty.
+        dtype: Of scales and of all that is not quantized: what servers compute in.
+
+    Raises:
+        ExportError: The folder is taken, the model carries adapters, or the format cannot hold a layer; it is named.
+    """
+    from safetensors.torch import save_file
+
+    refuse_adapters(model)
+    if dtype not in _DTYPES:
+        raise ExportError(f"dtype={dtype!r} is unknown. Use {', '.join(_DTYPES)}")
+    kind, path = _DTYPES[dtype], Path(folder)
+    sources = dict(tensors_of(model))
+    layers = {n.removesuffix(".weight"): s for n, s in sources.items() if isinstance(s, QuantWeight)}
+    for name, weight in layers.items():
+        _check(name, weight, kind)
+    tensors: dict[str, Tensor] = {}
+    for name, source in sources.items():
+        if isinstance(source, QuantWeight):
+            tensors |= {f"{name}_{part}": tensor for part, tensor in packed(source, kind).items()}
+        else:
+            tensors[name] = source.to(kind if source.is_floating_point() else source.dtype).contiguous()
+    tensors = {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items())}
+    with new_folder(path) as partial:
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        _save_config(model, layers, dtype, partial)
+        tokenizer.save_pretrained(partial)
+    rows = tuple(
+        TensorRow(
+            name=name,
+            type=TYPES.get(tensor.dtype, str(tensor.dtype)),
+            shape=tuple(tensor.shape),
+            nbytes=tensor.nbytes,
+            linear=name.rpartition(".weight_")[0] in layers,
+        )
+        for name, tensor in tensors.items()
+    )
+    weights = sum(weight.layout.out * weight.layout.columns for weight in layers.values())
+    bits = 8 * sum(row.nbytes for row in rows if row.linear) / weights
+    return ExportReport(
+        format="compressed-tensors", path=str(path), bytes=size_of(path), tensors=rows, bits_per_weight=bits
+    )
+
+
+def _check(name: str, weight: QuantWeight, kind: torch.dtype) -> None:
+    layout, width = weight.layout, weight.format.width(weight.layout.columns)
+    if layout.format.levels != "int" or layout.format.zero == "float":
+        raise ExportError(
+            f"{name}: {layout.format.name} has {'levels' if layout.format.levels != 'int' else 'offsets'} that "
+            "compressed-tensors cannot hold. Use --format gguf, or quantize with --levels int --zero integer and tune "
+            "with peqa, e2e-qp or l4q"
+        )
+    if layout.columns % width:
+        raise ExportError(
+            f"{name}: {layout.columns} inputs end in a short group, which compressed-tensors does not know. Use a "
+            "--group-size that divides them, or --format gguf"
+        )
+    if layout.permuted:
+        raise ExportError(f"{name}: its inputs are permuted. Use --format hf")
+    if not torch.equal(weight.scales.to(kind).float(), weight.scales):
+        raise ExportError(f"{name}: its scales are not exact in {kind}. Use --dtype float32")
+
+
+def packed(weight: QuantWeight, kind: torch.dtype) -> dict[str, Tensor]:
+    """A weight as that package stores it: `packed`, `scale`, `shape`, and `zero_point` if it is asymmetric."""
+    layout, bits = weight.layout, weight.format.bits
+    found = {
+        "packed": _words(weight.packed),
+        "scale": weight.scales.to(kind),
+        "shape": torch.tensor([layout.out, layout.columns]),
+    }
+    if layout.format.zero == "integer":
+        zeros = weight.tensors["offsets"]
+        found["zero_point"] = _words(pack(zeros.T.contiguous(), bits)).T.contiguous()
+    return found
+
+
+def _words(rows: Tensor) -> Tensor:
+    """Rows of bytes as rows of int32, filled up with zeros."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).contiguous().view(torch.int32)
+
+
+def _save_config(model: Any, layers: Mapping[str, QuantWeight], dtype: str, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    kinds: dict[Any, list[str]] = {}
+    for name, weight in layers.items():
+        kinds.setdefault(weight.format, []).append(name)
+    groups = {
+        f"group_{at}": {
+            "targets": ["Linear"] if len(kinds) == 1 else names,
+            "weights": {
+                "num_bits": format.bits,
+                "type": "int",
+                "symmetric": format.zero == "none",
+                "strategy": "channel" if format.group_size == -1 else "group",
+                "group_size": None if format.group_size == -1 else format.group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for at, (format, names) in enumerate(kinds.items())
+    }
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    config.quantization_config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": plain,
+    }
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
