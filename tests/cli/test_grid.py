@@ -1,0 +1,94 @@
+"""Methods that train the grid, by commands alone: tuned, merged exactly, verified, handed over, resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import SHORT, digests, give, logits, quadapt
+
+from quadapt import load
+from quadapt.train import AdapterTrainer
+
+pytestmark = pytest.mark.usefixtures("here", "shelf")
+
+EXACT = {"l4q": (), "lr-qat": (), "e2e-qp": (), "qa-lora-scales": ("--calibration-length", "32")}
+
+
+def tune(method: str, output: str, *more: str) -> dict[str, Any]:
+    grid = ("--method", method, "--bits", "3", "--group-size", "32")
+    return quadapt("tune", "dense", "--data", "story.txt", "--output", output, "--max-steps", "6", *grid, *SHORT, *more)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_what_was_trained_is_what_the_merge_computes(method: str, tmp_path: Path) -> None:
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    said = tune(method, adapter, *EXACT[method])
+    assert said["losses"][-2]["loss"] < said["losses"][0]["loss"]
+    certificate = quadapt("merge", adapter, "--output", merged)["certificate"]
+    assert certificate["verdict"] == "exact"
+    assert torch.equal(logits(load(adapter)[0]), logits(load(merged)[0]))
+    assert quadapt("inspect", merged, "--verify")["verified"] is True
+    assert (tmp_path / "adapter" / "base").exists() == (method != "l4q")  # over the dense matrix nothing is written
+
+
+def test_l4q_goes_on_after_an_interruption_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense steps included: what begins to quantize does so once."""
+    more = ("--dense-steps", "2", "--save-steps", "1")
+    tune("l4q", str(tmp_path / "whole"), *more)
+    real, steps = AdapterTrainer.compute_loss, []
+
+    def stop(self: Any, *arguments: Any, **settings: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **settings)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", stop)
+    grid = ("--method", "l4q", "--bits", "3", "--group-size", "32", "--max-steps", "6")
+    said = ("tune", "dense", "--data", "story.txt", "--output", tmp_path / "halves", *grid, *SHORT, *more)
+    give(*said, code=130)
+    assert not (tmp_path / "halves").exists()
+    give(*said, code=0)
+    assert len(steps) == 5 + 2
+    assert digests(tmp_path / "halves") == digests(tmp_path / "whole")
+
+
+def test_whole_zero_points_reach_compressed_tensors(tmp_path: Path) -> None:
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    tune("l4q", adapter, "--zero", "integer")
+    quadapt("merge", adapter, "--output", merged)
+    said = quadapt("export", merged, "--format", "compressed-tensors", "--output", str(tmp_path / "ct"))
+    assert said["reports"][0]["bits_per_weight"] > 3
+    said = give("export", "merged", "--format", "compressed-tensors", "--output", tmp_path / "no", code=2)
+    assert "offsets that compressed-tensors cannot hold" in said.error
+    assert not (tmp_path / "no").exists()
+
+
+def test_rilq_with_targets_from_disk_is_rilq_with_the_teacher_in_memory(tmp_path: Path) -> None:
+    for name, flag in (("kept", "--keep-targets"), ("live", "--no-keep-targets")):
+        tune("e2e-qp", str(tmp_path / name), "--objective", "rilq", flag)
+    kept, live = (logits(load(str(tmp_path / name))[0]) for name in ("kept", "live"))
+    torch.testing.assert_close(kept, live, rtol=1e-3, atol=1e-3)
+    assert not (tmp_path / "kept" / "targets").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("q4", "--method", "l4q"), "starts from the dense model"),
+        (("dense", "--method", "l4q", "--levels", "nf"), "levels='int'"),
+        (("dense", "--method", "lr-qat", "--zero", "float"), "symmetric integers"),
+        (("dense", "--method", "l4q", "--dropout", "0.1"), "no branch to drop"),
+        (("dense", "--method", "qlora", "--init", "lsq+"), "setting of l4q's adapter"),
+        (("dense", "--method", "qlora", "--dense-steps", "3"), "needs the dense matrix"),
+        (("dense", "--method", "l4q", "--dense-steps", "6", "--max-steps", "6"), "Use fewer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_makes_no_sense_is_refused_with_advice(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    said = give("tune", *arguments, "--data", "story.txt", "--output", tmp_path / "new", *SHORT, code=2)
+    assert told in said.error
+    assert not (tmp_path / "new").exists()
