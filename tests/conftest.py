@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest, Rounding
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may have inherited to ignore it
 
 settings.register_profile("quadapt", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("quadapt")
