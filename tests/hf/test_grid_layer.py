@@ -260,3 +260,10 @@ def test_a_second_adapter_is_refused(tiny_llama: Make) -> None:
     model = adapted(at("l4q", 4).adapter, tiny_llama())
     with pytest.raises(ConfigError, match="a second adapter"):
         model.add_adapter("other", model.peft_config["default"])
+
+
+def test_a_bias_of_the_adapter_is_refused(tiny_llama: Make) -> None:
+    config = lora_config(at("l4q", 4).adapter, rank=4, alpha=4, target_modules=["q_proj"])
+    config.lora_bias = True
+    with pytest.raises(ConfigError, match="lora_bias"):
+        get_peft_model(tiny_llama(), config)

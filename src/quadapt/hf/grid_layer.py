@@ -81,6 +81,8 @@ class GridLoraLinear(nn.Module, LoraLayer):
         adapter, source = self.adapters[adapter_name], self.source
         device = self.get_base_layer().get_parameter("weight").device
         with locate(kwargs.get("target_name") or "layer"):
+            if config.lora_bias:
+                raise ConfigError(f"LoraConfig.lora_bias: {adapter.kind} adapters have no bias. Leave it unset")
             layout = adapter.product(source)
             adapter.check(layout, r, config.lora_dropout)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]

@@ -180,8 +180,11 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         Raises:
             MergeError: An adapter cannot merge into codes.
         """
+        return self._merged(self.active())
+
+    def _merged(self, names: list[str]) -> QuantWeight:
         weight = self.quant.quant_weight
-        for name in self.active():
+        for name in names:
             if self.lora_bias[name]:
                 raise MergeError(f"the adapter {name!r} has a bias. Only adapters without one (lora_bias=False) merge")
             weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
@@ -216,12 +219,10 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             MergeError: An adapter cannot merge into codes. Nothing has been merged then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.adapters]
-        before = weight = self.quant.quant_weight
-        for name in names:
-            weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
         if names:
-            self._unmerged.append(before)
-            self.quant.quant_weight = weight
+            weight = self._merged(names)
+            self._unmerged.append(self.quant.quant_weight)
+            self.settle(weight)
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

@@ -61,7 +61,7 @@ class GridAdapter(Adapter):
 
     def check(self, layout: Layout, rank: int, dropout: float) -> None:
         if dropout:
-            raise ConfigError(f"dropout={dropout} has no meaning here: there is no branch to drop. Use dropout=0")
+            raise ConfigError(f"dropout={dropout}: {self.kind} adapters train without it. Use dropout=0")
 
     def reset(self, lora_A: Tensor, lora_B: Tensor) -> None:
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))

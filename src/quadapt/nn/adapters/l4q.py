@@ -138,9 +138,6 @@ class QATLoRA(L4Q):
     def merged_form(self) -> bool:
         return False
 
-    def check(self, layout: Layout, rank: int, dropout: float) -> None:
-        """Any dropout goes: there is a branch to drop."""
-
     def inside(self, trained: Trained) -> tuple[Tensor | None, Tensor | None]:
         return None, None
 
