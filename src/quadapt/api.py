@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from quadapt.config import TuneConfig
     from quadapt.exporters.report import ExportReport
     from quadapt.hf.merge import Certificate
 
@@ -51,12 +53,15 @@ def prepare(
     from transformers.trainer_utils import set_seed
 
     from quadapt.config import TuneConfig, checked
+    from quadapt.errors import ConfigError
     from quadapt.hf.folder import load_model, open_folder
     from quadapt.hf.quantizer import adopt
+    from quadapt.hf.start import set_start
     from quadapt.jobs.adapt import adapt
     from quadapt.jobs.source import device_of
     from quadapt.model.quantize import quantize_model, quantized_layers
     from quadapt.model.select import select
+    from quadapt.statistics import StatisticsFiles, gather
 
     name = model if isinstance(model, str) else "model"
     config = checked(
@@ -78,21 +83,29 @@ def prepare(
     if isinstance(model, str):
         open_folder(model)
         model = load_model(model, dtype=dtype, device=device_of(config))
-    if not quantized_layers(model) and config.chosen_method().adapter.base != "float":
-        batches = (
-            _batches(calibration, name, model, config.calibration_length, config.calibration_sequences, seed)
-            if plan.needs_data
-            else []
+    chosen, factors = config.chosen_method(), dict[str, tuple[Tensor, Tensor]]()
+    quantized = bool(quantized_layers(model))
+    if quantized and chosen.start.name != "zero":
+        raise ConfigError(
+            f"start={chosen.start.name!r} fits what quantization changes, and the model is quantized already. Give the "
+            "dense model, or start='zero'"
         )
+    if not quantized and chosen.adapter.base != "float":
+        batches = _batches(calibration, name, model, config, seed) if plan.needs_text else []
         selection = select(model, skip=skip)
-        quantize_model(model.eval(), selection.chosen, plan, batches=batches)
+        with TemporaryDirectory(prefix="quadapt-") as folder:
+            statistics = StatisticsFiles(Path(folder), plan.start.needs)
+            gather(plan.start.needs, model.eval(), selection.chosen, batches, statistics)
+            factors = quantize_model(model, selection.chosen, plan, batches=batches, statistics=statistics).factors
         adopt(model, left=selection.left, made={"method": method})
     set_seed(seed)
-    return adapt(model, config)
+    adapted = adapt(model, config)
+    set_start(adapted, factors)
+    return adapted
 
 
 def _batches(
-    calibration: str | Sequence[Tensor], name: str, model: nn.Module, length: int | None, sequences: int, seed: int
+    calibration: str | Sequence[Tensor], name: str, model: nn.Module, config: TuneConfig, seed: int
 ) -> list[Tensor]:
     from quadapt.data import calibration_batches, read
     from quadapt.errors import ConfigError
@@ -101,12 +114,15 @@ def _batches(
 
     device = next(model.parameters()).device
     if isinstance(calibration, str):
-        length = length or min(context_of(model.config), MOST_CONTEXT)
+        length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
         calibration = calibration_batches(
-            read(calibration), load_tokenizer(name), length=length, sequences=sequences, seed=seed
+            read(calibration), load_tokenizer(name), length=length, sequences=config.calibration_sequences, seed=seed
         ).batches
     if not len(calibration):
-        raise ConfigError("rounding='gptq' needs text to calibrate on. Give calibration='FILE', or rounding='nearest'")
+        raise ConfigError(
+            f"rounding={config.plan().rounding.name!r} needs text to calibrate on. Give calibration='FILE', or "
+            "rounding='nearest'"
+        )
     return [batch.to(device) for batch in calibration]
 
 

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CalibrationError
+from quadapt.nn.block_ap import Example
 
 Batch = Tensor
 """Token ids `[sequences, length]`, without padding."""
+
+
+Gathered = tuple[list[str], Tensor]
+"""Layers that share their input, and its second moment, float64 `[in, in]`."""
 
 
 class _Recorder(nn.Module):
@@ -65,20 +70,49 @@ class BlockWalk:
                 "use --rounding nearest"
             )
         self._calls = {name: recorder.calls for name, recorder in recorders.items()}
-        self._hidden = next(iter(recorders.values())).inputs
+        self._hidden = self._dense = next(iter(recorders.values())).inputs
 
     @torch.no_grad()
-    def run(self, name: str, block: nn.Module) -> list[Tensor]:
-        """Outputs of a block for the present hidden states, batch by batch."""
+    def _run(self, name: str, block: nn.Module, states: list[Tensor]) -> list[Tensor]:
+        """Outputs of a block for some hidden states, batch by batch."""
         outputs = []
-        for hidden, call in zip(self._hidden, self._calls[name], strict=True):
+        for hidden, call in zip(states, self._calls[name], strict=True):
             output = block(hidden, *call["args"], **call["kwargs"])
             outputs.append(output if isinstance(output, Tensor) else output[0])
         return outputs
 
     def advance(self, name: str, block: nn.Module) -> None:
         """Move the hidden states past a block, as it now is."""
-        self._hidden = self.run(name, block)
+        self._hidden = self._run(name, block, self._hidden)
+
+    def advance_dense(self, name: str, block: nn.Module) -> None:
+        """Move a second set of hidden states, those of the dense model, past a block that is still dense."""
+        self._dense = self._run(name, block, self._dense)
+
+    def advance_and_gather(self, name: str, block: nn.Module, layers: Mapping[str, nn.Module]) -> list[Gathered]:
+        """Move the hidden states past a block, and gather the second moments of its layers' inputs on the way.
+
+        Returns:
+            For each group of layers that share their input: their names, and the moment as :meth:`second_moment`.
+        """
+        stages = self.stages(name, block, layers)
+        moments = [_Moment() for _ in stages]
+        with _hooks({layers[stage[0]]: moment for stage, moment in zip(stages, moments, strict=True)}):
+            self.advance(name, block)
+        return [(stage, moment.mean()) for stage, moment in zip(stages, moments, strict=True)]
+
+    def examples(self, name: str, size: int) -> list[Example]:
+        """What a block receives, and what the dense one gave (:meth:`advance_dense` has been called), `size` at a time.
+
+        Sequences of one batch stand together; the last of a batch may be fewer.
+        """
+        found = []
+        for hidden, call, target in zip(self._hidden, self._calls[name], self._dense, strict=True):
+            for start in range(0, len(hidden), size):
+                rows = slice(start, start + size)
+                args, kwargs = (_part(call[kind], rows, len(hidden)) for kind in ("args", "kwargs"))
+                found.append(Example(hidden[rows], args, kwargs, target[rows]))
+        return found
 
     def stages(self, name: str, block: nn.Module, layers: Mapping[str, nn.Module]) -> list[list[str]]:
         """`layers` of a block in the order in which it runs them; those that share an input tensor stand together.
@@ -96,9 +130,10 @@ class BlockWalk:
 
             return hook
 
-        call = self._calls[name][0]
+        call, count = self._calls[name][0], len(self._hidden[0])
+        args, kwargs = (_part(call[kind], slice(0, 1), count) for kind in ("args", "kwargs"))
         with torch.no_grad(), _hooks({layers[layer]: note(layer) for layer in layers}):
-            block(self._hidden[0][:1], *_first(call["args"]), **_first(call["kwargs"]))
+            block(self._hidden[0][:1], *args, **kwargs)
         missing = set(layers) - {layer for stage in seen.values() for layer in stage}
         if missing:
             raise CalibrationError(f"{sorted(missing)[0]}: is not used when the model runs on text. List it under skip")
@@ -106,29 +141,37 @@ class BlockWalk:
 
     def second_moment(self, name: str, block: nn.Module, layer: nn.Module) -> Tensor:
         """Mean of `x x^T` over the inputs of a layer of a block, float64 `[in, in]`."""
-        total: Tensor | None = None
-        tokens = 0
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal total, tokens
-            x = args[0].flatten(0, -2).float()
-            moment = (x.T @ x).double()
-            total, tokens = moment if total is None else total.add_(moment), tokens + len(x)
-
-        with _hooks({layer: hook}):
-            self.run(name, block)
-        assert total is not None
-        return total.div_(tokens)
+        moment = _Moment()
+        with _hooks({layer: moment}):
+            self._run(name, block, self._hidden)
+        return moment.mean()
 
 
-def _first(value: Any) -> Any:
-    """Arguments for the first sequence of a batch alone: tensors with a batch axis are cut, all else stays."""
+class _Moment:
+    """A hook that adds up `x x^T` over all inputs of a layer: products in float32, sums in float64."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._tokens = 0
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2).float()
+        moment = (x.T @ x).double()
+        self._total, self._tokens = moment if self._total is None else self._total.add_(moment), self._tokens + len(x)
+
+    def mean(self) -> Tensor:
+        assert self._total is not None
+        return self._total.div_(self._tokens)
+
+
+def _part(value: Any, rows: slice, count: int) -> Any:
+    """Arguments for some of a batch's `count` sequences: tensors with a batch axis are cut, all else stays."""
     if isinstance(value, Tensor):
-        return value[:1] if value.ndim > 1 else value
+        return value[rows] if value.ndim > 1 and len(value) == count else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_first(item) for item in value)
+        return type(value)(_part(item, rows, count) for item in value)
     if isinstance(value, dict):
-        return {key: _first(item) for key, item in value.items()}
+        return {key: _part(item, rows, count) for key, item in value.items()}
     return value
 
 

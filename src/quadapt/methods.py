@@ -7,7 +7,8 @@ from typing import Literal
 
 from quadapt.errors import ConfigError
 from quadapt.nn.adapters import L4Q, LRQAT, Adapter, LoRA, Pooled, QATLoRA, Scales
-from quadapt.nn.starts import Start, Zero
+from quadapt.nn.block_ap import BlockAP
+from quadapt.nn.starts import CLoQ, LoftQ, QuAILoRA, Start, Zero
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import FixedPoint, Nearest, Rounding
@@ -89,7 +90,7 @@ class Method:
         if self.adapter.base != "fixed-point":
             return self.format, self.storage, self.rounding
         fine = replace(self.format, bits=8)
-        span = self.rounding.range if isinstance(self.rounding, (Nearest, GPTQ)) else "mse"
+        span = self.rounding.range if isinstance(self.rounding, (Nearest, GPTQ, BlockAP)) else "mse"
         return fine, Storage.default(fine), FixedPoint(bits=self.format.bits, range=span)
 
     def with_format(self, format: Format) -> Method:
@@ -118,6 +119,17 @@ L4Q_RECIPE = Recipe(
     source="L4Q, Llama-2 7B (appendix D); for scales ours, relative to them",
 )
 
+E2E_QP_RECIPE = Recipe(
+    learning_rate=1e-3,
+    rank=1,
+    alpha=1,
+    schedule="cosine",
+    warmup_ratio=0.03,
+    source="EfficientQAT; its 1e-5 on steps of about 0.01 is 1e-3 relative to them",
+)
+
+QUAILORA_RECIPE = Recipe(learning_rate=2e-4, warmup_ratio=0.03, source="QuAILoRA §4")
+
 METHODS: dict[str, Method] = {
     "qlora": Method(
         summary="NF4 with double-quantized scales, LoRA beside it. Cannot merge exactly.",
@@ -127,6 +139,42 @@ METHODS: dict[str, Method] = {
         rounding=Nearest(code_against="exact"),
         adapter=LoRA(),
         recipe=Recipe(learning_rate=2e-4, dropout=0.1, source="QLoRA, up to 13B (1e-4 and dropout 0.05 above)"),
+    ),
+    "loftq": Method(
+        summary="QLoRA that starts from a low-rank fit to the quantization error. Cannot merge exactly.",
+        paper="2310.08659",
+        format=Format(levels="nf", bits=4, group_size=64),
+        storage=Storage(scales="double", offsets="absent"),
+        rounding=Nearest(code_against="exact"),
+        adapter=LoRA(),
+        start=LoftQ(),
+        recipe=Recipe(
+            learning_rate=3e-4,
+            schedule="cosine",
+            warmup_ratio=0.03,
+            weight_decay=0.1,
+            source="LoftQ's code (GSM8K), without its dropout, which would drop part of the fit",
+        ),
+    ),
+    "quailora": Method(
+        summary="QLoRA that starts from a fit to what quantization did to outputs. Cannot merge exactly.",
+        paper="2410.14713",
+        format=Format(levels="nf", bits=4, group_size=64),
+        storage=Storage(scales="double", offsets="absent"),
+        rounding=Nearest(code_against="exact"),
+        adapter=LoRA(),
+        start=QuAILoRA(),
+        recipe=QUAILORA_RECIPE,
+    ),
+    "cloq": Method(
+        summary="Integers rounded by GPTQ, LoRA from the best fit to outputs. Cannot merge exactly.",
+        paper="2501.18475",
+        format=Format(bits=4, group_size=64),
+        storage=Storage(),
+        rounding=GPTQ(),
+        adapter=LoRA(),
+        start=CLoQ(),
+        recipe=replace(QUAILORA_RECIPE, source="QuAILoRA's: CLoQ's own rates are per task"),
     ),
     "gptq-lora": Method(
         summary="Integers rounded by GPTQ, LoRA beside them. Cannot merge exactly.",
@@ -177,14 +225,16 @@ METHODS: dict[str, Method] = {
         storage=Storage(offsets="integer"),
         rounding=Nearest(),
         adapter=Scales(),
-        recipe=Recipe(
-            learning_rate=1e-3,
-            rank=1,
-            alpha=1,
-            schedule="cosine",
-            warmup_ratio=0.03,
-            source="EfficientQAT; its 1e-5 on steps of about 0.01 is 1e-3 relative to them",
-        ),
+        recipe=E2E_QP_RECIPE,
+    ),
+    "efficientqat": Method(
+        summary="e2e-qp over a base of Block-AP: weights, scales and offsets of each block are trained first.",
+        paper="2407.11062",
+        format=Format(bits=4, group_size=64, zero="integer"),
+        storage=Storage(offsets="integer"),
+        rounding=BlockAP(),
+        adapter=Scales(),
+        recipe=E2E_QP_RECIPE,
     ),
     "l4q": Method(
         summary="Quantizes W + B A inside the forward; A, B, scales and offsets train. Merges exactly.",

@@ -110,7 +110,7 @@ def test_every_matrix_is_quantized_or_listed_and_survives_saving(family, roundin
     assert len(selection.chosen) == LINEARS[family]
     plan = Plan(format=Format(bits=4), storage=Storage(), rounding=rounding)
     dense = model(tokens()).logits
-    rows = quantize_model(model, selection.chosen, plan, batches=[tokens()])
+    rows = quantize_model(model, selection.chosen, plan, batches=[tokens()]).rows
     assert {row.name for row in rows} == set(selection.chosen)
     adopt(model, left=selection.left, made={})
     logits = model(tokens()).logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.hf.blocks import BlockFiles
 from quadapt.model.quantize import (
+    Done,
     LayerRow,
     Plan,
     bits_of,
@@ -95,7 +96,7 @@ def test_each_layer_is_rounded_as_it_would_be_alone(dtype: torch.dtype, tiny_lla
 def test_the_report_has_a_row_for_each_layer_in_the_order_of_the_walk(tiny_llama: Make) -> None:
     model = tiny_llama()
     dense = copy.deepcopy(model)
-    rows = quantize_model(model, select(model).chosen, plan_of(Nearest()))
+    rows = quantize_model(model, select(model).chosen, plan_of(Nearest())).rows
     assert [row.name for row in rows] == [f"model.layers.{block}.{name}" for block in (0, 1) for name in ORDER]
     for row in rows:
         layer, weight = model.get_submodule(row.name), dense.get_submodule(row.name).weight
@@ -112,7 +113,7 @@ def test_layers_of_the_plan_have_a_grid_of_their_own(tiny_llama: Make) -> None:
     model = tiny_llama()
     own = (Format(levels="nf", bits=4, group_size=64), Storage(scales="double", offsets="absent"))
     name = "model.layers.1.mlp.up_proj"
-    rows = quantize_model(model, select(model).chosen, plan_of(Nearest(), layers={name: own}))
+    rows = quantize_model(model, select(model).chosen, plan_of(Nearest(), layers={name: own})).rows
     layouts = {name: (layer.layout.format, layer.layout.storage) for name, layer in quantized_layers(model).items()}
     assert layouts.pop(name) == own
     assert set(layouts.values()) == {(FORMAT, Storage())}
@@ -123,7 +124,7 @@ def test_scales_that_fp16_cannot_hold_become_fp32_with_a_note(tiny_llama: Make) 
     model = tiny_llama()
     name = "model.layers.0.mlp.gate_proj"
     model.get_submodule(name).weight.data *= 1e-6
-    rows = {row.name: row for row in quantize_model(model, select(model).chosen, plan_of(Nearest()))}
+    rows = {row.name: row for row in quantize_model(model, select(model).chosen, plan_of(Nearest())).rows}
     assert model.get_submodule(name).layout.storage == Storage(scales="fp32", offsets="fp32")
     assert rows[name].note.startswith("fp32 scales: ")
     assert rows[name].error < 0.3
@@ -140,9 +141,9 @@ def test_a_weight_that_is_not_finite_names_its_layer(tiny_llama: Make) -> None:
 
 def test_a_layer_of_zeros_has_no_error() -> None:
     weight = torch.zeros(4, 32)
-    quantized, row = quantize_layer("zeros", weight, plan_of(Nearest()), {})
+    begun, row = quantize_layer("zeros", weight, plan_of(Nearest()), {})
     assert row.error == 0.0
-    assert relative_error(quantized, weight) == 0.0
+    assert relative_error(begun.weight, weight) == 0.0
 
 
 # --- calibrated -------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_every_layer_is_calibrated_on_the_quantized_layers_before_it(tiny_llama:
     """Layer by layer: a model in which just the stages before it are quantized sees the second moment that GPTQ saw."""
     model, spy = tiny_llama(), Spy()
     dense = copy.deepcopy(model)
-    rows = quantize_model(model, select(model).chosen, plan_of(spy), batches=batches())
+    rows = quantize_model(model, select(model).chosen, plan_of(spy), batches=batches()).rows
     half = copy.deepcopy(dense)
     stages = [ORDER[:3], ORDER[3:4], ORDER[4:6], ORDER[6:]]
     calls = iter(zip(rows, spy.calls, strict=True))
@@ -220,7 +221,7 @@ def test_a_layer_outside_the_blocks_is_rounded_to_nearest_with_a_note(tiny_llama
     model = tiny_llama()
     layers = {**select(model).chosen, "lm_head": model.lm_head}
     weight = model.lm_head.weight.detach().clone()
-    rows = quantize_model(model, layers, plan_of(GPTQ()), batches=batches())
+    rows = quantize_model(model, layers, plan_of(GPTQ()), batches=batches()).rows
     assert rows[-1].name == "lm_head"
     assert rows[-1].note == "rounded to nearest: lies outside the blocks"
     layout = Layout(format=FORMAT, storage=Storage(), out=96, columns=64)
@@ -231,7 +232,9 @@ def test_a_layer_outside_the_blocks_is_rounded_to_nearest_with_a_note(tiny_llama
 def test_blocks_without_layers_to_quantize_are_walked_through(tiny_llama: Make) -> None:
     model, spy = tiny_llama(), Spy()
     dense = copy.deepcopy(model)
-    rows = quantize_model(model, select(model, target_modules=["layers.1.mlp"]).chosen, plan_of(spy), batches=batches())
+    rows = quantize_model(
+        model, select(model, target_modules=["layers.1.mlp"]).chosen, plan_of(spy), batches=batches()
+    ).rows
     assert [row.name for row in rows] == [f"model.layers.1.{name}" for name in ORDER[4:]]
     torch.testing.assert_close(spy.calls[0][1], moment_of(dense, rows[0].name, batches()), rtol=1e-4, atol=1e-6)
 
@@ -272,7 +275,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 ) -> None:
     whole = tiny_llama()
     layers = {**select(whole).chosen, "lm_head": whole.lm_head}
-    want = quantize_model(whole, layers, plan_of(rounding), batches=batches())
+    want = quantize_model(whole, layers, plan_of(rounding), batches=batches()).rows
     first = tiny_llama()
     with pytest.raises(KeyboardInterrupt):
         quantize_model(
@@ -291,7 +294,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         plan_of(rounding),
         batches=batches(),
         keeper=BlockFiles(tmp_path),
-    )
+    ).rows
     assert digests(second) == digests(whole)
     timeless = [[{**asdict(row), "seconds": 0} for row in each] for each in (rows, want)]
     assert timeless[0] == timeless[1]
@@ -331,7 +334,7 @@ def test_a_damaged_block_is_quantized_again(damage: str, tiny_llama: Make, tmp_p
     elif damage != "missing":
         path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     again = tiny_llama()
-    rows = quantize_model(again, select(again).chosen, plan_of(Nearest()), keeper=BlockFiles(tmp_path))
+    rows = quantize_model(again, select(again).chosen, plan_of(Nearest()), keeper=BlockFiles(tmp_path)).rows
     assert digests(again) == digests(model)
     assert len(rows) == 14
 
@@ -345,16 +348,20 @@ def test_kept_blocks_come_back_as_they_were(quant_weight: Make, tmp_path: Path) 
         LayerRow(name=name, out=1, columns=2, format="x", bits_per_weight=3.5, error=0.1, seconds=0.2, note="ß")
         for name in weights
     ]
+    rows[1] = replace(rows[1], block_error=(0.5, 0.25))
+    factors = (torch.randn(24, 3), torch.randn(80, 3).T)
     keeper = BlockFiles(tmp_path / "blocks")
     assert keeper.find("model.layers.0") is None
-    kept = keeper.keep("model.layers.0", weights, rows)
+    kept = keeper.keep("model.layers.0", Done(weights, rows, {"model.layers.0.a": factors}))
     found = BlockFiles(tmp_path / "blocks").find("model.layers.0")
     assert found is not None
-    for each in (kept, found[0]):
-        assert {name: weight.digest() for name, weight in each.items()} == {
+    for each in (kept, found):
+        assert {name: weight.digest() for name, weight in each.weights.items()} == {
             name: weight.digest() for name, weight in weights.items()
         }
-    assert found[1] == rows
+        assert each.rows == rows
+        assert list(each.factors) == ["model.layers.0.a"]
+        assert all(torch.equal(*pair) for pair in zip(each.factors["model.layers.0.a"], factors, strict=True))
     assert not list((tmp_path / "blocks").glob("*.tmp"))
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import model_validator
 
-from quadapt.config.fields import Flag, Grid, Machine, Settings, Target, checked
+from quadapt.config.fields import Flag, Grid, Machine, Settings, StartName, Target, checked
 from quadapt.errors import ConfigError
 
 if TYPE_CHECKING:
     from quadapt.methods import Method
+    from quadapt.model.quantize import Plan
 
 
 class QuantizeConfig(Target, Grid, Machine):
@@ -85,6 +86,11 @@ class TuneConfig(Target, Grid, Machine):
 
     form: Annotated[Literal["merged", "side"] | None, Flag((), "Adapter")] = None
     """qa-lora: train what the merge will give (exact), or a side branch as published (equivalent). Default: merged."""
+
+    start: Annotated[StartName | None, Flag((), "Adapter")] = None
+    """Where the adapter starts: zero, or fitted to what quantization changed about a matrix (loftq), or about a layer's
+    outputs on the calibration text (quailora, cloq, qera). For qa-lora it is folded into the offsets. Default: the
+    method's."""
 
     objective: Annotated[Literal["cross-entropy", "rilq"], Flag((), "Training")] = "cross-entropy"
     """rilq: half of the objective is the distance of the last hidden state to the full-precision model's."""
@@ -159,6 +165,7 @@ class TuneConfig(Target, Grid, Machine):
         """The method with the choices made about its adapter and recipe too."""
         from quadapt.methods import Recipe
         from quadapt.nn.adapters import L4Q, Pooled
+        from quadapt.nn.starts import STARTS
 
         chosen = super().chosen_method()
         about: dict[str, Any] = {}
@@ -174,10 +181,34 @@ class TuneConfig(Target, Grid, Machine):
             raise ConfigError(
                 f"dense_steps needs the dense matrix; method={self.method!r} trains over codes. Leave it out"
             )
+        if self.start is not None:
+            chosen = replace(chosen, start=STARTS[self.start]())
+        if chosen.start.name != "zero" and chosen.adapter.begins == "zero":
+            raise ConfigError(
+                f"start={chosen.start.name!r}: the {chosen.adapter.kind} adapter of method={self.method!r} has nothing "
+                "to start from but zero. Leave it out"
+            )
+        folds = chosen.start.name != "zero" and chosen.adapter.begins == "offsets"
+        if folds and chosen.storage.offsets not in ("fp16", "fp32"):
+            raise ConfigError(
+                f"start={chosen.start.name!r} is folded into float offsets, and these are {chosen.storage.offsets}. "
+                "Use zero='float', and fp16 or fp32 scales"
+            )
         own = {
             name: getattr(self, name) for name in Recipe.__dataclass_fields__ if getattr(self, name, None) is not None
         }
         return replace(chosen, adapter=replace(chosen.adapter, **about), recipe=replace(chosen.recipe, **own))
+
+    def plan(self) -> Plan:
+        """How each layer is quantized, and where its adapter starts."""
+        chosen, plan = self.chosen_method(), super().plan()
+        return replace(
+            plan,
+            start=chosen.start,
+            rank=chosen.recipe.rank,
+            pooled=chosen.adapter.begins == "offsets",
+            adapted=self.target_modules,
+        )
 
 
 class MergeConfig(Target, Machine):

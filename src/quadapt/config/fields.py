@@ -15,8 +15,24 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from quadapt.model.quantize import Plan
     from quadapt.quant.rounding import Rounding
 
-MethodName = Literal["qa-lora", "qlora", "gptq-lora", "qa-lora-scales", "peqa", "e2e-qp", "l4q", "qat-lora", "lr-qat"]
+MethodName = Literal[
+    "qa-lora",
+    "qlora",
+    "loftq",
+    "quailora",
+    "cloq",
+    "gptq-lora",
+    "qa-lora-scales",
+    "peqa",
+    "e2e-qp",
+    "efficientqat",
+    "l4q",
+    "qat-lora",
+    "lr-qat",
+]
 """The keys of `methods.METHODS` (a test compares them)."""
+StartName = Literal["zero", "loftq", "quailora", "cloq", "qera"]
+"""The keys of `nn.starts.STARTS` (likewise)."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -36,7 +52,7 @@ class Flag:
 
 _POSITIVE = (
     *("rank", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "seq_len", "context", "stride"),
-    *("limit", "max_new_tokens", "calibration_length", "calibration_sequences"),
+    *("limit", "max_new_tokens", "calibration_length", "calibration_sequences", "calibration_epochs"),
 )
 _NOT_NEGATIVE = (
     *("dropout", "warmup_ratio", "weight_decay", "max_grad_norm", "max_steps", "save_steps", "eval_steps", "samples"),
@@ -92,8 +108,8 @@ class Grid(Settings):
     """How weights are quantized. What is not given is the method's own choice."""
 
     method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
-    """Preset of all that follows. Merge exactly: qa-lora, qa-lora-scales, peqa, e2e-qp, l4q, lr-qat. Do not: qlora,
-    gptq-lora, qat-lora."""
+    """Preset of all that follows. Merge exactly: qa-lora, qa-lora-scales, peqa, e2e-qp, efficientqat, l4q, lr-qat. Do
+    not: qlora, loftq, quailora, cloq, gptq-lora, qat-lora."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
@@ -110,8 +126,9 @@ class Grid(Settings):
     scales: Annotated[Literal["fp16", "fp32", "double"] | None, Flag((), "Quantization")] = None
     """How scales are stored; double: 8-bit codes, as QLoRA's double quantization. Default: the method's."""
 
-    rounding: Annotated[Literal["nearest", "gptq"] | None, Flag((), "Quantization")] = None
-    """nearest needs no data; gptq is calibrated. Default: the method's."""
+    rounding: Annotated[Literal["nearest", "gptq", "block-ap"] | None, Flag((), "Quantization")] = None
+    """nearest needs no data; gptq is calibrated; block-ap trains block by block on the calibration text. Default: the
+    method's."""
 
     range: Annotated[Literal["minmax", "mse"] | None, Flag((), "Quantization")] = None
     """Span of a group's levels: all of it, or the part of least squared error. Default: the method's."""
@@ -120,13 +137,17 @@ class Grid(Settings):
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
 
     calibration_data: Annotated[str | None, Flag((), "Quantization")] = None
-    """Text to calibrate gptq on: a file or hub name, read as --data is. Default for tune: the training data."""
+    """Text to calibrate gptq and block-ap on: a file or hub name, read as --data is. Default for tune: the training
+    data."""
 
     calibration_sequences: Annotated[int, Flag((), "Quantization")] = 128
     """Sequences to calibrate on, at most."""
 
     calibration_length: Annotated[int | None, Flag((), "Quantization")] = None
     """Their length in tokens. Default: the model's context, at most 2048."""
+
+    calibration_epochs: Annotated[int | None, Flag((), "Quantization")] = None
+    """block-ap: passes over them. Default: 2."""
 
     def chosen_method(self) -> Method:
         """The method, with what was chosen otherwise.
@@ -158,13 +179,19 @@ class Grid(Settings):
         return chosen
 
     def _rounding(self, own: Rounding) -> Rounding:
+        from quadapt.nn.block_ap import BlockAP
         from quadapt.quant.gptq import GPTQ
         from quadapt.quant.rounding import Nearest
 
-        kinds: dict[str, type[Nearest] | type[GPTQ]] = {"nearest": Nearest, "gptq": GPTQ}
+        kinds: dict[str, type[Nearest] | type[GPTQ] | type[BlockAP]]
+        kinds = {"nearest": Nearest, "gptq": GPTQ, "block-ap": BlockAP}
         if self.rounding and not isinstance(own, kinds[self.rounding]):
             own = kinds[self.rounding]()
-        return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ)) else own
+        if self.calibration_epochs is not None:
+            if not isinstance(own, BlockAP):
+                raise ConfigError("calibration_epochs is block-ap's. Use --rounding block-ap, or leave it out")
+            own = replace(own, epochs=self.calibration_epochs)
+        return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ, BlockAP)) else own
 
     def plan(self) -> Plan:
         """How each layer is quantized."""

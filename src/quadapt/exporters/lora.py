@@ -38,6 +38,7 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
 
     layers, path = adapted(model, adapter_name), Path(folder)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {name: tensor for name, tensor in tensors.items() if ".lora_first_" not in name}
     for name in layers:
         A, B = as_lora(name, layers, adapter_name)
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}

@@ -6,14 +6,18 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from quadapt.model.quantize import LayerRow
+from quadapt.model.quantize import Done, LayerRow
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
+
+_FACTORS = ("start_up", "start_down")
+_PAIRS = ("block_error", "start_error")
 
 
 class BlockFiles:
@@ -30,29 +34,36 @@ class BlockFiles:
     def _file(self, unit: str) -> Path:
         return self.folder / f"{unit.replace(' ', '_')}.safetensors"
 
-    def find(self, unit: str) -> tuple[dict[str, QuantWeight], list[LayerRow]] | None:
+    def find(self, unit: str) -> Done | None:
         """The block, if an earlier run finished it."""
         try:
             return self._read(self._file(unit))
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return None
 
-    def keep(self, unit: str, weights: dict[str, QuantWeight], rows: list[LayerRow]) -> dict[str, QuantWeight]:
+    def keep(self, unit: str, done: Done) -> Done:
         """Write the block under a temporary name, rename, and map it back: the copy in memory can go."""
         target = self._file(unit)
         tensors = {
             f"{name}.{part}": tensor.cpu()
-            for name, weight in weights.items()
+            for name, weight in done.weights.items()
             for part, tensor in weight.tensors.items()
         }
-        layouts = {name: asdict(weight.layout) for name, weight in weights.items()}
-        about = {"layouts": json.dumps(layouts), "rows": json.dumps([asdict(row) for row in rows])}
+        for name, factors in done.factors.items():
+            tensors |= {
+                f"{name}.{part}": factor.cpu().contiguous() for part, factor in zip(_FACTORS, factors, strict=True)
+            }
+        about = {
+            "layouts": json.dumps({name: asdict(weight.layout) for name, weight in done.weights.items()}),
+            "rows": json.dumps([asdict(row) for row in done.rows]),
+            "factors": json.dumps(list(done.factors)),
+        }
         temporary = target.with_suffix(".tmp")
         save_file(tensors, temporary, metadata=about)
         os.replace(temporary, target)
-        return self._read(target)[0]
+        return self._read(target)
 
-    def _read(self, path: Path) -> tuple[dict[str, QuantWeight], list[LayerRow]]:
+    def _read(self, path: Path) -> Done:
         weights = {}
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
@@ -61,4 +72,13 @@ class BlockFiles:
                     **{**fields, "format": Format(**fields["format"]), "storage": Storage(**fields["storage"])}
                 )
                 weights[name] = QuantWeight(layout, {part: file.get_tensor(f"{name}.{part}") for part in layout.shapes})
-        return weights, [LayerRow(**row) for row in json.loads(about["rows"])]
+            factors = {
+                name: (file.get_tensor(f"{name}.{_FACTORS[0]}"), file.get_tensor(f"{name}.{_FACTORS[1]}"))
+                for name in json.loads(about["factors"])
+            }
+        return Done(weights, [_row(row) for row in json.loads(about["rows"])], factors)
+
+
+def _row(fields: dict[str, Any]) -> LayerRow:
+    """A row as it was: JSON makes lists of tuples."""
+    return LayerRow(**{**fields, **{name: tuple(fields[name]) for name in _PAIRS if fields[name] is not None}})

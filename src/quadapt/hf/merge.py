@@ -172,7 +172,7 @@ def _merge_layer(name: str, layer: AdaptedLayer, requantize: Rounding | None) ->
         merged = layer.merged_weight()
     else:
         plan = Plan(format=before.format, storage=before.layout.storage, rounding=requantize)
-        merged, _ = quantize_layer(name, adapted, plan, {})
+        merged = quantize_layer(name, adapted, plan, {})[0].weight
     layer.settle(merged)
     return _difference(name, before, merged, adapted)
 

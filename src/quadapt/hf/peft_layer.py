@@ -38,6 +38,7 @@ def lora_config(
     dropout: float = 0.0,
     target_modules: list[str] | str = "all-linear",
     base_fingerprint: str = "",
+    start: str = "zero",
 ) -> LoraConfig:
     """A PEFT config for one of our adapters.
 
@@ -48,14 +49,20 @@ def lora_config(
         dropout: On the adapter's input.
         target_modules: As in PEFT.
         base_fingerprint: Of the quantized base; merging into another is refused.
+        start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
     """
+    about = {
+        **adapter.identity(),
+        "base_fingerprint": base_fingerprint,
+        **({} if start == "zero" else {"start": start}),
+    }
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
         lora_dropout=dropout,
         target_modules=target_modules,
         task_type="CAUSAL_LM",
-        auto_mapping={KEY: {**adapter.identity(), "base_fingerprint": base_fingerprint}},
+        auto_mapping={KEY: about},
     )
 
 
@@ -82,11 +89,19 @@ def adapter_of(config: LoraConfig) -> Adapter:
             f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
             "layer no longer has. Use True or 'gaussian'"
         )
-    return adapter_from({name: value for name, value in identity_of(config).items() if name != "base_fingerprint"})
+    about = identity_of(config)
+    return adapter_from({name: value for name, value in about.items() if name not in ("base_fingerprint", "start")})
+
+
+FIRST = ("lora_first_A", "lora_first_B")
 
 
 class QuantLoraLinear(nn.Module, LoraLayer):
     """Adapters over a quantized linear layer.
+
+    An adapter that starts from more than zero keeps its first factors, frozen (`lora_first_A`, `lora_first_B`). With
+    the adapter disabled the layer computes with these: that is the model from before training, which DPO and other
+    losses take as their reference; the quantized matrix alone is not.
 
     Args:
         base_layer: The quantized layer (or PEFT's layer over one).
@@ -96,6 +111,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         lora_alpha: Its alpha.
         kwargs: What PEFT passes on to `LoraLayer`.
     """
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, *FIRST)
 
     def __init__(
         self,
@@ -110,6 +127,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self.adapters: dict[str, CodesAdapter] = {}
+        self.lora_first_A, self.lora_first_B = nn.ParameterDict(), nn.ParameterDict()
+        self.frozen_peft_weight_names = {}
         self._unmerged: list[QuantWeight] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -129,6 +148,24 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             self.lora_A[adapter_name] = pooled.requires_grad_(A.requires_grad)
             A = pooled.weight
         initialize(adapter, A, B, config.init_lora_weights)
+        if identity_of(config).get("start"):
+            for part, factor in zip(FIRST, (A, B), strict=True):
+                getattr(self, part)[adapter_name] = nn.Parameter(torch.zeros_like(factor), requires_grad=False)
+            self.frozen_peft_weight_names[adapter_name] = FIRST
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def begin(self, adapter_name: str, up: Tensor, down: Tensor) -> None:
+        """Start an adapter from `up @ down`: the factors absorb the scaling."""
+        root = float(self.scaling[adapter_name]) ** 0.5
+        for factor, first, value in zip(
+            self.factors(adapter_name),
+            (self.lora_first_A[adapter_name], self.lora_first_B[adapter_name]),
+            (down, up),
+            strict=True,
+        ):
+            factor.copy_(value / root)
+            first.copy_(value / root)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter (PEFT's hook)."""
@@ -168,7 +205,17 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             y = self.adapters[name].side(self.lora_dropout[name](x), y, weight, *self.factors(name), self.scaling[name])
             if self.lora_bias[name]:
                 y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
+        if self.disable_adapters:
+            y = self._as_at_first(x, y)
         return self.quant.with_bias(y)
+
+    def _as_at_first(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` of the quantized matrix alone, plus what the active adapters started from."""
+        for name in self.active():
+            if name in self.lora_first_A:
+                first = self.lora_first_A[name], self.lora_first_B[name]
+                y = self.adapters[name].side(x, y, self.quant.quant_weight, *first, self.scaling[name])
+        return y
 
     def active(self) -> list[str]:
         """Names of the adapters of this layer that are active."""

@@ -116,7 +116,7 @@ class _QuantizeOnLoading(ConversionOps):
         weight = next(iter(input_dict.values()))
         weight = weight[0] if isinstance(weight, list) else weight
         name = full_layer_name.rpartition(".")[0]
-        quantized, _ = quantize_layer(name, weight, self.config.plan(), {})
+        quantized = quantize_layer(name, weight, self.config.plan(), {})[0].weight
         _linear(model, name).__dict__["layout"] = quantized.layout
         layer = model.get_submodule(name)
         for tensor_name, tensor in quantized.tensors.items():  # what the loader will compare shapes with

@@ -55,6 +55,7 @@ def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> Pef
         dropout=recipe.dropout,
         target_modules=names,
         base_fingerprint="" if on_meta else fingerprint_of(model),
+        start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
     )
     return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
 
@@ -67,6 +68,11 @@ def _layouts(model: nn.Module, adapter: Adapter, skip: Sequence[str]) -> dict[st
     return {name: layer.layout for name, layer in quantized_layers(model).items()}
 
 
+def serves(name: str) -> bool:
+    """Whether a parameter is an adapter's and takes part in inference; first factors do only with the adapter off."""
+    return "lora_" in name and ".lora_first_" not in name
+
+
 def true_bits(model: nn.Module) -> dict[str, float]:
     """True bits per adapted weight: of the base, and with the adapter as it is stored."""
     layouts = [layer.layout for layer in quantized_layers(model).values()]
@@ -76,5 +82,5 @@ def true_bits(model: nn.Module) -> dict[str, float]:
         base = bits / weights
     else:
         weights, base = sum(layout.out * layout.columns for layout in layouts), bits_of(layouts)
-    adapter = sum(8 * parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
+    adapter = sum(8 * parameter.nbytes for name, parameter in model.named_parameters() if serves(name))
     return {"base": base, "with_adapter": base + adapter / weights}

@@ -103,6 +103,8 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     if plan.needs_data:
         length = config.calibration_length or min(found.context, 2048)
         hidden = memory.step_bytes(found.model, 8, length, trains=False)
+        if plan.rounding.scope == "block":
+            work = memory.block_training_bytes(found.model, found.layouts)
     source = (
         sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors"))
         if Path(config.model).is_dir()

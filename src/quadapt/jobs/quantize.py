@@ -19,9 +19,11 @@ from quadapt.hf.blocks import BlockFiles
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load_model, load_tokenizer, save_quantized
 from quadapt.hf.quantizer import adopt, base_config
+from quadapt.hf.start import START, write_start
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
 from quadapt.jobs.source import dense_folder, device_of, job_of
+from quadapt.jobs.statistics import statistics_for
 from quadapt.model.quantize import LayerRow, Plan, bits_of, quantize_model
 from quadapt.model.select import select
 from quadapt.quant.weight import Layout
@@ -38,8 +40,12 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     folder, plan, device = dense_folder(config.model), config.plan(), device_of(config)
     if plan.needs_data and not config.calibration_data:
         raise ConfigError(
-            "rounding='gptq' needs text to calibrate on. Give --calibration-data FILE, or use --rounding nearest"
+            f"rounding={plan.rounding.name!r} needs text to calibrate on. Give --calibration-data FILE, or use "
+            "--rounding nearest"
         )
+    own = config.chosen_method().start.name
+    if own != "zero":
+        ui.say(f"{config.method} starts its adapter by {own}: tune does so; here the base is made alone")
     if config.dry_run:
         return dry.quantize(config, ui)
     check_output(Path(config.output), overwrite=config.overwrite, inputs=[config.model, config.calibration_data])
@@ -100,7 +106,7 @@ def quantize_into(
     tokenizer = load_tokenizer(name, trust_remote_code=code)
     selection = select(model, target_modules=target_modules, skip=config.skip)
     calibration = None
-    if plan.needs_data:
+    if plan.needs_text:
         assert calibration_rows is not None
         length = config.calibration_length or min(context_of(model.config), most_length)
         calibration = calibration_batches(
@@ -108,11 +114,13 @@ def quantize_into(
         )
         ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration.source}")
     batches = [batch.to(device) for batch in calibration.batches] if calibration else []
-    rows = quantize_model(
+    statistics = statistics_for(plan, name, model, selection.chosen, batches, ui)
+    done = quantize_model(
         model,
         selection.chosen,
         plan,
         batches=batches,
+        statistics=statistics,
         keeper=BlockFiles(path / "blocks"),
         progress=lambda units: ui.over("quantizing", units),
     )
@@ -130,8 +138,12 @@ def quantize_into(
             "length": calibration.length,
             "seed": seed,
         }
+    if plan.start.name != "zero":
+        made["start"] = {"kind": plan.start.name, **asdict(plan.start), "rank": plan.rank}
+    if done.factors:
+        write_start(path / START, done.factors)
     adopt(model, left=selection.left, made=made)
-    return write_model(model, tokenizer, path, rows, made, ui)
+    return write_model(model, tokenizer, path, done.rows, made, ui)
 
 
 def write_model(
@@ -172,6 +184,14 @@ def show_layers(layouts: Mapping[str, Layout], ui: UI, *, rows: Sequence[LayerRo
         table.append(cells)
     columns = ("layer", "shape", "format", "bits", *(("error", "seconds") if measured else ()))
     ui.table("quantized", columns, table)
+    begun = [row.start_error for row in rows if row.start_error]
+    if begun:
+        without, with_ = (sum(pair[at] for pair in begun) / len(begun) for at in (0, 1))
+        ui.show(f"mean error at the start: {without:.4f} of the quantized layers alone, {with_:.4f} with the adapter")
+    ends = {row.name.rpartition(".")[0]: row.block_error for row in rows if row.block_error}
+    if ends:
+        before, after = (sum(pair[at] for pair in ends.values()) / len(ends) for at in (0, 1))
+        ui.show(f"output error of the blocks on held-out text: {before:.4f} at first, {after:.4f} when trained")
     for row in rows:
         if row.note:
             ui.show(f"{row.name}: {row.note}")
@@ -185,4 +205,4 @@ def show_left(left: Mapping[str, str], ui: UI) -> None:
 
 
 def _described(plan: Plan) -> dict[str, Any]:
-    return {"kind": type(plan.rounding).__name__.lower(), **json.loads(json.dumps(asdict(plan.rounding)))}  # type: ignore[call-overload]
+    return {"kind": plan.rounding.name, **json.loads(json.dumps(asdict(plan.rounding)))}  # type: ignore[call-overload]

@@ -15,6 +15,7 @@ from quadapt.hf.context import context_of
 from quadapt.hf.folder import NOTE, Folder, load_model, load_tokenizer, open_folder
 from quadapt.hf.peft_layer import identity_of
 from quadapt.hf.quantizer import fingerprint_of
+from quadapt.hf.start import START, read_start, set_start
 from quadapt.hf.workspace import Workspace, check_output, remove, write_json
 from quadapt.jobs import dry
 from quadapt.jobs.adapt import adapt, true_bits
@@ -50,6 +51,11 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
             f"method={config.method!r} starts from the dense model, and {config.model!r} is quantized. Give the dense "
             "one"
         )
+    if folder.kind == "quantized" and chosen.start.name != "zero":
+        raise ConfigError(
+            f"start={chosen.start.name!r} fits what quantization changes, and {config.model!r} is quantized already. "
+            "Give the dense model, or use --start zero"
+        )
     about = model_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
     if seq_len > context_of(about):
@@ -73,7 +79,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         if folder.kind == "model" and chosen.adapter.base != "float":
             base = _make_base(space.path, config, ui, device, calibration, seq_len)
         summary = _train(config, space, base, folder, tokenizer, data, ui)
-        space.commit("checkpoints", "targets")
+        space.commit("checkpoints", "targets", START)
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return {"output": config.output, **summary}
@@ -121,6 +127,8 @@ def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, calibration:
             most_length=min(2048, seq_len),
         )
         remove(making / "blocks")
+        if (making / START).exists():
+            os.replace(making / START, path / START)
         os.rename(making, base)
     return base
 
@@ -142,6 +150,8 @@ def _train(
     quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     set_seed(config.seed)
     model = adapt(quantized, config)
+    if (space.path / START).exists():
+        set_start(model, read_start(space.path / START))
     _say_recipe(chosen.recipe, ui)
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {fingerprint_of(quantized)[:12]}")
     fields = {

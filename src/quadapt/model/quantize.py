@@ -8,9 +8,11 @@ from there.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -18,7 +20,10 @@ from torch import Tensor, nn
 from quadapt.calibrate import BlockWalk
 from quadapt.errors import ConfigError, locate
 from quadapt.model.select import find_blocks, matches
+from quadapt.nn.block_ap import BlockAP, BlockAPLinear
 from quadapt.nn.quant_linear import QuantLinear
+from quadapt.nn.starts import Begun, Start, Zero
+from quadapt.nn.starts.fit import objective
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest, Rounding, ScaleUnderflow, Statistics
 from quadapt.quant.storage import Storage
@@ -53,15 +58,36 @@ class LayerRow:
     note: str = ""
     """What was done other than asked, and why."""
 
+    block_error: tuple[float, float] | None = None
+    """Where a block is quantized as a whole: relative error of its output on held-out text, before and after."""
+
+    start_error: tuple[float, float] | None = None
+    """Where training starts from more than the quantized weight: relative error of the layer's output (of the weight,
+    where no second moment is known), without and with the start."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished unit: a block, or what lies outside the blocks."""
+
+    weights: dict[str, QuantWeight]
+    """Quantized matrices, by layer."""
+
+    rows: list[LayerRow]
+    """What became of each layer."""
+
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """`up` and `down` that training starts from, by layer, where a start gave some (`nn/starts`)."""
+
 
 class Keeper(Protocol):
     """Where finished blocks go."""
 
-    def find(self, unit: str) -> tuple[dict[str, QuantWeight], list[LayerRow]] | None:
+    def find(self, unit: str) -> Done | None:
         """A unit that an earlier run finished, or None."""
 
-    def keep(self, unit: str, weights: dict[str, QuantWeight], rows: list[LayerRow]) -> dict[str, QuantWeight]:
-        """Keep a finished unit; return the weights to go on with."""
+    def keep(self, unit: str, done: Done) -> Done:
+        """Keep a finished unit; return what to go on with."""
 
 
 class InMemory:
@@ -70,8 +96,8 @@ class InMemory:
     def find(self, unit: str) -> None:
         return None
 
-    def keep(self, unit: str, weights: dict[str, QuantWeight], rows: list[LayerRow]) -> dict[str, QuantWeight]:
-        return weights
+    def keep(self, unit: str, done: Done) -> Done:
+        return done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +116,25 @@ class Plan:
     layers: Mapping[str, tuple[Format, Storage]] = field(default_factory=dict)
     """Layers that have a grid and storage of their own, by name."""
 
+    start: Start = field(default_factory=Zero)
+    """Where an adapter over the quantized layers starts."""
+
+    rank: int = 0
+    """Of that adapter."""
+
+    pooled: bool = False
+    """Whether that adapter sees inputs summed over groups: its start is folded into the offsets."""
+
+    adapted: Sequence[str] = ()
+    """Layers that get the adapter, by name or a part of it; empty for all. The others start at zero."""
+
+    def __post_init__(self) -> None:
+        if self.rounding.scope == "block" and not isinstance(self.start, Zero):
+            raise ConfigError(
+                f"start={self.start.name!r} fits what rounding changed about a matrix; {self.rounding.name} trains the "
+                "matrix itself. Use start='zero', or another rounding"
+            )
+
     def layout(self, name: str, out: int, columns: int) -> Layout:
         """Layout of the layer `name`."""
         format, storage = self.layers.get(name, (self.format, self.storage))
@@ -97,8 +142,13 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration data is needed."""
+        """Whether the rounding needs calibration data."""
         return bool(self.rounding.needs)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the rounding or the start does."""
+        return bool(self.rounding.needs | self.start.needs)
 
 
 Progress = Callable[[Sequence[str]], Iterator[str]]
@@ -111,9 +161,10 @@ def quantize_model(
     plan: Plan,
     *,
     batches: Sequence[Tensor] = (),
+    statistics: Mapping[str, Statistics] | None = None,
     keeper: Keeper | None = None,
     progress: Progress = iter,
-) -> list[LayerRow]:
+) -> Done:
     """Replace linear layers by quantized ones, in place.
 
     Args:
@@ -121,11 +172,12 @@ def quantize_model(
         layers: Those to quantize, by full name (`Selection.chosen`).
         plan: How.
         batches: Token ids `[sequences, length]` to calibrate on; needed if the rounding needs statistics.
+        statistics: Of the full-precision model, by layer; needed if the start needs some (`quadapt.statistics`).
         keeper: Where finished blocks go; by default they stay in memory alone.
         progress: Wraps the list of units (blocks, then what lies outside them), to show how far the work is.
 
     Returns:
-        A row for each layer, in the order of the walk.
+        All layers, with a row for each in the order of the walk.
 
     Raises:
         ShapeError: A weight is not finite, or does not fit; the message names the layer.
@@ -134,45 +186,79 @@ def quantize_model(
     blocks = find_blocks(model)
     outside = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
     units = {block: [name for name in layers if name.startswith(f"{block}.")] for block in blocks}
-    worker = _Worker(model, dict(layers), plan, keeper or InMemory())
+    worker = _Worker(model, dict(layers), plan, keeper or InMemory(), statistics or {})
     walk = BlockWalk(model, blocks, batches) if plan.needs_data and any(units.values()) else None
     for unit in progress([*units, *(["outside the blocks"] if outside else [])]):
         names = units.get(unit, outside)
         worker.unit(unit, names, walk if unit in units else None)
         if walk is not None and unit in units:
             walk.advance(unit, blocks[unit])
-    return worker.rows
+    return worker.all
 
 
 class _Worker:
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], plan: Plan, keeper: Keeper) -> None:
-        self.model, self.layers, self.plan, self.keeper = model, layers, plan, keeper
-        self.rows: list[LayerRow] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Linear],
+        plan: Plan,
+        keeper: Keeper,
+        statistics: Mapping[str, Statistics],
+    ) -> None:
+        self.model, self.layers, self.plan, self.keeper, self.statistics = model, layers, plan, keeper, statistics
+        self.all = Done({}, [])
 
     def unit(self, unit: str, names: list[str], walk: BlockWalk | None) -> None:
         """Quantize the layers of one block, or take them from an earlier run."""
         found = self.keeper.find(unit)
-        if found is not None:
-            weights, rows = found
-        else:
-            weights, rows = self._quantize(unit, names, walk)
-            weights = self.keeper.keep(unit, weights, rows)
-        self.rows += rows
-        for name, weight in weights.items():
+        if walk is not None and self.plan.rounding.scope == "block":
+            walk.advance_dense(unit, self.model.get_submodule(unit))  # before anything in it is replaced
+        done = found or self.keeper.keep(unit, self._quantize(unit, names, walk))
+        self.all.weights.update(done.weights)
+        self.all.rows.extend(done.rows)
+        self.all.factors.update(done.factors)
+        for name, weight in done.weights.items():
             self._replace(name, weight)
 
-    def _quantize(
-        self, unit: str, names: list[str], walk: BlockWalk | None
-    ) -> tuple[dict[str, QuantWeight], list[LayerRow]]:
-        weights: dict[str, QuantWeight] = {}
-        rows = []
+    def _quantize(self, unit: str, names: list[str], walk: BlockWalk | None) -> Done:
+        if names and walk is not None and isinstance(self.plan.rounding, BlockAP):
+            return self._fit(unit, names, walk, self.plan.rounding)
+        done = Done({}, [])
         for stage, statistics in self._gathered(unit, self._stages(unit, names, walk), walk):
             for name in stage:
+                known = {**statistics, **self.statistics.get(name, {})}
                 with locate(name):
-                    weights[name], row = quantize_layer(name, self.layers[name].weight.detach(), self.plan, statistics)
-                rows.append(row)
-                self._replace(name, weights[name])
-        return weights, rows
+                    begun, row = quantize_layer(name, self.layers[name].weight.detach(), self.plan, known)
+                done.rows.append(row)
+                done.weights[name] = begun.weight
+                if begun.factors is not None:
+                    done.factors[name] = begun.factors
+                self._replace(name, begun.weight)
+        return done
+
+    def _fit(self, unit: str, names: list[str], walk: BlockWalk, rounding: BlockAP) -> Done:
+        """Train a block as a whole."""
+        start, fitted, notes = time.perf_counter(), dict[str, BlockAPLinear](), dict[str, str]()
+        for name in names:
+            linear = self.layers[name]
+            layout = self.plan.layout(name, *linear.weight.shape)
+            with locate(name):
+                rounding.check(layout)
+                try:
+                    fitted[name], notes[name] = BlockAPLinear(linear, layout, rounding.range), ""
+                except ScaleUnderflow as error:
+                    fitted[name] = BlockAPLinear(linear, in_fp32(layout), rounding.range)
+                    notes[name] = f"fp32 scales: {error}"
+            self.model.set_submodule(name, fitted[name])
+        block = self.model.get_submodule(unit)
+        with locate(unit):
+            errors = rounding.fit(block, list(fitted.values()), walk.examples(unit, rounding.batch_size))
+        weights, seconds = {name: layer.quantized() for name, layer in fitted.items()}, time.perf_counter() - start
+        rows = [
+            row_of(name, weight, self.layers[name].weight.detach(), seconds / len(names), notes[name], errors)
+            for name, weight in weights.items()
+        ]
+        return Done(weights, rows)
 
     def _gathered(
         self, unit: str, stages: list[list[str]], walk: BlockWalk | None
@@ -199,33 +285,81 @@ class _Worker:
         self.model.set_submodule(name, QuantLinear.of(weight, None if bias is None else bias))
 
 
-def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics) -> tuple[QuantWeight, LayerRow]:
+def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics) -> tuple[Begun, LayerRow]:
     """Quantize one weight matrix by plan. What cannot be done as asked is done in the nearest way, with a note.
 
     Outside the blocks there are no statistics: such layers are rounded to nearest. Scales that fp16 cannot hold become
     fp32.
     """
-    start = time.perf_counter()
-    layout, rounding, note = plan.layout(name, *weight.shape), plan.rounding, ""
-    if rounding.needs and not statistics:
-        rounding, note = Nearest(), "rounded to nearest: lies outside the blocks"
+    clock, layout = time.perf_counter(), plan.layout(name, *weight.shape)
+    rounding, start, notes = plan.rounding, plan.start, list[str]()
+    if not rounding.needs <= statistics.keys():
+        rounding = Nearest()
+        notes.append("rounded to nearest: lies outside the blocks")
+    if plan.adapted and not any(matches(name, pattern) for pattern in plan.adapted):
+        start = Zero()
+    if not start.needs <= statistics.keys():
+        start = Zero()
+        notes.append(f"no {plan.start.name} start: lies outside the blocks")
+
+    def begin(layout: Layout) -> Begun:
+        quantize = partial(rounding, layout=layout, statistics=statistics)
+        return start(weight, quantize, plan.rank, statistics, pooled=plan.pooled)
+
     try:
-        quantized = rounding(weight, layout, statistics)
+        begun = begin(layout)
     except ScaleUnderflow as error:
-        offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
-        layout = replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
-        quantized, note = rounding(weight, layout, statistics), f"fp32 scales: {error}"
-    row = LayerRow(
+        begun = begin(in_fp32(layout))
+        notes.append(f"fp32 scales: {error}")
+    row = row_of(name, begun.weight, weight, time.perf_counter() - clock, "; ".join(notes))
+    if not isinstance(start, Zero):
+        row = replace(row, start_error=start_error(begun, weight, statistics))
+    return begun, row
+
+
+def start_error(begun: Begun, weight: Tensor, statistics: Statistics) -> tuple[float, float]:
+    """Relative error of a layer's output (of its weight, without a second moment) before training.
+
+    Without the start's low-rank term, and with it: `|| (W - Q - up down) X || / || W X ||`. What was folded into
+    offsets counts on both sides.
+    """
+    moment = statistics.get("dense_second_moment")
+    W = weight.double()
+    H = None if moment is None else moment.to(W.device, W.dtype)
+    E = W - begun.weight.dequantize().double()
+    factors = None if begun.factors is None else (begun.factors[0].double(), begun.factors[1].double())
+    whole = objective(W, H)
+    without, with_ = (math.sqrt(max(0.0, objective(E, H, each)) / whole) if whole else 0.0 for each in (None, factors))
+    return without, with_
+
+
+def in_fp32(layout: Layout) -> Layout:
+    """The same with scales (and float offsets) that fp16 cannot hold."""
+    offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
+    return replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
+
+
+def row_of(
+    name: str,
+    quantized: QuantWeight,
+    weight: Tensor,
+    seconds: float,
+    note: str,
+    block_error: tuple[float, float] | None = None,
+) -> LayerRow:
+    """What became of a layer."""
+    layout = quantized.layout
+    return LayerRow(
         name=name,
         out=layout.out,
         columns=layout.columns,
         format=layout.format.name,
-        bits_per_weight=quantized.layout.bits_per_weight,
+        bits_per_weight=layout.bits_per_weight,
         error=relative_error(quantized, weight),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         note=note,
+        block_error=block_error,
     )
-    return quantized, row
 
 
 def relative_error(quantized: QuantWeight, weight: Tensor) -> float:

@@ -38,6 +38,7 @@ class GPTQ(Rounding):
         smaller than its block of 128, columns that still lack the errors of the block at hand.
     """
 
+    name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
 
     damping: float = 0.01

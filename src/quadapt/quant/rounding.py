@@ -30,8 +30,14 @@ CodeAgainst = Literal["stored", "exact"]
 class Rounding(ABC):
     """How weights become codes."""
 
+    name: ClassVar[str]
+    """As the command line calls it."""
+
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics that it reads."""
+
+    scope: ClassVar[Literal["layer", "block"]] = "layer"
+    """What it quantizes at once."""
 
     def check(self, layout: Layout) -> None:
         """Raise ConfigError if this rounding cannot serve a layout."""
@@ -50,6 +56,8 @@ class Rounding(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Nearest(Rounding):
     """Each weight to the nearest level of its group."""
+
+    name: ClassVar[str] = "nearest"
 
     range: Literal["minmax", "mse"] = "minmax"
     """minmax: the levels span the group. mse: the span is shrunk to the one of least squared error (100 candidates)."""
@@ -86,6 +94,8 @@ class FixedPoint(Rounding):
 
     LR-QAT's frozen base (arXiv 2406.06385, Q n.(8-n)): its training moves weights between the coarse codes.
     """
+
+    name: ClassVar[str] = "fixed-point"
 
     bits: int = 4
     """Width of a code of the product: 2, 3 or 4."""

@@ -50,6 +50,11 @@ class Storage:
         if self.offsets not in wanted:
             raise ConfigError(f"offsets={self.offsets!r} cannot hold zero={format.zero!r}. Use {' or '.join(wanted)}")
 
+    @property
+    def floats(self) -> Literal["fp16", "fp32"]:
+        """The dtype of offsets that are put in the place of these."""
+        return "fp32" if "fp32" in (self.scales, self.offsets) else "fp16"
+
     @staticmethod
     def default(format: Format) -> Storage:
         """fp16, but fp32 at 8 bits, where fp16 would cost a quarter of a step; offsets as the format's zero demands."""

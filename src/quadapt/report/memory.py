@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from quadapt.model.select import find_blocks
+from quadapt.quant.weight import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,15 @@ def quantizing_bytes(largest: int, columns: int, *, calibrated: bool) -> int:
     """
     chunk = 4 * 1024 * 1024 * 4 * 3
     return largest * 8 + columns * columns * 28 if calibrated else min(largest * 12, chunk) + largest * 4
+
+
+def block_training_bytes(model: nn.Module, layouts: Mapping[str, Layout]) -> int:
+    """Training the weights of the largest block: each in float32, with its gradient and AdamW's two moments."""
+    sizes = dict.fromkeys(find_blocks(model), 0)
+    for name, layout in layouts.items():
+        for block in sizes:
+            sizes[block] += layout.out * layout.columns * name.startswith(f"{block}.")
+    return 16 * max(sizes.values(), default=0)
 
 
 def machine_bytes(device: str) -> tuple[int, int]:

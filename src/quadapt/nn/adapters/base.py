@@ -24,6 +24,8 @@ Exactness = Literal["exact", "equivalent", "none"]
 
 Base = Literal["codes", "float", "fixed-point"]
 
+Begins = Literal["factors", "offsets", "zero"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(ABC):
@@ -34,6 +36,11 @@ class Adapter(ABC):
 
     base: ClassVar[Base] = "codes"
     """What it trains over: codes; the dense matrix; or its 8-bit fixed-point form."""
+
+    @property
+    def begins(self) -> Begins:
+        """What a start (nn/starts) sets: the factors, the offsets of the base (it is folded into them), or nothing."""
+        return "zero"
 
     def check(self, layout: Layout, rank: int, dropout: float) -> None:  # noqa: B027 - most adapters accept anything
         """Raise ConfigError or ShapeError if this adapter cannot train over `layout`."""

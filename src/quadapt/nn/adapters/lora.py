@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from quadapt.nn.adapters.base import CodesAdapter, add_low_rank
+from quadapt.nn.adapters.base import Begins, CodesAdapter, add_low_rank
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -17,6 +17,10 @@ class LoRA(CodesAdapter):
     """`y = x W^T + scaling * x A^T B^T`. Cannot merge into codes: stays base + adapter, or is requantized by name."""
 
     kind: ClassVar[str] = "lora"
+
+    @property
+    def begins(self) -> Begins:
+        return "factors"
 
     def inputs(self, layout: Layout) -> int:
         return layout.columns

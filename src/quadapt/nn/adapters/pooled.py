@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import expand, pool
-from quadapt.nn.adapters.base import CodesAdapter, Exactness, add_low_rank
+from quadapt.nn.adapters.base import Begins, CodesAdapter, Exactness, add_low_rank
 from quadapt.quant.rounding import check_choice
 from quadapt.quant.storage import FLOATS, Storage
 from quadapt.quant.weight import Layout, QuantWeight
@@ -48,6 +48,10 @@ class Pooled(CodesAdapter):
         check_choice("pooling", self.pooling, ("sum", "mean"))
         check_choice("form", self.form, ("merged", "side"))
         check_choice("offsets", self.offsets, ("base", *FLOATS))
+
+    @property
+    def begins(self) -> Begins:
+        return "offsets"
 
     def check(self, layout: Layout, rank: int, dropout: float) -> None:
         if self.form == "merged" and dropout:
@@ -86,7 +90,7 @@ class Pooled(CodesAdapter):
     def _kind(self, storage: Storage) -> Literal["fp16", "fp32"]:
         if self.offsets != "base":
             return self.offsets
-        return "fp32" if "fp32" in (storage.scales, storage.offsets) else "fp16"
+        return storage.floats
 
     def offset_gradients(
         self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float, gradient: Tensor

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from quadapt.nn.adapters.base import Begins
 from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, base_layout
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.storage import Storage
@@ -26,6 +27,10 @@ class Scales(GridAdapter):
 
     pooled: bool = False
     """Also train QA-LoRA's low-rank shift of the offsets."""
+
+    @property
+    def begins(self) -> Begins:
+        return "offsets" if self.pooled else "zero"
 
     def inputs(self, layout: Layout) -> int:
         return layout.groups if self.pooled else 0
@@ -47,7 +52,7 @@ class Scales(GridAdapter):
     def _kind(self, storage: Storage) -> Held:
         if self.scales != "base":
             return self.scales
-        return "fp32" if "fp32" in (storage.scales, storage.offsets) else "fp16"
+        return storage.floats
 
     def how(self, layout: Layout) -> FakeQuant:
         return FakeQuant(format=layout.format, columns=layout.columns, domain="codes", order="round-clamp")

@@ -1,5 +1,9 @@
-"""Starts: one file each."""
+"""Starts: one file for each kind."""
 
 from quadapt.nn.starts.base import Begun, Quantize, Start, Zero
+from quadapt.nn.starts.calibrated import QERA, CLoQ, LoftQ, QuAILoRA
 
-__all__ = ["Begun", "Quantize", "Start", "Zero"]
+STARTS: dict[str, type[Start]] = {each.name: each for each in (Zero, LoftQ, QuAILoRA, CLoQ, QERA)}
+"""Starts by name."""
+
+__all__ = ["QERA", "STARTS", "Begun", "CLoQ", "LoftQ", "QuAILoRA", "Quantize", "Start", "Zero"]

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from quadapt.nn.starts.fit import best_offsets
 from quadapt.quant.rounding import Statistics
 from quadapt.quant.weight import QuantWeight
 
@@ -36,19 +37,26 @@ class Begun:
 class Start(ABC):
     """Where training starts."""
 
+    name: ClassVar[str]
+    """As the command line calls it."""
+
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics that it reads, besides those of the rounding."""
 
     @abstractmethod
-    def __call__(self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics) -> Begun:
+    def __call__(
+        self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False
+    ) -> Begun:
         """Quantized base and low-rank term for `weight` (any float dtype, `[out, in]`, not modified).
 
         Args:
             weight: The dense matrix.
             quantize: Makes a quantized matrix of a dense one.
             rank: Of the adapter; factors have this many columns and rows even where fewer would do (the rest is zero).
-            statistics: Of this layer: `second_moment` float64 `[in, in]` of its inputs in the full-precision model,
-                `fisher` float32 `[out, in]`, those that `needs` names.
+            statistics: Of this layer: `dense_second_moment` float `[in, in]`, the mean of `x x^T` over its inputs in
+                the full-precision model; `fisher` float32 `[out, in]`; those that `needs` names.
+            pooled: The adapter sees inputs summed over groups. Then what it would start from is folded into the
+                offsets of the base, and there are no factors: it starts at zero, over a better base.
 
         Raises:
             CalibrationError: Statistics are missing or unusable.
@@ -59,5 +67,17 @@ class Start(ABC):
 class Zero(Start):
     """The quantized weight, and an adapter that is zero at first (QLoRA, QA-LoRA)."""
 
-    def __call__(self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics) -> Begun:
+    name: ClassVar[str] = "zero"
+
+    def __call__(
+        self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False
+    ) -> Begun:
         return Begun(quantize(weight))
+
+
+def folded(base: QuantWeight, E: Tensor, H: Tensor | None) -> Begun:
+    """The base with the offsets that leave least of its error `E` under `H`: the start of a pooled adapter."""
+    shift = best_offsets(E, H, base)
+    offsets = base.offsets
+    kept = (shift if offsets is None else offsets + shift).float()
+    return Begun(base.with_offsets(kept, base.layout.storage.floats))

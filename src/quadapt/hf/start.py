@@ -1,0 +1,39 @@
+"""The factors that adapters start from, on disk between quantizing and training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
+
+START = "start.safetensors"
+
+
+def write_start(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write `up` and `down` of each layer under a temporary name, then rename."""
+    tensors: dict[str, Tensor] = {}
+    for name, (up, down) in factors.items():
+        tensors |= {f"{name}.up": up.contiguous().cpu(), f"{name}.down": down.contiguous().cpu()}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def read_start(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """What :func:`write_start` wrote."""
+    with safe_open(path, framework="pt") as file:
+        names = sorted({key.rpartition(".")[0] for key in file.keys()})  # noqa: SIM118 - a file, no dict
+        return {name: (file.get_tensor(f"{name}.up"), file.get_tensor(f"{name}.down")) for name in names}
+
+
+def set_start(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default") -> None:
+    """Give the adapters of a PEFT model their first factors."""
+    for name, layer in adapted_layers(model).items():
+        if isinstance(layer, QuantLoraLinear) and name in factors:
+            layer.begin(adapter_name, *factors[name])

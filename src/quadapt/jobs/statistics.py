@@ -1,0 +1,86 @@
+"""Statistics of the full-precision model, from the cache, or gathered and put there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quadapt.errors import ResourceError
+from quadapt.hf.workspace import check_disk
+from quadapt.jobs.source import identity
+from quadapt.model.quantize import Plan
+from quadapt.report.ui import UI
+from quadapt.statistics import FISHER, MOMENT, StatisticsFiles, gather
+
+_FORM = 1
+"""Counted up when what the files hold changes."""
+
+
+def cache_folder() -> Path:
+    """Where quadapt keeps what it may want again: `QUADAPT_CACHE`, or `quadapt` in the user's cache folder."""
+    own = os.environ.get("QUADAPT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quadapt"
+
+
+def statistics_for(
+    plan: Plan, name: str, model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence[Tensor], ui: UI
+) -> StatisticsFiles | None:
+    """What the start of `plan` reads, by layer; None if it reads nothing.
+
+    Kept on disk under a key of the model's files, the token ids and the dtype: another start, rounding or bit width
+    over the same model and text finds it there.
+
+    Args:
+        plan: Names the start.
+        name: Folder or hub name of the model.
+        model: That model, dense.
+        layers: To be quantized.
+        batches: Token ids to calibrate on.
+        ui: For progress.
+
+    Raises:
+        ResourceError: The cache cannot be written.
+        CalibrationError: The model cannot be walked through, or its statistics are not finite.
+    """
+    needs = plan.start.needs & {MOMENT, FISHER}
+    if not needs:
+        return None
+    folder = cache_folder() / "statistics" / _key(name, model, batches)
+    try:
+        files = StatisticsFiles(folder, needs)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder}: cannot be written ({error.strerror}). Statistics are kept there; set QUADAPT_CACHE to another "
+            "folder"
+        ) from error
+    missing = {kind: files.missing(kind, layers) for kind in needs}
+    if not any(missing.values()):
+        ui.say(f"statistics of the full-precision model: from {folder}")
+        return files
+    columns = [layers[name].in_features for name in missing.get(MOMENT, ())]
+    weights = [layers[name].weight.numel() for name in missing.get(FISHER, ())]
+    check_disk(folder, 2 * sum(size * size for size in columns) + 4 * sum(weights))
+    ui.say(f"statistics of the full-precision model: kept in {folder}")
+    gather(needs, model, layers, batches, files, ui.over)
+    return files
+
+
+def _key(name: str, model: nn.Module, batches: Sequence[Tensor]) -> str:
+    config: Any = getattr(model, "config", None)
+    about = {
+        "form": _FORM,
+        "model": identity(name),
+        "commit": getattr(config, "_commit_hash", None),
+        "dtype": str(next(model.parameters()).dtype),
+        "shapes": [list(batch.shape) for batch in batches],
+    }
+    state = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for batch in batches:
+        state.update(batch.cpu().numpy().tobytes())
+    return state.hexdigest()[:24]

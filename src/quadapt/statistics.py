@@ -1,0 +1,240 @@
+"""Statistics of the full-precision model that starts read: gathered once, kept on disk, read layer by layer.
+
+`dense_second_moment` is the mean of `x x^T` over a layer's inputs (QuAILoRA, CLoQ); GPTQ's second moments are of the
+model whose earlier layers are quantized already, and are gathered while quantizing (`model/quantize.py`). `fisher` is
+the diagonal of the empirical Fisher information, the sum over sequences of the squared gradient (LQ-LoRA).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quadapt.calibrate import BlockWalk
+from quadapt.errors import CalibrationError
+from quadapt.model.select import find_blocks
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+"""Wraps the names of the units to work on, like `tqdm`."""
+
+MOMENT, FISHER = "dense_second_moment", "fisher"
+
+_SECONDS_AT_RISK = 60.0
+"""An interrupted Fisher run loses at most about this much work."""
+
+
+class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
+    """Statistics by layer, in files of a folder: one for each block and kind.
+
+    Symmetric matrices are kept as their upper triangle, in float32. What is read is mapped, not held.
+
+    Args:
+        folder: Made if it does not exist. A damaged file counts as missing.
+        kinds: What to read of a layer.
+    """
+
+    def __init__(self, folder: Path, kinds: Iterable[str] = (MOMENT, FISHER)) -> None:
+        self.folder, self.kinds = folder, tuple(kinds)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._layers: dict[str, dict[str, tuple[Path, str]]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            if not path.name.startswith("partial"):
+                self._note(path)
+
+    def _note(self, path: Path) -> None:
+        kind = path.name.partition("@")[0]
+        try:
+            with safe_open(path, framework="pt") as file:
+                held = json.loads(file.metadata()["layers"])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+            return
+        for layer, tensor in held.items():
+            self._layers.setdefault(layer, {})[kind] = (path, tensor)
+
+    def __getitem__(self, layer: str) -> dict[str, Tensor]:
+        """Statistics of a layer by kind, those that there are."""
+        found = {}
+        for kind, (path, name) in self._layers[layer].items():
+            if kind in self.kinds:
+                with safe_open(path, framework="pt") as file:
+                    tensor = file.get_tensor(name)
+                found[kind] = _square(tensor) if kind == MOMENT else tensor
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def missing(self, kind: str, layers: Iterable[str]) -> list[str]:
+        """Layers of which a kind is not there."""
+        return [layer for layer in layers if kind not in self._layers.get(layer, {})]
+
+    def keep(self, kind: str, unit: str, groups: Iterable[tuple[Sequence[str], Tensor]]) -> None:
+        """Write statistics of a unit, each shared by some layers, under a temporary name, and rename."""
+        tensors: dict[str, Tensor] = {}
+        layers: dict[str, str] = {}
+        for at, (names, tensor) in enumerate(groups):
+            tensors[str(at)] = _triangle(tensor) if kind == MOMENT else tensor.float().contiguous().cpu()
+            layers |= dict.fromkeys(names, str(at))
+        path = self.folder / f"{kind}@{unit}.safetensors"
+        _write(path, tensors, {"layers": json.dumps(layers)})
+        self._note(path)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=about)
+    os.replace(temporary, path)
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix.float().cpu()[rows, columns].contiguous()
+
+
+def _square(triangle: Tensor) -> Tensor:
+    size = int((2 * len(triangle) + 0.25) ** 0.5)
+    rows, columns = torch.triu_indices(size, size)
+    matrix = triangle.new_empty(size, size)
+    matrix[rows, columns] = triangle
+    matrix[columns, rows] = triangle
+    return matrix
+
+
+def gather(
+    needs: Collection[str],
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    batches: Sequence[Tensor],
+    files: StatisticsFiles,
+    over: Callable[[str, Sequence[str]], Iterable[str]] = lambda _, units: units,
+) -> None:
+    """Gather what `needs` names, as far as it is not there; `over(label, units)` shows progress."""
+    if MOMENT in needs:
+        gather_second_moments(model, layers, batches, files, partial(over, "second moments"))
+    if FISHER in needs:
+        gather_fisher(model, layers, batches, files, partial(over, "Fisher information"))
+
+
+def gather_second_moments(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    batches: Sequence[Tensor],
+    files: StatisticsFiles,
+    progress: Progress = iter,
+) -> None:
+    """Second moments of the inputs of all `layers` that lie in blocks: one walk, block by block.
+
+    Args:
+        model: Dense, in evaluation mode.
+        layers: By full name.
+        batches: Token ids `[sequences, length]`, without padding.
+        files: Where they go, block by block; blocks that are there are passed without gathering.
+        progress: Wraps the list of blocks.
+
+    Raises:
+        CalibrationError: There are no batches, or the model cannot be walked through.
+    """
+    blocks = find_blocks(model)
+    units = {block: {name: layers[name] for name in layers if name.startswith(f"{block}.")} for block in blocks}
+    units = {block: inside for block, inside in units.items() if inside}
+    open_ = [block for block, inside in units.items() if files.missing(MOMENT, inside)]
+    if not open_:
+        return
+    walk = BlockWalk(model, blocks, batches)
+    last = list(blocks).index(open_[-1])
+    for block in progress(list(blocks)[: last + 1]):
+        if block in open_:
+            files.keep(MOMENT, block, walk.advance_and_gather(block, blocks[block], units[block]))
+        else:
+            walk.advance(block, blocks[block])
+
+
+def gather_fisher(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    batches: Sequence[Tensor],
+    files: StatisticsFiles,
+    progress: Progress = iter,
+) -> None:
+    """Diagonal of the empirical Fisher information of all `layers`: sum over sequences of the squared gradient.
+
+    Sequences are taken one at a time whatever their batch: the square of a sum is not the sum of squares. The loss is
+    the mean over a sequence's tokens. One gradient of one layer lives at a time, beside a float32 sum for each layer.
+
+    Args:
+        model: Dense, in evaluation mode; gradients flow, parameters do not change.
+        layers: By full name.
+        batches: Token ids `[sequences, length]`, without padding.
+        files: Where the sums go. What is done is kept there about once a minute, and gone on with.
+        progress: Wraps the list of sequences.
+
+    Source: LQ-LoRA (arXiv 2311.12023) §3.3 and its code: the sum, not the mean.
+
+    Raises:
+        CalibrationError: There are no batches, or a gradient is not finite.
+    """
+    if not files.missing(FISHER, layers):
+        return
+    sequences = [sequence for batch in batches for sequence in batch]
+    if not sequences:
+        raise CalibrationError("there is no calibration data")
+    unfinished = files.folder / "partial-fisher.safetensors"
+    done, sums = _resumed(unfinished, layers)
+    wanted = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    handles = []
+    try:
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            layer.weight.requires_grad_(True)
+            handles.append(layer.weight.register_post_accumulate_grad_hook(_adds(sums[name])))
+        saved = time.monotonic()
+        for at in progress([str(at) for at in range(done, len(sequences))]):
+            sequence = sequences[int(at)][None]
+            with torch.enable_grad():
+                model(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
+            if time.monotonic() - saved > _SECONDS_AT_RISK:
+                _write(unfinished, sums, {"done": str(int(at) + 1)})
+                saved = time.monotonic()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in model.parameters():
+            parameter.requires_grad_(wanted[id(parameter)])
+    for name, total in sums.items():
+        if not bool(torch.isfinite(total).all()):
+            raise CalibrationError(f"{name}: gradients are not finite. Gather in float32 (--dtype float32)")
+        files.keep(FISHER, name, [([name], total)])
+    unfinished.unlink(missing_ok=True)
+
+
+def _adds(total: Tensor) -> Callable[[Tensor], None]:
+    def hook(weight: Tensor) -> None:
+        assert weight.grad is not None
+        total.add_(weight.grad.float().square().to(total.device))
+        weight.grad = None
+
+    return hook
+
+
+def _resumed(path: Path, layers: Mapping[str, nn.Linear]) -> tuple[int, dict[str, Tensor]]:
+    """Sequences done, and the sums so far."""
+    zeros = {name: torch.zeros(layer.weight.shape) for name, layer in layers.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(layers):
+                return 0, zeros
+            return int(file.metadata()["done"]), {name: file.get_tensor(name) for name in layers}
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return 0, zeros
