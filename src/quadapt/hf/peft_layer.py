@@ -29,6 +29,9 @@ from quadapt.quant.weight import QuantWeight
 KEY = "quadapt"
 """Key of our entry in `auto_mapping`."""
 
+BETA = "lora_beta"
+"""Parameters of elastic connections, which PEFT saves and loads like any adapter weight."""
+
 
 def lora_config(
     adapter: Adapter,
@@ -88,6 +91,8 @@ def adapter_of(config: LoraConfig) -> Adapter:
 class QuantLoraLinear(nn.Module, LoraLayer):
     """Adapters over a quantized linear layer.
 
+    Besides `lora_A` and `lora_B` it keeps `lora_beta`, for adapters that have such numbers.
+
     Args:
         base_layer: The quantized layer (or PEFT's layer over one).
         adapter_name: PEFT's name of the first adapter.
@@ -96,6 +101,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         lora_alpha: Its alpha.
         kwargs: What PEFT passes on to `LoraLayer`.
     """
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, BETA)
 
     def __init__(
         self,
@@ -110,6 +117,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self.adapters: dict[str, CodesAdapter] = {}
+        self.lora_beta = nn.ParameterDict()
         self._unmerged: list[QuantWeight] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -123,11 +131,14 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         self.adapters[adapter_name] = adapter
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]
         inputs = adapter.inputs(self.quant.layout)
-        A, B = self.factors(adapter_name)
+        A, B = self._trained(adapter_name)
         if inputs != self.in_features:
             pooled = nn.Linear(inputs, r, bias=False, device=A.device, dtype=A.dtype)
             self.lora_A[adapter_name] = pooled.requires_grad_(A.requires_grad)
             A = pooled.weight
+        if adapter.betas:
+            beta = torch.zeros(adapter.betas, device=A.device, dtype=A.dtype)
+            self.lora_beta[adapter_name] = nn.Parameter(beta, requires_grad=A.requires_grad)
         initialize(adapter, A, B, config.init_lora_weights)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -143,7 +154,11 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         return layer
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """`lora_A` and `lora_B` of an adapter."""
+        """`A` and `B` of an adapter, as they act: with what `lora_beta` adds to them, where there is one."""
+        beta = self.lora_beta.get(name, None)
+        return self.adapters[name].factors(*self._trained(name), beta)
+
+    def _trained(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].get_parameter("weight"), self.lora_B[name].get_parameter("weight")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,9 +178,14 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         move = (
             MergedForm(tuple((self.adapters[name], float(self.scaling[name])) for name in inside)) if inside else None
         )
-        y = quant_matmul(x, weight, move, tuple(factor for name in inside for factor in self.factors(name)))
+        factors = {name: self.factors(name) for name in active}
+        y = quant_matmul(x, weight, move, tuple(factor for name in inside for factor in factors[name]))
         for name in active:
-            y = self.adapters[name].side(self.lora_dropout[name](x), y, weight, *self.factors(name), self.scaling[name])
+            adapter, dropped = self.adapters[name], self.lora_dropout[name](x)
+            y = adapter.side(dropped, y, weight, *factors[name], self.scaling[name])
+            if adapter.betas and self.training and dropped is not x:
+                beta, (_, B) = self.lora_beta[name], factors[name]
+                y = adapter.undropped(x - dropped, y, weight, B, beta, self.scaling[name])
             if self.lora_bias[name]:
                 y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
         return self.quant.with_bias(y)
@@ -268,7 +288,7 @@ def _check_base(adapter: Adapter, *, quantized: bool) -> None:
     if quantized == (adapter.base == "float"):
         have = "quantized" if quantized else "dense"
         raise ConfigError(
-            f"a {adapter.kind} adapter trains over {adapter.base} weights, and this layer is {have}. Give the "
+            f"{adapter.kind} adapters train over {adapter.base} weights, and this layer is {have}. Give the "
             + ("dense model" if quantized else "model that quadapt has quantized")
         )
 
