@@ -105,7 +105,7 @@ def test_pooled_connections_start_from_pooled_inputs(
     adapter = ElasticPooled(form="side", pooling=pooling, offsets="fp32")
     A, B, beta = trained(weight.layout.groups, rank, 24)
     x = torch.randn(5, columns).double()
-    P = qa_lora_numpy.pooling(columns, 32, pooling)
+    P = qa_lora_numpy.pooling(columns, 32, pooling).T
     pooled = weight.stored_order(x).numpy() @ P
     want = quant_matmul(x, weight).numpy() + SCALING * iec_numpy.branch(pooled, A.numpy(), B.numpy(), (0.7, -0.4))
     factors = adapter.factors(A, B, beta)
@@ -148,7 +148,7 @@ def test_gradients_of_inputs_factors_and_betas(columns: int, adapter: CodesAdapt
     def dense(x: Tensor, A: Tensor, B: Tensor, beta: Tensor) -> Tensor:
         first = torch.from_numpy(iec_numpy.first(inputs, 4))
         second = torch.from_numpy(iec_numpy.second(4, 6))
-        seen = x if inputs == columns else x @ torch.from_numpy(qa_lora_numpy.pooling(columns, 16, "sum"))
+        seen = x if inputs == columns else x @ torch.from_numpy(qa_lora_numpy.pooling(columns, 16, "sum").T)
         hidden = seen @ A.T + beta[0] * seen @ first
         return x @ weight.dequantize(torch.float64).T + SCALING * (hidden @ B.T + beta[1] * hidden @ second)
 
@@ -216,7 +216,7 @@ def test_connections_see_what_dropout_takes_from_the_factors(adapter: CodesAdapt
     dropped = layer.lora_dropout["default"](x)
     assert not torch.equal(dropped, x)
     A, B, beta = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_beta["default"].tolist()
-    P = np.eye(96) if isinstance(adapter, Elastic) else qa_lora_numpy.pooling(96, 32, "sum")
+    P = np.eye(96) if isinstance(adapter, Elastic) else qa_lora_numpy.pooling(96, 32, "sum").T
     added = iec_numpy.branch(
         dropped.numpy() @ P, A.detach().numpy(), B.detach().numpy(), (beta[0], beta[1]), x.numpy() @ P
     )

@@ -15,7 +15,19 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from quadapt.model.quantize import Plan
     from quadapt.quant.rounding import Rounding
 
-MethodName = Literal["qa-lora", "qlora", "gptq-lora", "qa-lora-scales", "peqa", "e2e-qp", "l4q", "qat-lora", "lr-qat"]
+MethodName = Literal[
+    "qa-lora",
+    "qlora",
+    "gptq-lora",
+    "qa-lora-scales",
+    "ir-qlora",
+    "ir-qa-lora",
+    "peqa",
+    "e2e-qp",
+    "l4q",
+    "qat-lora",
+    "lr-qat",
+]
 """The keys of `methods.METHODS` (a test compares them)."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -92,8 +104,8 @@ class Grid(Settings):
     """How weights are quantized. What is not given is the method's own choice."""
 
     method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
-    """Preset of all that follows. Merge exactly: qa-lora, qa-lora-scales, peqa, e2e-qp, l4q, lr-qat. Do not: qlora,
-    gptq-lora, qat-lora."""
+    """Preset of all that follows. Merge exactly: qa-lora, ir-qa-lora, qa-lora-scales, peqa, e2e-qp, l4q, lr-qat. Do
+    not: qlora, ir-qlora, gptq-lora, qat-lora."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
@@ -113,8 +125,9 @@ class Grid(Settings):
     rounding: Annotated[Literal["nearest", "gptq"] | None, Flag((), "Quantization")] = None
     """nearest needs no data; gptq is calibrated. Default: the method's."""
 
-    range: Annotated[Literal["minmax", "mse"] | None, Flag((), "Quantization")] = None
-    """Span of a group's levels: all of it, or the part of least squared error. Default: the method's."""
+    range: Annotated[Literal["minmax", "mse", "icq", "icq-scale"] | None, Flag((), "Quantization")] = None
+    """Span of a group's levels. minmax: all of it. mse: the part of least squared error. For the highest entropy of
+    codes: icq, shifted (needs zero float); icq-scale, scaled (integers). Default: the method's."""
 
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
@@ -163,7 +176,7 @@ class Grid(Settings):
 
         kinds: dict[str, type[Nearest] | type[GPTQ]] = {"nearest": Nearest, "gptq": GPTQ}
         if self.rounding and not isinstance(own, kinds[self.rounding]):
-            own = kinds[self.rounding]()
+            own = kinds[self.rounding](range=own.range) if isinstance(own, (Nearest, GPTQ)) else kinds[self.rounding]()
         return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ)) else own
 
     def plan(self) -> Plan:
