@@ -166,7 +166,7 @@ METHODS: dict[str, Method] = {
         paper="2402.05445",
         format=Format(levels="nf", bits=4, group_size=64, zero="float"),
         storage=Storage(scales="double", offsets="double"),
-        rounding=Nearest(range="icq"),  # unlike the paper, codes are made against scales and shifts as they are stored
+        rounding=Nearest(range="icq"),
         adapter=Elastic(),
         recipe=Recipe(learning_rate=2e-4, dropout=0.1, source="IR-QLoRA, up to 13B (1e-4 and dropout 0.05 above)"),
     ),

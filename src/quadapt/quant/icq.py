@@ -9,8 +9,10 @@ both values of `range` of a rounding:
 
 Differs: sigma is the code's 0.5411 (the standard deviation of NormalFloat's weights over their largest), where the text
     says 1: the entropies that the paper reports are those of the former. Zero is a candidate too, so that no group has
-    less entropy than without a shift. Ties go to the shift nearest to the median, not to the lowest. For integers the
-    paper shifts nothing; here icq serves them too, with levels symmetric about the shift.
+    less entropy than without a shift. Ties go to the shift nearest to the median, not to the lowest. icq serves
+    integers too, with levels symmetric about the shift; icq-scale has a bound on the error (`GUARD`). Codes may be
+    made against scales and shifts as they are stored (`code_against="stored"`, the preset's), where the authors' are against the
+    exact ones: doubly quantized, normal weights then keep 3.755 of 3.764 bits, at 0.15 % less error.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ FACTORS = tuple(1 + 0.1 * step / 50 for step in sorted(range(-50, 51), key=lambd
 GUARD = 1.1
 """A scaled range may have this many times the squared error of the whole one, and no more.
 
-More entropy is not less error (at 4 bits it tends to be more), and GPTQ hands errors on.
+More entropy is not less error, and GPTQ hands errors on. For normal weights in int4 groups of 32, entropy rises by
+0.075 bits under this bound, at the error of the whole range; without a bound by 0.11, at 14 % more error.
 """
 
 
