@@ -169,8 +169,8 @@ def performance() -> str:
         parts += ["## Quantizing\n", f"{quantize['limit']}.\n", table(("what", "speed"), rows)]
     if icq:
         parts.append(
-            f"The entropy search of IR-QLoRA over 4096 x 4096 weights: {icq['times_faster']:.0f} times faster than every "
-            f"candidate in torch, timed on {icq['rows_of_the_peer']} of the rows. Limit: {icq['limit']}.\n"
+            f"The entropy search of IR-QLoRA over 4096 x 4096 weights: {icq['times_faster']:.0f} times faster than "
+            f"every candidate in torch, timed on {icq['rows_of_the_peer']} of the rows. Limit: {icq['limit']}.\n"
         )
     if memory:
         parts += [

@@ -11,8 +11,8 @@ Differs: sigma is the code's 0.5411 (the standard deviation of NormalFloat's wei
     says 1: the entropies that the paper reports are those of the former. Zero is a candidate too, so that no group has
     less entropy than without a shift. Ties go to the shift nearest to the median, not to the lowest. icq serves
     integers too, with levels symmetric about the shift; icq-scale has a bound on the error (`GUARD`). Codes may be
-    made against scales and shifts as they are stored (`code_against="stored"`, the preset's), where the authors' are against the
-    exact ones: doubly quantized, normal weights then keep 3.755 of 3.764 bits, at 0.15 % less error.
+    made against scales and shifts as they are stored (`code_against="stored"`, the preset's), where the authors' are
+    against the exact ones: doubly quantized, normal weights then keep 3.755 of 3.764 bits, at 0.15 % less error.
 """
 
 from __future__ import annotations
