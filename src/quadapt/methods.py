@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from quadapt.errors import ConfigError
-from quadapt.nn.adapters import L4Q, LRQAT, Adapter, LoRA, Pooled, QATLoRA, Scales
+from quadapt.nn.adapters import L4Q, LRQAT, Adapter, Elastic, ElasticPooled, LoRA, Pooled, QATLoRA, Scales
 from quadapt.nn.block_ap import BlockAP
 from quadapt.nn.starts import CLoQ, LoftQ, QuAILoRA, Start, Zero
 from quadapt.quant.format import Format
@@ -208,6 +208,24 @@ METHODS: dict[str, Method] = {
         rounding=GPTQ(),
         adapter=Scales(pooled=True),
         recipe=Recipe(learning_rate=2e-5, grid_learning_rate=1e-3, source="QA-LoRA; for scales as e2e-qp"),
+    ),
+    "ir-qlora": Method(
+        summary="NF4 shifted for entropy, doubly quantized, and LoRA with elastic connections. Cannot merge exactly.",
+        paper="2402.05445",
+        format=Format(levels="nf", bits=4, group_size=64, zero="float"),
+        storage=Storage(scales="double", offsets="double"),
+        rounding=Nearest(range="icq"),
+        adapter=Elastic(),
+        recipe=Recipe(learning_rate=2e-4, dropout=0.1, source="IR-QLoRA, up to 13B (1e-4 and dropout 0.05 above)"),
+    ),
+    "ir-qa-lora": Method(
+        summary="QA-LoRA with IR-QLoRA's ranges and connections, pooled. Merges exactly into the offsets.",
+        paper="2402.05445",
+        format=Format(bits=4, group_size=32),
+        storage=Storage(),
+        rounding=GPTQ(range="icq-scale"),
+        adapter=ElasticPooled(),
+        recipe=Recipe(learning_rate=2e-5, source="QA-LoRA, 7B and 13B (1e-5 above)"),
     ),
     "peqa": Method(
         summary="Integers, of which the scales train, one a row. Merges exactly.",

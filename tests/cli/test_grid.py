@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from commands import SHORT, digests, give, logits, quadapt
+from safetensors.torch import load_file
 
 from quadapt import load
+from quadapt.model.quantize import quantized_layers
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
 from quadapt.train import AdapterTrainer
 
 pytestmark = pytest.mark.usefixtures("here", "shelf")
 
-EXACT = {"l4q": (), "lr-qat": (), "e2e-qp": (), "qa-lora-scales": ("--calibration-length", "32")}
+CALIBRATED = ("--calibration-length", "32")
+EXACT = {"l4q": (), "lr-qat": (), "e2e-qp": (), "qa-lora-scales": CALIBRATED, "ir-qa-lora": CALIBRATED}
 
 
 def tune(method: str, output: str, *more: str) -> dict[str, Any]:
@@ -32,6 +37,24 @@ def test_what_was_trained_is_what_the_merge_computes(method: str, tmp_path: Path
     assert torch.equal(logits(load(adapter)[0]), logits(load(merged)[0]))
     assert quadapt("inspect", merged, "--verify")["verified"] is True
     assert (tmp_path / "adapter" / "base").exists() == (method != "l4q")  # over the dense matrix nothing is written
+
+
+def test_ir_qlora_is_handed_over_as_a_lora(tmp_path: Path) -> None:
+    adapter = str(tmp_path / "adapter")
+    said = quadapt(
+        *("tune", "dense", "--data", "story.txt", "--output", adapter, "--max-steps", "6", "--method", "ir-qlora"),
+        *SHORT,
+    )
+    assert said["losses"][-2]["loss"] < said["losses"][0]["loss"]
+    (layer, *_) = quantized_layers(load(adapter)[0]).values()
+    assert layer.layout.format == Format(levels="nf", bits=4, group_size=64, zero="float")
+    assert layer.layout.storage == Storage(scales="double", offsets="double")
+    give("merge", adapter, "--output", tmp_path / "no", code=2)
+    quadapt("export", adapter, "--format", "lora", "--output", str(tmp_path / "lora"))
+    names = set(load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    assert len(names) == 28
+    assert all("lora_A" in name or "lora_B" in name for name in names)
+    assert len(load_file(Path(adapter) / "adapter_model.safetensors")) == 42
 
 
 def test_l4q_goes_on_after_an_interruption_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.gguf_lora import export_gguf_lora
 from quadapt.exporters.llama_cpp import LlamaCpp, complete, differences, tokenize
 from quadapt.model.quantize import quantized_layers
-from quadapt.nn.adapters import LoRA, Pooled
+from quadapt.nn.adapters import Elastic, LoRA, Pooled
 from quadapt.quant.format import Format
 
 pytest.importorskip("xllamacpp", reason="needs xllamacpp (pip install 'quadapt[demo]')")
@@ -172,7 +172,7 @@ def test_the_rounding_of_activations_explains_the_difference(tmp_path: Path) -> 
     assert apart[1].median() < 1e-4
 
 
-@pytest.mark.parametrize("adapter", [LoRA(), Pooled(form="side")], ids=["lora", "pooled"])
+@pytest.mark.parametrize("adapter", [LoRA(), Elastic(), Pooled(form="side")], ids=["lora", "elastic", "pooled"])
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
 def test_serves_base_and_adapter(kind: str, adapter: Any, tokenizer: Any, tmp_path: Path) -> None:
     model = with_adapter(quantized(tiny(kind), NF4), adapter, alpha=6.0)

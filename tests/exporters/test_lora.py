@@ -20,7 +20,7 @@ from quadapt.exporters.dense import export_hf
 from quadapt.exporters.gguf_lora import export_gguf_lora
 from quadapt.exporters.lora import export_lora
 from quadapt.hf.peft_layer import adapted_layers
-from quadapt.nn.adapters import Adapter, LoRA, Pooled
+from quadapt.nn.adapters import Adapter, Elastic, LoRA, Pooled
 from quadapt.quant.format import Format
 
 FORMATS = [Format(bits=4, group_size=32), Format(bits=2, group_size=64), Format(levels="nf", bits=3)]
@@ -39,8 +39,8 @@ def over_the_dense_base(model: Any, tokenizer: Any, tmp_path: Path) -> tuple[tor
 @pytest.mark.parametrize("format", FORMATS, ids=[format.name for format in FORMATS])
 @pytest.mark.parametrize(
     ("adapter", "alpha"),
-    [(LoRA(), 6.0), (Pooled(form="side"), 6.0), (Pooled(form="side", pooling="mean"), 90.0)],
-    ids=["lora", "pooled", "mean"],
+    [(LoRA(), 6.0), (Elastic(), 6.0), (Pooled(form="side"), 6.0), (Pooled(form="side", pooling="mean"), 90.0)],
+    ids=["lora", "elastic", "pooled", "mean"],
 )
 def test_peft_gives_what_was_trained(
     adapter: Adapter, alpha: float, format: Format, tokenizer: Any, tmp_path: Path

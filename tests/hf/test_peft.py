@@ -18,7 +18,7 @@ from quadapt.errors import CheckpointError, ConfigError, MergeError
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off, identity_of, lora_config
 from quadapt.hf.quantizer import base_config
 from quadapt.model.quantize import quantized_layers
-from quadapt.nn.adapters import Adapter, LoRA, Pooled
+from quadapt.nn.adapters import Adapter, Elastic, ElasticPooled, LoRA, Pooled
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format
 
@@ -27,6 +27,8 @@ ADAPTERS: dict[str, Adapter] = {
     "merged": Pooled(),
     "side": Pooled(form="side", pooling="mean"),
     "fp32": Pooled(offsets="fp32"),
+    "elastic": Elastic(),
+    "elastic-pooled": ElasticPooled(),
 }
 IDS = torch.arange(2, 42).view(2, 20)
 adapters = pytest.mark.parametrize("kind", ADAPTERS)
@@ -53,6 +55,8 @@ def randomize(model: nn.Module, name: str = "default", *, seed: int = 1) -> None
         if name in layer.lora_B:
             weight = layer.lora_B[name].weight
             weight.data.copy_(0.05 * torch.randn(weight.shape, generator=random))
+        if name in layer.lora_beta:
+            layer.lora_beta[name].data.copy_(torch.tensor([0.3, -0.02]))
 
 
 def config_of(kind: str, model: nn.Module, **settings: Any) -> LoraConfig:
@@ -116,7 +120,7 @@ def test_every_linear_layer_but_the_head_gets_an_adapter(kind: str, base: nn.Mod
     assert set(adapted_layers(model)) == set(quantized_layers(base))
     assert len(adapted_layers(model)) == 14
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trainable) == 28
+    assert len(trainable) == 28 + 14 * kind.startswith("elastic")
     assert all("lora_" in name for name in trainable)
 
 
@@ -294,7 +298,7 @@ def test_a_batch_that_mixes_adapters_is_refused(double: PeftModel) -> None:
 # --- merging through PEFT ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["merged", "fp32"])
+@pytest.mark.parametrize("kind", ["merged", "fp32", "elastic-pooled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_merged_model_is_the_trained_one_bit_for_bit(kind: str, dtype: torch.dtype, base: nn.Module) -> None:
     model = adapted(base, kind).to(dtype)
@@ -306,7 +310,7 @@ def test_a_merged_model_is_the_trained_one_bit_for_bit(kind: str, dtype: torch.d
     assert not torch.equal(trained, logits(copy.deepcopy(base).to(dtype)))
 
 
-@pytest.mark.parametrize("kind", ["merged", "side", "fp32"])
+@pytest.mark.parametrize("kind", ["merged", "side", "fp32", "elastic-pooled"])
 def test_unmerging_restores_every_bit(kind: str, base: nn.Module) -> None:
     model = adapted(base, kind)
     before, trained = digests(model), logits(model)
@@ -338,8 +342,9 @@ def test_merged_adapters_are_not_counted_twice(base: nn.Module) -> None:
     assert torch.equal(logits(model), trained)
 
 
-def test_lora_is_not_merged_and_nothing_is_changed(base: nn.Module) -> None:
-    model = adapted(base, "lora")
+@pytest.mark.parametrize("kind", ["lora", "elastic"])
+def test_lora_is_not_merged_and_nothing_is_changed(kind: str, base: nn.Module) -> None:
+    model = adapted(base, kind)
     before, trained = digests(model), logits(model)
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(MergeError, match=r"export --format lora.*qa-lora.*merge --requantize"):
@@ -357,7 +362,7 @@ def test_the_delta_is_what_the_adapter_adds(kind: str, base: nn.Module) -> None:
         adapted_output = layer(x)
     effect = adapted_output - x @ layer.quant.quant_weight.dequantize().T
     want = x @ layer.get_delta_weight("default").T
-    assert float((effect - want).norm() / want.norm()) < (5e-3 if kind == "merged" else 1e-4)
+    assert float((effect - want).norm() / want.norm()) < (5e-3 if kind in ("merged", "elastic-pooled") else 1e-4)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ class TuneConfig(Target, Grid, Machine):
     """Dropout on the adapter's input. Default: the paper's."""
 
     pooling: Annotated[Literal["sum", "mean"] | None, Flag((), "Adapter")] = None
-    """qa-lora: sum inputs over a group, as in the paper, or average them, as in its authors' code. Default: sum."""
+    """qa-lora, ir-qa-lora: sum inputs over a group, as in the paper, or average them, as in its authors' code. Default:
+    sum."""
 
     init: Annotated[Literal["l4q", "lsq+", "symmetric", "asymmetric"] | None, Flag((), "Adapter")] = None
     """l4q, qat-lora: first scales. l4q clips nothing, the others are its paper's ablation. Default: l4q."""
@@ -85,7 +86,8 @@ class TuneConfig(Target, Grid, Machine):
     """l4q: first steps that train A and B without quantization (the paper's first version). Default: 0."""
 
     form: Annotated[Literal["merged", "side"] | None, Flag((), "Adapter")] = None
-    """qa-lora: train what the merge will give (exact), or a side branch as published (equivalent). Default: merged."""
+    """qa-lora, ir-qa-lora: train what the merge will give (exact), or a side branch as published (equivalent). Default:
+    merged."""
 
     start: Annotated[StartName | None, Flag((), "Adapter")] = None
     """Where the adapter starts: zero, or fitted to what quantization changed about a matrix (loftq), or about a layer's
@@ -231,8 +233,8 @@ class MergeConfig(Target, Machine):
     rounding: Annotated[Literal["nearest", "gptq"], Flag((), "Requantization (lossy)")] = "nearest"
     """How to requantize; gptq is calibrated on --data."""
 
-    range: Annotated[Literal["minmax", "mse"], Flag((), "Requantization (lossy)")] = "minmax"
-    """Span of a group's levels when requantizing."""
+    range: Annotated[Literal["minmax", "mse", "icq", "icq-scale"], Flag((), "Requantization (lossy)")] = "minmax"
+    """Span of a group's levels when requantizing, as for quantize."""
 
 
 class EvalConfig(Machine):

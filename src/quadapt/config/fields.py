@@ -23,6 +23,8 @@ MethodName = Literal[
     "cloq",
     "gptq-lora",
     "qa-lora-scales",
+    "ir-qlora",
+    "ir-qa-lora",
     "peqa",
     "e2e-qp",
     "efficientqat",
@@ -108,8 +110,8 @@ class Grid(Settings):
     """How weights are quantized. What is not given is the method's own choice."""
 
     method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
-    """Preset of all that follows. Merge exactly: qa-lora, qa-lora-scales, peqa, e2e-qp, efficientqat, l4q, lr-qat. Do
-    not: qlora, loftq, quailora, cloq, gptq-lora, qat-lora."""
+    """Preset of all that follows. Merge exactly: qa-lora, ir-qa-lora, qa-lora-scales, peqa, e2e-qp, efficientqat, l4q,
+    lr-qat. Do not: qlora, loftq, quailora, cloq, ir-qlora, gptq-lora, qat-lora."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
@@ -130,8 +132,9 @@ class Grid(Settings):
     """nearest needs no data; gptq is calibrated; block-ap trains block by block on the calibration text. Default: the
     method's."""
 
-    range: Annotated[Literal["minmax", "mse"] | None, Flag((), "Quantization")] = None
-    """Span of a group's levels: all of it, or the part of least squared error. Default: the method's."""
+    range: Annotated[Literal["minmax", "mse", "icq", "icq-scale"] | None, Flag((), "Quantization")] = None
+    """Span of a group's levels. minmax: all of it. mse: the part of least squared error. For the highest entropy of
+    codes: icq, shifted (needs zero float); icq-scale, scaled (integers). Default: the method's."""
 
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
@@ -186,7 +189,8 @@ class Grid(Settings):
         kinds: dict[str, type[Nearest] | type[GPTQ] | type[BlockAP]]
         kinds = {"nearest": Nearest, "gptq": GPTQ, "block-ap": BlockAP}
         if self.rounding and not isinstance(own, kinds[self.rounding]):
-            own = kinds[self.rounding]()
+            kind = kinds[self.rounding]
+            own = kind(range=own.range) if isinstance(own, (Nearest, GPTQ, BlockAP)) else kind()
         if self.calibration_epochs is not None:
             if not isinstance(own, BlockAP):
                 raise ConfigError("calibration_epochs is block-ap's. Use --rounding block-ap, or leave it out")

@@ -36,9 +36,16 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    from quadapt.hf.peft_layer import BETA
+
     layers, path = adapted(model, adapter_name), Path(folder)
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {name: tensor for name, tensor in tensors.items() if ".lora_first_" not in name}
+    tensors = {  # betas are part of A and B below; first factors matter only where the adapter is off
+        name: tensor
+        for name, tensor in get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        ).items()
+        if not name.endswith(f".{BETA}") and ".lora_first_" not in name
+    }
     for name in layers:
         A, B = as_lora(name, layers, adapter_name)
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}

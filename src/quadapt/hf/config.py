@@ -28,7 +28,7 @@ class QuadaptConfig(QuantizationConfigMixin):
         levels: Wish: int, nf or nf-sym.
         zero: Wish: none, integer or float; by default float for int, none for nf.
         scales: Wish: fp16, fp32 or double.
-        range: Wish: minmax or mse.
+        range: Wish: minmax, mse, icq or icq-scale.
         skip: Wish: layers to leave as they are.
         schemes: Content: formats and storages, each with the layers (and their shapes) that have it.
         left: Content: why each other matrix is not quantized.

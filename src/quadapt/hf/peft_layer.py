@@ -29,6 +29,9 @@ from quadapt.quant.weight import QuantWeight
 KEY = "quadapt"
 """Key of our entry in `auto_mapping`."""
 
+BETA = "lora_beta"
+"""Parameters of elastic connections, which PEFT saves and loads like any adapter weight."""
+
 
 def lora_config(
     adapter: Adapter,
@@ -99,9 +102,10 @@ FIRST = ("lora_first_A", "lora_first_B")
 class QuantLoraLinear(nn.Module, LoraLayer):
     """Adapters over a quantized linear layer.
 
-    An adapter that starts from more than zero keeps its first factors, frozen (`lora_first_A`, `lora_first_B`). With
-    the adapter disabled the layer computes with these: that is the model from before training, which DPO and other
-    losses take as their reference; the quantized matrix alone is not.
+    Besides `lora_A` and `lora_B` it keeps `lora_beta`, for adapters that have such numbers. An adapter that starts from
+    more than zero keeps its first factors, frozen (`lora_first_A`, `lora_first_B`). With the adapter disabled the layer
+    computes with these: that is the model from before training, which DPO and other losses take as their reference; the
+    quantized matrix alone is not.
 
     Args:
         base_layer: The quantized layer (or PEFT's layer over one).
@@ -112,7 +116,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         kwargs: What PEFT passes on to `LoraLayer`.
     """
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, *FIRST)
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, BETA, *FIRST)
 
     def __init__(
         self,
@@ -129,6 +133,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         self.adapters: dict[str, CodesAdapter] = {}
         self.lora_first_A, self.lora_first_B = nn.ParameterDict(), nn.ParameterDict()
         self.frozen_peft_weight_names = {}
+        self.lora_beta = nn.ParameterDict()
         self._unmerged: list[QuantWeight] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -142,11 +147,14 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         self.adapters[adapter_name] = adapter
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]
         inputs = adapter.inputs(self.quant.layout)
-        A, B = self.factors(adapter_name)
+        A, B = self._trained(adapter_name)
         if inputs != self.in_features:
             pooled = nn.Linear(inputs, r, bias=False, device=A.device, dtype=A.dtype)
             self.lora_A[adapter_name] = pooled.requires_grad_(A.requires_grad)
             A = pooled.weight
+        if adapter.betas:
+            beta = torch.zeros(adapter.betas, device=A.device, dtype=A.dtype)
+            self.lora_beta[adapter_name] = nn.Parameter(beta, requires_grad=A.requires_grad)
         initialize(adapter, A, B, config.init_lora_weights)
         if identity_of(config).get("start"):
             for part, factor in zip(FIRST, (A, B), strict=True):
@@ -159,7 +167,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         """Start an adapter from `up @ down`: the factors absorb the scaling."""
         root = float(self.scaling[adapter_name]) ** 0.5
         for factor, first, value in zip(
-            self.factors(adapter_name),
+            self._trained(adapter_name),
             (self.lora_first_A[adapter_name], self.lora_first_B[adapter_name]),
             (down, up),
             strict=True,
@@ -180,7 +188,11 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         return layer
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """`lora_A` and `lora_B` of an adapter."""
+        """`A` and `B` of an adapter, as they act: with what `lora_beta` adds to them, where there is one."""
+        beta = self.lora_beta.get(name, None)
+        return self.adapters[name].factors(*self._trained(name), beta)
+
+    def _trained(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].get_parameter("weight"), self.lora_B[name].get_parameter("weight")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -200,9 +212,14 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         move = (
             MergedForm(tuple((self.adapters[name], float(self.scaling[name])) for name in inside)) if inside else None
         )
-        y = quant_matmul(x, weight, move, tuple(factor for name in inside for factor in self.factors(name)))
+        factors = {name: self.factors(name) for name in active}
+        y = quant_matmul(x, weight, move, tuple(factor for name in inside for factor in factors[name]))
         for name in active:
-            y = self.adapters[name].side(self.lora_dropout[name](x), y, weight, *self.factors(name), self.scaling[name])
+            adapter, dropped = self.adapters[name], self.lora_dropout[name](x)
+            y = adapter.side(dropped, y, weight, *factors[name], self.scaling[name])
+            if adapter.betas and self.training and dropped is not x:
+                beta, (_, B) = self.lora_beta[name], factors[name]
+                y = adapter.undropped(x - dropped, y, weight, B, beta, self.scaling[name])
             if self.lora_bias[name]:
                 y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
         if self.disable_adapters:
@@ -315,7 +332,7 @@ def _check_base(adapter: Adapter, *, quantized: bool) -> None:
     if quantized == (adapter.base == "float"):
         have = "quantized" if quantized else "dense"
         raise ConfigError(
-            f"a {adapter.kind} adapter trains over {adapter.base} weights, and this layer is {have}. Give the "
+            f"{adapter.kind} adapters train over {adapter.base} weights, and this layer is {have}. Give the "
             + ("dense model" if quantized else "model that quadapt has quantized")
         )
 

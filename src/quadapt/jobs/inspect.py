@@ -87,8 +87,9 @@ def _adapter(folder: Folder, config: InspectConfig, ui: UI) -> dict[str, Any]:
         base = find_base(folder)
     except CheckpointError:  # it can still be described
         base = "a base that is not where it was"
+    kind = note.get("adapter", {}).get("kind", "PEFT")
     ui.show(
-        f"{folder.name}: a {note.get('adapter', {}).get('kind', 'PEFT')} adapter "
+        f"{folder.name}: {'an' if kind[0] in 'aeiou' else 'a'} {kind} adapter "
         f"({note.get('method', 'unknown method')}) over {base}"
     )
     for name in ("adapter", "recipe", "bits", "steps", "final_loss", "eval_loss", "trainable_parameters"):

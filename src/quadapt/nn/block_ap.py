@@ -14,7 +14,7 @@ from quadapt.errors import CalibrationError, ConfigError
 from quadapt.nn.adapters.grid import Held
 from quadapt.nn.adapters.l4q import L4Q
 from quadapt.nn.quant_linear import autocast
-from quadapt.quant.rounding import Nearest, Rounding, Statistics, as_float, check_choice, find_grid, implied_offsets
+from quadapt.quant.rounding import Nearest, Range, Rounding, Statistics, as_float, find_grid, implied_offsets
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -51,7 +51,7 @@ class BlockAP(Rounding):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
     scope: ClassVar[Literal["layer", "block"]] = "block"
 
-    range: Literal["minmax", "mse"] = "minmax"
+    range: Range = "minmax"
     """Span of a group's levels at the start, as in `Nearest`."""
 
     epochs: int = 2
@@ -70,12 +70,9 @@ class BlockAP(Rounding):
     """Share of the sequences that chooses the epoch instead of training."""
 
     def check(self, layout: Layout) -> None:
-        super().check(layout)
-        check_choice("range", self.range, ("minmax", "mse"))
+        Nearest(range=self.range).check(layout)
         if layout.format.levels != "int":
-            raise ConfigError(
-                f"levels={layout.format.levels!r}: block-ap trains even steps. Use levels='int'"
-            )
+            raise ConfigError(f"levels={layout.format.levels!r}: block-ap trains even steps. Use levels='int'")
         if _quantizer(layout).layout(layout.out, layout.columns) != layout:
             raise ConfigError(
                 f"block-ap cannot hold scales as {layout.storage.scales} and offsets as {layout.storage.offsets}. "

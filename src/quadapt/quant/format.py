@@ -26,7 +26,7 @@ Zero = Literal["none", "integer", "float"]
 WHOLE_ROW = -1
 """`group_size` that gives each row a single scale."""
 
-_DELTA = 0.9677083
+DELTA = 0.9677083
 """Outermost quantile of NF4 (QLoRA's code: 1 - (1/30 + 1/32) / 2); the same for every width, as in LQ-LoRA and
 IR-QLoRA."""
 
@@ -112,10 +112,10 @@ def normal_levels(bits: int, *, symmetric: bool = False) -> tuple[float, ...]:
     Source: QLoRA (arXiv 2305.14314) §3 eq. 4 as in its code; IR-QLoRA (arXiv 2402.05445) for nf2 and nf3.
     """
     if symmetric:
-        edges = norm.ppf(torch.linspace(1 - _DELTA, _DELTA, 2**bits + 1, dtype=torch.float64).numpy())
+        edges = norm.ppf(torch.linspace(1 - DELTA, DELTA, 2**bits + 1, dtype=torch.float64).numpy())
         values = (edges[1:] + edges[:-1]) / 2
         return tuple((values / values.max()).tolist())
     half = 2 ** (bits - 1)
-    negative = norm.ppf(torch.linspace(1 - _DELTA, 0.5, half, dtype=torch.float64).numpy())[:-1]
-    positive = norm.ppf(torch.linspace(0.5, _DELTA, half + 1, dtype=torch.float64).numpy())
-    return tuple(float(value / norm.ppf(_DELTA)) for value in (*negative, *positive))
+    negative = norm.ppf(torch.linspace(1 - DELTA, 0.5, half, dtype=torch.float64).numpy())[:-1]
+    positive = norm.ppf(torch.linspace(0.5, DELTA, half + 1, dtype=torch.float64).numpy())
+    return tuple(float(value / norm.ppf(DELTA)) for value in (*negative, *positive))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from torch import Tensor
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.kernels import kernels_for, pack
 from quadapt.quant.rounding import (
+    RANGES,
+    Range,
     Rounding,
     Statistics,
     as_float,
     check_choice,
+    check_range,
     codes_of_zero,
     find_grid,
     implied_offsets,
@@ -47,7 +50,7 @@ class GPTQ(Rounding):
     block: int = 128
     """Columns whose errors are handed to the rest of the matrix in one product. Changes speed, not the result."""
 
-    range: Literal["minmax", "mse"] = "minmax"
+    range: Range = "minmax"
     """How a group's span is chosen, as in `Nearest`."""
 
     act_order: bool = False
@@ -63,7 +66,8 @@ class GPTQ(Rounding):
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
-        check_choice("range", self.range, ("minmax", "mse"))
+        check_choice("range", self.range, RANGES)
+        check_range(self.range, layout.format)
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
         if "double" in (layout.storage.scales, layout.storage.offsets) and not self.static_groups:

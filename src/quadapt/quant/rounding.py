@@ -16,8 +16,11 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import kernels_for
+from quadapt.kernels.entropy import group_crowding
 from quadapt.kernels.reference import rows_per_chunk
+from quadapt.quant import icq
 from quadapt.quant import storage as stored
+from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -25,6 +28,9 @@ Statistics = Mapping[str, Tensor]
 """What calibration gathered for a layer, by name: `second_moment` float `[in, in]`."""
 
 CodeAgainst = Literal["stored", "exact"]
+
+Range = Literal["minmax", "mse", "icq", "icq-scale"]
+RANGES: tuple[Range, ...] = ("minmax", "mse", "icq", "icq-scale")
 
 
 class Rounding(ABC):
@@ -59,15 +65,20 @@ class Nearest(Rounding):
 
     name: ClassVar[str] = "nearest"
 
-    range: Literal["minmax", "mse"] = "minmax"
-    """minmax: the levels span the group. mse: the span is shrunk to the one of least squared error (100 candidates)."""
+    range: Range = "minmax"
+    """minmax: the levels span the group. mse: the span is shrunk to the one of least squared error (100 candidates).
+    icq: symmetric about the shift of highest entropy. icq-scale: the span is scaled for entropy. See `icq.py`."""
 
     code_against: CodeAgainst = "stored"
     """Compute codes with the scales and offsets as stored (rounded), or with the exact ones as QLoRA does."""
 
     def __post_init__(self) -> None:
-        check_choice("range", self.range, ("minmax", "mse"))
+        check_choice("range", self.range, RANGES)
         check_choice("code_against", self.code_against, ("stored", "exact"))
+
+    def check(self, layout: Layout) -> None:
+        super().check(layout)
+        check_range(self.range, layout.format)
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)
@@ -100,13 +111,14 @@ class FixedPoint(Rounding):
     bits: int = 4
     """Width of a code of the product: 2, 3 or 4."""
 
-    range: Literal["minmax", "mse"] = "mse"
+    range: Range = "mse"
     """How a group's span is chosen for the coarse codes, as in `Nearest`; what lies beyond it is clipped."""
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
         if layout.format.levels != "int" or layout.format.bits != 8 or layout.format.zero != "none":
             raise ConfigError(f"{layout.format.name}: a fixed-point base is made of symmetric 8-bit integers")
+        check_range(self.range, layout.format)
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)
@@ -149,7 +161,7 @@ def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[T
     Args:
         weight: Float `[rows, in]`.
         layout: Its format decides the kind of grid.
-        range_: minmax or mse, see :class:`Nearest`.
+        range_: As in :class:`Nearest`.
 
     Returns:
         Scales and offsets, `[rows, groups]`. For `zero="integer"` the latter are zero-points in steps (as they are
@@ -163,29 +175,62 @@ def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[T
         raise ShapeError(
             f"{count} of {weight.numel()} weights are NaN or infinite. Repair the model before quantizing it"
         )
+    if range_ == "icq":
+        low, high = icq.shifted_range(weight, layout.format)
     scales, offsets = _grid(low, high, layout)
     _check_underflow(scales, layout.storage)
     _check_overflow(offsets, layout.storage)
-    if range_ == "minmax":
-        return scales, offsets
-    best = torch.full_like(scales, torch.inf)
-    kept, kept_offsets = scales, offsets
+    if range_ == "mse":
+        return _least_error(weight, low, high, layout)
+    if range_ == "icq-scale":
+        return _most_entropy(weight, low, high, layout)
+    return scales, offsets
+
+
+def _least_error(weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The grid of least squared error over `low` to `high`, both shrunk alike."""
+    best = torch.full_like(low, torch.inf)
+    kept, kept_offsets = _grid(low, high, layout)
     for shrink in (1 - 0.8 * step / 100 for step in range(100)):
         tried, tried_offsets = snap(layout.storage, *_grid(low * shrink, high * shrink, layout))
-        error = kernels_for(weight.device).group_error(
-            weight,
-            tried,
-            implied_offsets(layout, tried, tried_offsets),
-            layout.format.table(weight),
-            layout.format.bits,
-            width,
-        )
+        error = _squared_error(weight, layout, tried, tried_offsets)
         better = error < best
         best = torch.where(better, error, best)
-        kept = torch.where(better, tried, kept)
-        if kept_offsets is not None and tried_offsets is not None:
-            kept_offsets = torch.where(better, tried_offsets, kept_offsets)
+        kept, kept_offsets = _where(better, tried, tried_offsets, kept, kept_offsets)
     return kept, kept_offsets
+
+
+def _most_entropy(weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The grid over `low` to `high`, both scaled alike, whose codes have the highest entropy (see `icq.py`)."""
+    kept, kept_offsets = snap(layout.storage, *_grid(low, high, layout))
+    best = _crowding(weight, layout, kept, kept_offsets)
+    bound = icq.GUARD * _squared_error(weight, layout, kept, kept_offsets)
+    for factor in icq.FACTORS:
+        tried, tried_offsets = snap(layout.storage, *_grid(low * factor, high * factor, layout))
+        crowding = _crowding(weight, layout, tried, tried_offsets)
+        better = (crowding < best) & (_squared_error(weight, layout, tried, tried_offsets) <= bound)
+        best = torch.where(better, crowding, best)
+        kept, kept_offsets = _where(better, tried, tried_offsets, kept, kept_offsets)
+    return kept, kept_offsets
+
+
+def _where(
+    better: Tensor, scales: Tensor, offsets: Tensor | None, kept: Tensor, kept_offsets: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if offsets is not None and kept_offsets is not None:
+        kept_offsets = torch.where(better, offsets, kept_offsets)
+    return torch.where(better, scales, kept), kept_offsets
+
+
+def _squared_error(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    format, shift = layout.format, implied_offsets(layout, scales, offsets)
+    kernel, table = kernels_for(weight.device), format.table(weight)
+    return kernel.group_error(weight, scales, shift, table, format.bits, format.width(weight.shape[1]))
+
+
+def _crowding(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    format, shift = layout.format, implied_offsets(layout, scales, offsets)
+    return group_crowding(weight, scales, shift, format.bits, format.width(weight.shape[1]))
 
 
 def _grid(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
@@ -247,6 +292,20 @@ def _check_overflow(offsets: Tensor | None, storage: Storage) -> None:
         worst = float(offsets.abs().max())
         if worst > torch.finfo(torch.float16).max:
             raise ScaleUnderflow(f"offsets up to {worst:.1e} do not fit fp16. Use fp32 scales (--scales fp32)")
+
+
+def check_range(range_: str, format: Format) -> None:
+    """Raise ConfigError unless a grid of this format can be chosen in that way."""
+    if range_ == "icq" and format.zero != "float":
+        raise ConfigError(
+            f"range='icq' shifts each group, and {format.name} has no free offsets. Use zero='float'"
+            + (", or range='icq-scale'" if format.levels == "int" else "")
+        )
+    if range_ == "icq-scale" and format.levels != "int":
+        raise ConfigError(
+            f"range='icq-scale' scales the span of integers, and {format.name} has no such. Use range='icq' with "
+            "zero='float'"
+        )
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

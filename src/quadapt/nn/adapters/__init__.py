@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from quadapt.errors import CheckpointError
 from quadapt.nn.adapters.base import Adapter, CodesAdapter
+from quadapt.nn.adapters.elastic import Elastic, ElasticPooled
 from quadapt.nn.adapters.grid import GridAdapter
 from quadapt.nn.adapters.l4q import L4Q, QATLoRA
 from quadapt.nn.adapters.lora import LoRA
@@ -19,6 +20,8 @@ __all__ = [
     "LRQAT",
     "Adapter",
     "CodesAdapter",
+    "Elastic",
+    "ElasticPooled",
     "GridAdapter",
     "LoRA",
     "Pooled",
@@ -27,7 +30,9 @@ __all__ = [
     "adapter_from",
 ]
 
-ADAPTERS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, Pooled, Scales, L4Q, QATLoRA, LRQAT)}
+ADAPTERS: dict[str, type[Adapter]] = {
+    kind.kind: kind for kind in (LoRA, Pooled, Elastic, ElasticPooled, Scales, L4Q, QATLoRA, LRQAT)
+}
 
 
 def adapter_from(identity: Mapping[str, object]) -> Adapter:

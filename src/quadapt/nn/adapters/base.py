@@ -75,6 +75,16 @@ class Adapter(ABC):
 class CodesAdapter(Adapter):
     """An adapter over a matrix whose codes and scales stay as they are."""
 
+    betas: ClassVar[int] = 0
+    """How many numbers train beside the factors (`lora_beta`, zero at first)."""
+
+    def factors(self, lora_A: Tensor, lora_B: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The factors that act, differentiable, of those that train and of `beta` `[betas]`.
+
+        All other methods are given these.
+        """
+        return lora_A, lora_B
+
     def merge(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> QuantWeight:
         """The adapted matrix, quantized, without moving a code.
 
@@ -82,7 +92,7 @@ class CodesAdapter(Adapter):
             MergeError: This adapter changes weights within a group, which codes cannot follow.
         """
         raise MergeError(
-            f"a {self.kind} adapter changes weights within a group, which the codes of {weight.format.name} cannot "
+            f"{self.kind} adapters change weights within a group, which the codes of {weight.format.name} cannot "
             "follow. Serve base + adapter (export --format lora), train with --method qa-lora, "
             "or accept the loss and requantize (merge --requantize)"
         )
@@ -95,6 +105,12 @@ class CodesAdapter(Adapter):
 
     def side(self, x: Tensor, y: Tensor, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         """`y` plus what a side branch adds to the layer's output for (dropped-out) inputs `x`."""
+        return y
+
+    def undropped(
+        self, missing: Tensor, y: Tensor, weight: QuantWeight, lora_B: Tensor, beta: Tensor, scaling: float
+    ) -> Tensor:
+        """`y` plus what connections that see inputs without dropout make of those it took: `missing = x - dropped`."""
         return y
 
     @abstractmethod

@@ -1,0 +1,70 @@
+r"""Information calibration quantization (IR-QLoRA, Qin et al. 2024, arXiv:2402.05445, section 3.2): grids by entropy.
+
+A group's codes carry `H = -sum_c p_c log2 p_c` bits each (eq. 6), `p_c` the share of code `c`. Two searches raise it,
+both values of `range` of a rounding:
+
+* icq, the paper's: subtract `tau` before rounding, and add it back, `W = s * levels[codes] + tau`. Of `2 n + 1` shifts
+  `median + f * max|w - median|`, `f` evenly spaced in `+-lambda * sigma`, the one of highest entropy is taken.
+* icq-scale, that of the authors' code for integers: both ends of a group's range are scaled by one factor.
+
+Differs: sigma is the code's 0.5411 (the standard deviation of NormalFloat's weights over their largest), where the text
+    says 1: the entropies that the paper reports are those of the former. Zero is a candidate too, so that no group has
+    less entropy than without a shift. Ties go to the shift nearest to the median, not to the lowest. icq serves
+    integers too, with levels symmetric about the shift; icq-scale has a bound on the error (`GUARD`). Codes may be
+    made against scales and shifts as they are stored (`code_against="stored"`, the preset's), where the authors' are
+    against the exact ones: doubly quantized, normal weights then keep 3.755 of 3.764 bits, at 0.15 % less error.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from quadapt.kernels.entropy import entropy_shift
+from quadapt.kernels.reference import midpoints
+from quadapt.quant.format import DELTA, Format
+
+STEPS = 100
+"""Candidates on either side of the median (the paper's n)."""
+
+LAMBDA = 0.1
+"""Reach of the candidates, in standard deviations."""
+
+SIGMA = 1 / float(norm.ppf(DELTA))
+"""Standard deviation of a group's weights over the largest, if NormalFloat's assumption holds: 0.541087."""
+
+FACTORS = tuple(1 + 0.1 * step / 50 for step in sorted(range(-50, 51), key=lambda step: (abs(step), step)) if step)
+"""Factors of a range, besides 1: within a tenth of it, the nearest first."""
+
+GUARD = 1.1
+"""A scaled range may have this many times the squared error of the whole one, and no more.
+
+More entropy is not less error, and GPTQ hands errors on. For normal weights in int4 groups of 32, entropy rises by
+0.075 bits under this bound, at the error of the whole range; without a bound by 0.11, at 14 % more error.
+"""
+
+
+@cache
+def fractions() -> Tensor:
+    """The candidates `f`, float64 `[2 * STEPS + 1]`, ascending, with zero in the middle."""
+    return torch.arange(-STEPS, STEPS + 1, dtype=torch.float64) * (LAMBDA * SIGMA / STEPS)
+
+
+def shifted_range(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Ends of a range symmetric about the best shift, which no weight exceeds.
+
+    Args:
+        weight: Float32 or float64 `[rows, in]`, finite.
+        format: Its levels decide what codes there are.
+
+    Returns:
+        `tau - s` and `tau + s`, `[rows, groups]`, in the dtype of `weight`.
+    """
+    levels = format.table(weight)
+    if levels is None:
+        levels = torch.linspace(-1, 1, 2**format.bits, dtype=torch.float64, device=weight.device)
+    tau, reach = entropy_shift(weight, midpoints(levels), fractions(), format.width(weight.shape[1]))
+    return tau - reach, tau + reach
