@@ -103,6 +103,7 @@ def methods() -> str:
             ("storage", ", ".join(f"{key} {value}" for key, value in asdict(method.storage).items())),
             ("true bits per weight (4096 x 4096)", f"{layout.bits_per_weight:.3f}"),
             ("rounding", type(method.rounding).__name__),
+            ("start", type(method.start).__name__),
             ("adapter", type(method.adapter).__name__),
             ("merges", method.adapter.exactness),
             *((key.replace("_", " "), value) for key, value in asdict(method.recipe).items()),
@@ -112,6 +113,8 @@ def methods() -> str:
             f"{method.summary}\n",
             table(("", ""), rows),
             f"{inspect.getdoc(type(method.adapter))}\n",
+            *([] if method.start.name == "zero" else [f"{inspect.getdoc(type(method.start))}\n"]),
+            *([f"{inspect.getdoc(type(method.rounding))}\n"] if method.rounding.name == "block-ap" else []),
         ]
     return "\n".join(parts)
 
@@ -189,6 +192,66 @@ def performance() -> str:
     return "\n".join(parts)
 
 
+def summaries(runs: dict[str, Any]) -> dict[tuple[int, str], tuple[float, list[dict[str, Any]]]]:
+    """Runs of `benchmarks/methods.py` by width and method, at the learning rate that is best on the first seed."""
+    found: dict[tuple[int, str], dict[float, list[dict[str, Any]]]] = {}
+    for key, run in runs.items():
+        name, bits, rate, _ = key.split()
+        found.setdefault((int(bits), name), {}).setdefault(float(rate), []).append(run)
+    best = {}
+    for key, rates in found.items():
+        rate = min(rates, key=lambda rate, rates=rates: rates[rate][0].get("merged", rates[rate][0].get("as trained")))
+        best[key] = rate, rates[rate]
+    return best
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and half the range."""
+    return f"{sum(values) / len(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def methods_table(found: dict[str, Any]) -> str:
+    """Held-out losses of the methods on one task."""
+    rows = []
+    for (bits, name), (rate, runs) in sorted(summaries(found["runs"]).items(), key=lambda item: -item[0][0]):
+        exact, again = ([run[kind] for run in runs if kind in run] for kind in ("merged", "requantized"))
+        trained = [run["as trained"] for run in runs if "as trained" in run]
+        rows.append(
+            (
+                bits,
+                "rounding (GPTQ), untuned" if name == "untuned" else name,
+                f"{rate:g}" if rate else "",
+                spread(trained) if trained else "",
+                spread(exact or again) if exact or again else "",
+                "" if name == "lora" else "exact" if exact else "requantized",
+                f"{runs[0]['bits']:.2f}" if "bits" in runs[0] else "16",
+                f"{sum(run['CPU seconds'] for run in runs) / len(runs):.0f}" if trained else "",
+            )
+        )
+    columns = ("bits", "method", "rate", "as trained", "served", "merge", "true bits", "CPU s")
+    return table(columns, rows)
+
+
+def comparison() -> str:
+    """`docs/comparison.md`."""
+    parts = [
+        "# Methods compared\n",
+        "Held-out loss in nats a token, mean over three seeds ± half their range; equal steps for all; learning rates "
+        "from 1e-3, 3e-3, 1e-2 and 3e-2 by the first seed; groups of 32 (peqa: whole rows), rank 16. *Served* is the "
+        "merged model, or for methods that do not merge the adapted weights requantized on the same grid, with the "
+        "range of least squared error. Written by `python -m benchmarks.methods`.\n",
+    ]
+    for path in sorted(RESULTS.glob("methods-*.json")):
+        found = json.loads(path.read_text())
+        about = found["about"]
+        parts += [
+            f"## {path.stem.removeprefix('methods-')}\n",
+            f"{about['steps']} steps of {about['batch']} sequences of at most {about['length']} tokens.\n",
+            methods_table(found),
+        ]
+    return "\n".join(parts)
+
+
 def demo_table() -> str:
     """The table of README.md: what `make demo` found."""
     found = stored("demo")
@@ -228,6 +291,7 @@ def with_tables(readme: str) -> str:
 def pages() -> dict[Path, str]:
     """Every file that this script writes, with its content."""
     docs = {"cli": cli(), "methods": methods(), "python": python(), "performance": performance()}
+    docs["comparison"] = comparison()
     written = {ROOT / "docs" / f"{name}.md": NOTE + text for name, text in docs.items()}
     return {**written, ROOT / "README.md": with_tables((ROOT / "README.md").read_text(encoding="utf-8"))}
 
