@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from quadapt.model.quantize import Plan
     from quadapt.quant.rounding import Rounding
 
-MethodName = Literal["qa-lora", "qlora", "gptq-lora", "qa-lora-scales", "peqa", "e2e-qp", "l4q", "qat-lora", "lr-qat"]
+MethodName = Literal[
+    "qa-lora", "qlora", "gptq-lora", "lq-lora", "qa-lora-scales", "peqa", "e2e-qp", "l4q", "qat-lora", "lr-qat"
+]
 """The keys of `methods.METHODS` (a test compares them)."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -93,7 +95,7 @@ class Grid(Settings):
 
     method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
     """Preset of all that follows. Merge exactly: qa-lora, qa-lora-scales, peqa, e2e-qp, l4q, lr-qat. Do not: qlora,
-    gptq-lora, qat-lora."""
+    gptq-lora, lq-lora, qat-lora."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
@@ -107,8 +109,9 @@ class Grid(Settings):
     zero: Annotated[Literal["none", "integer", "float"] | None, Flag((), "Quantization")] = None
     """none: symmetric. integer: whole zero-points. float: free offsets. Default: the method's."""
 
-    scales: Annotated[Literal["fp16", "fp32", "double"] | None, Flag((), "Quantization")] = None
-    """How scales are stored; double: 8-bit codes, as QLoRA's double quantization. Default: the method's."""
+    scales: Annotated[Literal["fp16", "fp32", "double", "linear"] | None, Flag((), "Quantization")] = None
+    """How scales are stored; as 8-bit codes: double, QLoRA's double quantization; linear, LQ-LoRA's. Default: the
+    method's."""
 
     rounding: Annotated[Literal["nearest", "gptq"] | None, Flag((), "Quantization")] = None
     """nearest needs no data; gptq is calibrated. Default: the method's."""
@@ -136,7 +139,7 @@ class Grid(Settings):
         """
         from quadapt.methods import method
         from quadapt.quant.format import Format
-        from quadapt.quant.storage import Storage
+        from quadapt.quant.storage import LINEAR, Storage
         from quadapt.quant.weight import Layout
 
         base = method(self.method)
@@ -150,7 +153,9 @@ class Grid(Settings):
                 zero=self.zero or (base.format.zero if same else "default"),
             )
         )
-        if self.scales:
+        if self.scales == "linear":  # of offsets, which may be negative, there is no such form
+            chosen = chosen.with_storage(replace(chosen.storage, scales=LINEAR))
+        elif self.scales:
             offsets = self.scales if chosen.storage.offsets in ("fp16", "fp32", "double") else chosen.storage.offsets
             chosen = chosen.with_storage(Storage(scales=self.scales, offsets=offsets))
         chosen = replace(chosen, rounding=self._rounding(chosen.rounding))

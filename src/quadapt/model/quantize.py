@@ -239,7 +239,7 @@ def bits_of(layouts: Sequence[Layout]) -> float:
     weights = sum(layout.out * layout.columns for layout in layouts)
     if not weights:
         raise ConfigError("there is no quantized layer")
-    return sum(layout.bits_per_weight * layout.out * layout.columns for layout in layouts) / weights
+    return sum(layout.bits for layout in layouts) / weights
 
 
 def quantized_layers(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, QuantLinear]:

@@ -1,5 +1,6 @@
 """Starts: one file each."""
 
 from quadapt.nn.starts.base import Begun, Quantize, Start, Zero
+from quadapt.nn.starts.lq import LQ
 
-__all__ = ["Begun", "Quantize", "Start", "Zero"]
+__all__ = ["LQ", "Begun", "Quantize", "Start", "Zero"]
