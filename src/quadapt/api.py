@@ -74,7 +74,7 @@ def prepare(
             **settings,
         },
     )
-    plan = config.plan()
+    plan = config.quantization()
     if isinstance(model, str):
         open_folder(model)
         model = load_model(model, dtype=dtype, device=device_of(config))

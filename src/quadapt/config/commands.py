@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import model_validator
 
-from quadapt.config.fields import Flag, Grid, Machine, Settings, Target, checked
+from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, checked
 from quadapt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,46 @@ class QuantizeConfig(Target, Grid, Machine):
 
     dry_run: Annotated[bool, Flag((), "Output")] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
+
+
+class PlanConfig(Machine):
+    """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
+
+    model: Annotated[str, Flag(positional=True)]
+    """Folder or hub name of a dense causal language model."""
+
+    budget: Annotated[float, Flag((), "Plan")]
+    """True bits per weight that the quantized layers may take on average: 2.75, say."""
+
+    output: Annotated[str, Flag(("-o",), "Output")] = "plan.json"
+    """File to write; a figure goes beside it."""
+
+    overwrite: Annotated[bool, Flag((), "Output")] = False
+    """Replace the output if it exists."""
+
+    method: Annotated[MethodName, Flag((), "Plan")] = "lq-lora"
+    """For which method: its kind of levels decides among which grids there is a choice. Must train over codes."""
+
+    rank: Annotated[int | None, Flag(("--r", "--lora-r"), "Plan")] = None
+    """Of the adapters; lq-lora's errors depend on it. Default: the paper's, 64."""
+
+    count_adapters: Annotated[Literal["fp16", "nf8"] | None, Flag((), "Plan")] = None
+    """Also count adapters in the budget, held as 16-bit floats or as nf8 (8.127 bits). Default: they do not count, as
+    in the paper."""
+
+    fisher: Annotated[str | None, Flag((), "Plan")] = None
+    """Fisher information to weight errors with: a safetensors file with a tensor of the weight's shape for each layer,
+    by the layer's name. Default: all weights count alike."""
+
+    target_modules: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
+    """Plan only these layers, by name or a part of it. Default: all linear layers but the head."""
+
+    skip: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
+    """Layers to leave unquantized, by name or a part of it (comma separated, or repeated)."""
+
+    cache: Annotated[str | None, Flag((), "Output")] = None
+    """Folder that keeps the measured errors: an interrupted run goes on there, another budget takes seconds. Default:
+    plan-errors beside the output."""
 
 
 class TuneConfig(Target, Grid, Machine):

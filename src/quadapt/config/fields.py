@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
-from quadapt.errors import ConfigError
+from quadapt.errors import CheckpointError, ConfigError, locate
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    from quadapt.budget import BudgetPlan
     from quadapt.methods import Method
     from quadapt.model.quantize import Plan
     from quadapt.quant.rounding import Rounding
@@ -37,7 +41,17 @@ class Flag:
 
 
 _POSITIVE = (
-    *("rank", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "seq_len", "context", "stride"),
+    *(
+        "rank",
+        "budget",
+        "learning_rate",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation",
+        "seq_len",
+        "context",
+        "stride",
+    ),
     *("limit", "max_new_tokens", "calibration_length", "calibration_sequences"),
 )
 _NOT_NEGATIVE = (
@@ -96,6 +110,10 @@ class Grid(Settings):
     method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
     """Preset of all that follows. Merge exactly: qa-lora, qa-lora-scales, peqa, e2e-qp, l4q, lr-qat. Do not: qlora,
     gptq-lora, lq-lora, qat-lora."""
+
+    plan: Annotated[str | None, Flag((), "Quantization")] = None
+    """Plan of the bits of every layer: a file that quadapt plan has written. It decides the grid, and the method if
+    none is given."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
@@ -171,12 +189,69 @@ class Grid(Settings):
             own = kinds[self.rounding]()
         return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ)) else own
 
-    def plan(self) -> Plan:
-        """How each layer is quantized."""
+    @model_validator(mode="before")
+    @classmethod
+    def _planned(cls, values: Any) -> Any:
+        """Take the method from the plan, if none is given. What is wrong with the file is said when it is needed."""
+        if isinstance(values, dict) and isinstance(values.get("plan"), str) and not values.get("method"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                found = json.loads(Path(values["plan"]).read_text(encoding="utf-8")).get("method")
+                return {**values, "method": found} if found in get_args(MethodName) else values
+        return values
+
+    def budget_plan(self) -> BudgetPlan | None:
+        """The plan that is given, read.
+
+        Raises:
+            ConfigError: It is not there, or another setting contradicts it.
+            CheckpointError: It is damaged, or something else.
+        """
+        from quadapt.budget import BudgetPlan
+        from quadapt.budget.candidates import check_plannable
+
+        if self.plan is None:
+            return None
+        for name in ("bits", "group_size", "levels", "zero", "scales"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)!r} contradicts the plan {self.plan!r}. Leave one out")
+        path = Path(self.plan).expanduser()
+        if not path.is_file():
+            beside = [item.name for item in path.parent.glob("*.json")] if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, beside)
+            hint = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Make one: quadapt plan MODEL"
+            raise ConfigError(f"plan={self.plan!r} does not exist. {hint}")
+        with locate(self.plan):
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"is damaged ({error}). Make it anew: quadapt plan") from error
+            found = BudgetPlan.from_json(value)
+        check_plannable(self.chosen_method())
+        return found
+
+    def quantization(self) -> Plan:
+        """How each layer is quantized.
+
+        Raises:
+            ConfigError: The choices contradict each other, or the plan.
+        """
         from quadapt.model.quantize import Plan
 
         format, storage, rounding = self.chosen_method().base()
-        return Plan(format=format, storage=storage, rounding=rounding)
+        planned = self.budget_plan()
+        if planned is None:
+            return Plan(format=format, storage=storage, rounding=rounding)
+        layouts = {name: layer.layout for name, layer in planned.layers.items()}
+        for name, layout in layouts.items():
+            with locate(name):
+                rounding.check(layout)
+        return Plan(
+            format=format,
+            storage=storage,
+            rounding=rounding,
+            layers={name: (layout.format, layout.storage) for name, layout in layouts.items()},
+            shapes={name: (layout.out, layout.columns) for name, layout in layouts.items()},
+        )
 
     def given(self) -> list[str]:
         """Names of the grid settings that were set explicitly."""

@@ -35,17 +35,18 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, see the message.
     """
-    folder, plan, device = dense_folder(config.model), config.plan(), device_of(config)
+    folder, plan, device = dense_folder(config.model), config.quantization(), device_of(config)
     if plan.needs_data and not config.calibration_data:
         raise ConfigError(
             "rounding='gptq' needs text to calibrate on. Give --calibration-data FILE, or use --rounding nearest"
         )
     if config.dry_run:
         return dry.quantize(config, ui)
-    check_output(Path(config.output), overwrite=config.overwrite, inputs=[config.model, config.calibration_data])
+    inputs = [config.model, config.calibration_data, *([config.plan] if config.plan else [])]
+    check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
     rows = read(config.calibration_data) if config.calibration_data and plan.needs_data else None
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
-    job = job_of("quantize", config.model_dump(mode="json"), [config.model, config.calibration_data])
+    job = job_of("quantize", config.model_dump(mode="json"), inputs)
     with (
         Workspace(Path(config.output), job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
         measured_peak(device) as peak,
@@ -94,7 +95,7 @@ def quantize_into(
         The summary that is also written into `quadapt.json`.
     """
     name, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
-    plan, dtype = config.plan(), config.dtype  # type: ignore[attr-defined]
+    plan, dtype = config.quantization(), config.dtype  # type: ignore[attr-defined]
     # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
     model = load_model(name, dtype="float32" if dtype == "float32" else "auto", device=device, trust_remote_code=code)
     tokenizer = load_tokenizer(name, trust_remote_code=code)
@@ -120,6 +121,7 @@ def quantize_into(
         model.to(getattr(torch, dtype))
     made = {
         "method": config.method,
+        **({"plan": config.plan} if config.plan else {}),
         "rounding": _described(plan),
         "source": str(Path(name).resolve()) if Path(name).exists() else name,
     }

@@ -16,7 +16,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from quadapt.calibrate import BlockWalk
-from quadapt.errors import ConfigError, locate
+from quadapt.errors import ConfigError, ShapeError, locate
 from quadapt.model.select import find_blocks, matches
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format
@@ -90,6 +90,30 @@ class Plan:
     layers: Mapping[str, tuple[Format, Storage]] = field(default_factory=dict)
     """Layers that have a grid and storage of their own, by name."""
 
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Shapes `(out, in)` of exactly the layers that are to be quantized, if `layers` is a plan by budget: none may be
+    missing, and none may get another grid."""
+
+    def check(self, layers: Mapping[str, nn.Linear]) -> None:
+        """Raise ConfigError unless a plan by budget was made for these layers."""
+        found = {name: (linear.out_features, linear.in_features) for name, linear in layers.items()}
+        if not self.shapes or found == dict(self.shapes):
+            return
+        for name in (*self.shapes, *found):
+            have, want = found.get(name), self.shapes.get(name)
+            if have != want:
+                why = (
+                    f"{name} is not to be quantized here, or not in the model"
+                    if have is None
+                    else f"{name} is not planned"
+                    if want is None
+                    else f"{name} is {have[0]} x {have[1]} here, {want[0]} x {want[1]} in the plan"
+                )
+                raise ConfigError(
+                    f"the plan was made for another model or other layers: {why}. Give the model, --target-modules and "
+                    "--skip of the plan, or make another: quadapt plan"
+                )
+
     def layout(self, name: str, out: int, columns: int) -> Layout:
         """Layout of the layer `name`."""
         format, storage = self.layers.get(name, (self.format, self.storage))
@@ -131,6 +155,7 @@ def quantize_model(
         ShapeError: A weight is not finite, or does not fit; the message names the layer.
         CalibrationError: Statistics are needed and cannot be had.
     """
+    plan.check(layers)
     blocks = find_blocks(model)
     outside = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
     units = {block: [name for name in layers if name.startswith(f"{block}.")] for block in blocks}
@@ -212,6 +237,10 @@ def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics
     try:
         quantized = rounding(weight, layout, statistics)
     except ScaleUnderflow as error:
+        if name in plan.shapes:
+            raise ShapeError(
+                f"{error}, and make the plan anew without this layer (--skip): its bits are spent"
+            ) from error
         offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
         layout = replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
         quantized, note = rounding(weight, layout, statistics), f"fp32 scales: {error}"

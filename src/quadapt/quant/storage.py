@@ -173,6 +173,11 @@ def _decode_linear(stored: dict[str, Tensor], linear: Linear, shape: tuple[int, 
     return (codes * largest / (2**linear.bits - 1) + smallest).view(shape)
 
 
+def through(values: Tensor, kind: str, *, centre: bool) -> Tensor:
+    """What values `[out, groups]` are once they have been stored as `kind`."""
+    return decode(encode(values, kind, centre=centre), kind, (values.shape[0], values.shape[1]))
+
+
 def suffixes(kind: str) -> tuple[str, ...]:
     """Suffixes of the tensors that :func:`encode` makes for `kind`."""
     if Linear.of(kind):
