@@ -1,9 +1,10 @@
 """What each way to hold a matrix costs in error: the table that a plan is made from.
 
-NormalFloat has 288 ways, and LQ-LoRA decomposes the matrix anew for each. How scales are held hardly moves the low-rank
-part, so here the matrix is decomposed once for each width and group, with exact scales; the 24 forms of these scales
-are then tried on the same remainder. First on a sample of its rows: a form that another beats clearly there, in no more
-bits, is left out. The others are measured on the whole matrix.
+NormalFloat has 288 ways, and LQ-LoRA decomposes the matrix anew for each. Here it is decomposed once for each width and
+group, with exact scales. From there another turn is made for each width of scales: coarse ones leave errors that the
+low-rank part can make up for, up to half of them. The six forms of such scales, which differ little, are tried on
+the same remainder: first on a sample of its rows, where a form that is no better than another in no more bits is left
+out. The others are measured on the whole matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from quadapt.errors import ShapeError
 from quadapt.kernels import kernels_for
 from quadapt.methods import Method
 from quadapt.nn.starts import LQ, Begun, Start, Zero
-from quadapt.nn.starts.lq import squared_error
+from quadapt.nn.starts.lq import low_rank, scaling_of, squared_error
+from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import (
     Nearest,
@@ -39,15 +41,24 @@ TURNS = 5
 TOLERANCE = 0.01
 """A turn that lowers the error by less than this share is the last, for the table."""
 
-SAMPLED = 16
+MORE_TURNS = 1
+"""Further turns for scales of 2, 3 and 4 bits, from where those for exact scales ended."""
+
+SAMPLED = 8
 """One in so many rows is in the sample, .."""
 
-FEWEST = 64
+FEWEST = 128
 """.. but at least so many rows."""
 
 GAIN = 1e-3
 """By what share a form must lower the error on the sample, against all that take no more bits, to be measured in full.
-An optimum may lose this share of its error by that, and the sum over the matrices no more."""
+An optimum loses about this share of its error by that, and what the sample is off by."""
+
+Factors = tuple[Tensor, Tensor]
+"""`up` `[out, rank]` and `down` `[rank, in]`."""
+
+_Family = tuple[Format, int]
+"""Ways with the same grid and the same width of scales."""
 
 
 def measure(
@@ -124,96 +135,98 @@ class _Table:
         return options
 
     def shared(self, ways: Sequence[Candidate]) -> list[Option]:
-        """Start once for each grid; try the forms of scales on what remains for the codes."""
-        grids: dict[object, list[Candidate]] = {}
+        """Start once for each grid, go on for each width of scales; try the forms of scales on what remains."""
+        families: dict[_Family, list[Candidate]] = {}
         for way in ways:
-            grids.setdefault(way.format, []).append(way)
+            families.setdefault((way.format, _scale_bits(way)), []).append(way)
         rough: list[Option] = []
-        remainders: dict[object, _Remainder] = {}
-        for format, forms in grids.items():
-            remainders[format] = remainder = self._remainder(forms[0])
-            sample = remainder.sample()
-            for way in forms:
-                error = remainder.error(way, sample)
-                if error is not None:
-                    rough.append(Option(way, way.layout(*self.weight.shape).bits, error))
-            remainder.release()
+        remainders: dict[_Family, _Remainder] = {}
+        exact: dict[Format, Factors | None] = {}
+        for (format, bits), forms in families.items():
+            if format not in exact:
+                exact[format] = self._first(forms[0])
+            factors = self._again(exact[format], forms[0], bits)
+            layout = forms[0].layout(*self.weight.shape)
+            remainder = _Remainder(self.weight, factors, layout, self.rounding, self.statistics.get("fisher"))
+            remainders[format, bits] = remainder
+            rough += remainder.measure(forms, sampled=True)
         kept = _plausible(rough)
-        options = []
-        for format, forms in grids.items():
-            wanted = [way for way in forms if way in kept]
-            if wanted:
-                options += remainders[format].measure(wanted, self.weight)
-        return options
+        return [
+            option
+            for family, forms in families.items()
+            for option in remainders[family].measure([way for way in forms if way in kept])
+        ]
 
     def _begin(self, layout: Layout) -> Begun:
         return self.start(self.weight, lambda dense: self.rounding(dense, layout), self.rank, self.statistics)
 
-    def _remainder(self, way: Candidate) -> _Remainder:
-        """What is left for the codes of a grid once the low-rank part is taken off, with exact scales."""
+    def _first(self, way: Candidate) -> Factors | None:
+        """The low-rank part for a grid with exact scales."""
+        if not self.rank or isinstance(self.start, Zero):
+            return None
+        layout = way.layout(*self.weight.shape)
         offsets = "fp32" if way.storage.offsets in ("fp16", "fp32", "double") else way.storage.offsets
-        layout = replace(way.layout(*self.weight.shape), storage=Storage(scales="fp32", offsets=offsets))
-        factors = self._begin(layout).factors if self.rank and not isinstance(self.start, Zero) else None
-        return _Remainder(self.weight, factors, layout, self.rounding, self.statistics.get("fisher"))
+        return self._begin(replace(layout, storage=Storage(scales="fp32", offsets=offsets))).factors
+
+    def _again(self, factors: Factors | None, way: Candidate, bits: int) -> Factors | None:
+        """The low-rank part after more turns with scales of so many bits, which it makes up for if they are coarse.
+
+        At eight bits the scales are as good as exact, and codes of eight bits leave nothing for it to make up for.
+        """
+        if factors is None or bits == 8 or way.format.bits == 8:
+            return factors
+        assert isinstance(self.start, LQ)
+        storage = replace(way.storage, scales=Linear(bits, 64, "fp32").name)
+        layout = replace(way.layout(*self.weight.shape), storage=storage)
+        fisher = self.statistics.get("fisher")
+        sides = None if fisher is None else scaling_of(fisher)
+        up, down = factors
+        for _ in range(MORE_TURNS):
+            quantized = self.rounding(torch.addmm(self.weight, up, down, alpha=-1), layout)
+            rest = self.weight - quantized.dequantize()
+            up, down, _ = low_rank(rest, self.rank, sides=sides, seed=self.start.seed)
+        return up, down
 
 
 class _Remainder:
-    """A matrix without its low-rank part, and the scales of its groups. Between uses it keeps the factors alone."""
+    """A matrix without its low-rank part. Between uses it keeps the factors alone."""
 
     def __init__(
-        self,
-        weight: Tensor,
-        factors: tuple[Tensor, Tensor] | None,
-        layout: Layout,
-        rounding: Nearest,
-        fisher: Tensor | None,
+        self, weight: Tensor, factors: Factors | None, layout: Layout, rounding: Nearest, fisher: Tensor | None
     ) -> None:
-        self.factors, self.layout, self.rounding, self.fisher = factors, layout, rounding, fisher
-        self.rest: Tensor | None = None
-        self._make(weight)
-        self.scales, self.offsets = find_grid(self._made(), layout, rounding.range)
+        self.weight, self.factors, self.layout = weight, factors, layout
+        self.rounding, self.fisher = rounding, fisher
 
-    def _make(self, weight: Tensor) -> None:
-        self.rest = weight if self.factors is None else torch.addmm(weight, *self.factors, alpha=-1)
-
-    def _made(self) -> Tensor:
-        assert self.rest is not None
-        return self.rest
-
-    def release(self) -> None:
-        """Forget the dense remainder."""
-        self.rest = None
-
-    def sample(self) -> Tensor:
-        """Rows on which the forms of scales are compared first: evenly spaced."""
-        rows = len(self._made())
-        count = min(rows, max(FEWEST, rows // SAMPLED))
-        return torch.linspace(0, rows - 1, count, device=self.scales.device).round().long()
-
-    def measure(self, ways: Sequence[Candidate], weight: Tensor) -> list[Option]:
-        """Errors on the whole matrix."""
-        self._make(weight)
+    def measure(self, ways: Sequence[Candidate], *, sampled: bool = False) -> list[Option]:
+        """Bits and errors of the ways that can hold it; `sampled`: errors on some rows, evenly spaced."""
+        if not ways:
+            return []
+        rest = self.weight if self.factors is None else torch.addmm(self.weight, *self.factors, alpha=-1)
+        plain = replace(self.layout, storage=replace(self.layout.storage, scales="fp32"))
+        grid = find_grid(rest, plain, self.rounding.range)
+        rows: list[Tensor | slice] = list(row_chunks(rest))
+        if sampled:
+            count = min(len(rest), max(FEWEST, len(rest) // SAMPLED))
+            rows = [torch.linspace(0, len(rest) - 1, count, device=rest.device).round().long()]
         found = []
         for way in ways:
-            error = self.error(way, None)
-            assert error is not None
-            found.append(Option(way, way.layout(self.layout.out, self.layout.columns).bits, error))
-        self.release()
+            linear = Linear.of(way.storage.scales)
+            if linear and linear.constant == "fp16" and not _fits_fp16(grid[0]):
+                continue
+            layout = way.layout(self.layout.out, self.layout.columns)
+            found.append(Option(way, layout.bits, self._error(rest, grid, layout, rows)))
         return found
 
-    def error(self, way: Candidate, rows: Tensor | None) -> float | None:
-        """Squared error with scales held as `way` says, on some rows or all; None if it cannot hold them."""
-        linear, rest = Linear.of(way.storage.scales), self._made()
-        if linear and linear.constant == "fp16" and not _fits_fp16(self.scales):
-            return None
-        layout = way.layout(self.layout.out, self.layout.columns)
-        scales = through(self.scales, way.storage.scales, centre=True)
-        offsets = None if self.offsets is None else through(self.offsets, way.storage.offsets, centre=False)
+    def _error(
+        self, rest: Tensor, grid: tuple[Tensor, Tensor | None], layout: Layout, rows: Sequence[Tensor | slice]
+    ) -> float:
+        """Squared error on some rows, with the scales and offsets of `grid` held as `layout` says."""
+        scales = through(grid[0], layout.storage.scales, centre=True)
+        offsets = None if grid[1] is None else through(grid[1], layout.storage.offsets, centre=False)
         stored = scales, implied_offsets(layout, scales, offsets)
-        exact = self.scales, implied_offsets(layout, self.scales, self.offsets)
+        exact = grid[0], implied_offsets(layout, *grid)
         against = stored if self.rounding.code_against == "stored" else exact
-        parts = [rows] if rows is not None else row_chunks(rest)
-        return sum(self._missed(rest, layout, part, against, stored) for part in parts)
+        return sum(self._missed(rest, layout, part, against, stored) for part in rows)
 
     def _missed(
         self,
@@ -238,6 +251,12 @@ class _Remainder:
         if self.fisher is not None:
             missed *= self.fisher[rows]
         return float(missed.sum(dtype=torch.float64))
+
+
+def _scale_bits(way: Candidate) -> int:
+    linear = Linear.of(way.storage.scales)
+    assert linear is not None
+    return linear.bits
 
 
 def _fits_fp16(scales: Tensor) -> bool:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quadapt.budget import BudgetPlan, Candidate, Option, adapter_bits, candidates, measure, solve
-from quadapt.budget.table import GAIN, TOLERANCE, TURNS
+from quadapt.budget.table import GAIN, MORE_TURNS, TOLERANCE, TURNS
 from quadapt.config import PlanConfig
 from quadapt.errors import CalibrationError, CheckpointError, ConfigError, locate
 from quadapt.hf.folder import load_model
@@ -163,7 +163,7 @@ class _Table:
         )
         self.digest = ""
         settings = [asdict(way) for way in ways], repr(chosen.start), repr(chosen.rounding), rank
-        self._settings = json.dumps([*settings, TURNS, TOLERANCE, GAIN], sort_keys=True)
+        self._settings = json.dumps([*settings, TURNS, MORE_TURNS, TOLERANCE, GAIN], sort_keys=True)
 
     def fill(self, linears: Mapping[str, nn.Linear], ui: UI) -> dict[str, list[Option]]:
         """A row of the table for every layer, with progress. Large matrices go first: the end is not one of them."""
