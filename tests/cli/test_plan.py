@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from quadapt import load
 from quadapt.budget import BudgetPlan
+from quadapt.config import TuneConfig
 from quadapt.jobs import plan as job
 from quadapt.quant.storage import Linear
 
@@ -207,6 +208,7 @@ def test_a_plan_is_not_replaced_unasked(made: tuple[Path, dict[str, Any]]) -> No
         (("--plan", "{0}/plan.json", "--skip", "q_proj"), ("made for another model or other layers", "q_proj is not")),
         (("--plan", "{0}/plan.json", "--method", "l4q"), ("quantizes by its own grid",)),
         (("--plan", "{0}/plan.json", "--method", "lr-qat"), ("quantizes by its own grid",)),
+        (("--plan", "{0}/plan.json", "--method", "qa-lora"), ("levels='int', the plan nf", "Use --method lq-lora")),
         (("--plan", "{0}/plan.json", "--rounding", "gptq"), ("needs them all at once",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -238,6 +240,12 @@ def test_a_plan_of_another_model_is_refused(made: tuple[Path, dict[str, Any]], t
     value["version"] = 99
     (tmp_path / "plan.json").write_text(json.dumps(value))
     assert "version 99" in give("quantize", "dense", *plan, "--output", tmp_path / "new", code=2).error
+
+
+def test_an_unnamed_output_is_named_after_the_plans_method(made: tuple[Path, dict[str, Any]]) -> None:
+    config = TuneConfig(model="dense", data="story.txt", plan=str(made[0] / "plan.json"))
+    assert (config.method, config.output) == ("lq-lora", "dense-lq-lora")
+    assert "plan" in config.given()
 
 
 def test_what_is_written_is_what_is_read(made: tuple[Path, dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import model_validator
 
-from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, checked
+from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, checked, with_planned_method
 from quadapt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class TuneConfig(Target, Grid, Machine):
     @classmethod
     def _named(cls, values: Any) -> Any:
         """Name the output, if the user has not."""
+        values = with_planned_method(values)
         if isinstance(values, dict) and values.get("model") and not values.get("output"):
             bits = f"-{values['bits']}bit" if values.get("bits") else ""
             name = Path(str(values["model"])).expanduser().resolve().name

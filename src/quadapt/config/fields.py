@@ -104,6 +104,15 @@ class Target(Settings):
     """Replace the output if it exists."""
 
 
+def with_planned_method(values: Any) -> Any:
+    """Settings with the method of their plan, if none is given. What is wrong with the file is said when it is read."""
+    if isinstance(values, dict) and isinstance(values.get("plan"), str) and not values.get("method"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads(Path(values["plan"]).expanduser().read_text(encoding="utf-8")).get("method")
+            return {**values, "method": found} if found in get_args(MethodName) else values
+    return values
+
+
 class Grid(Settings):
     """How weights are quantized. What is not given is the method's own choice."""
 
@@ -192,12 +201,7 @@ class Grid(Settings):
     @model_validator(mode="before")
     @classmethod
     def _planned(cls, values: Any) -> Any:
-        """Take the method from the plan, if none is given. What is wrong with the file is said when it is needed."""
-        if isinstance(values, dict) and isinstance(values.get("plan"), str) and not values.get("method"):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                found = json.loads(Path(values["plan"]).read_text(encoding="utf-8")).get("method")
-                return {**values, "method": found} if found in get_args(MethodName) else values
-        return values
+        return with_planned_method(values)
 
     def budget_plan(self) -> BudgetPlan | None:
         """The plan that is given, read.
@@ -226,7 +230,14 @@ class Grid(Settings):
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"is damaged ({error}). Make it anew: quadapt plan") from error
             found = BudgetPlan.from_json(value)
-        check_plannable(self.chosen_method())
+        chosen = self.chosen_method()
+        check_plannable(chosen)
+        levels = {layer.layout.format.levels for layer in found.layers.values()}
+        if levels != {chosen.format.levels}:
+            raise ConfigError(
+                f"method={self.method!r} has levels={chosen.format.levels!r}, the plan {', '.join(sorted(levels))}. "
+                f"Use --method {found.method}, or make a plan for {self.method}"
+            )
         return found
 
     def quantization(self) -> Plan:

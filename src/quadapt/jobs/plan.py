@@ -45,6 +45,12 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
         QuadaptError: Input cannot be used, or the budget is too small; see the message.
     """
     folder, device, chosen = dense_folder(config.model), device_of(config), method(config.method)
+    more = set(chosen.start.needs) - {"fisher"}
+    if more:
+        raise ConfigError(
+            f"method={config.method!r} starts from {', '.join(sorted(more))}, which plan does not gather. Plan for "
+            "lq-lora or qlora"
+        )
     output = Path(config.output)
     check_output(output, overwrite=config.overwrite)
     if output.is_dir():
