@@ -7,10 +7,14 @@ the same model and method is a matter of seconds. A file's name is the digest of
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +74,10 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
         for name, row in errors.items()
     }
     weights = sum(out * columns for out, columns in shapes.values())
+    with _silent_stdout():
+        solution = solve(options, int(config.budget * weights))
     found = BudgetPlan.of(
-        solve(options, int(config.budget * weights)),
+        solution,
         shapes,
         method=config.method,
         model={"name": folder.name, "weights": table.digest},
@@ -86,6 +92,23 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
     ui.say(f"wrote {config.output}. Next: quadapt quantize {config.model} --plan {config.output} --output FOLDER")
     result = {name: value for name, value in found.as_json().items() if name != "layers"}
     return {"output": config.output, "figure": drawn, **result, "layers": len(found.layers)}
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Nothing reaches the process's stdout: HiGHS leaves a line of its own there, between a program and its JSON."""
+    flush = ctypes.CDLL(None).fflush  # C's own buffer, which would be written out later
+    sys.stdout.flush()
+    flush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _extra(config: PlanConfig, chosen: Method, option: Option, shape: tuple[int, int], rank: int) -> int:
