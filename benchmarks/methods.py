@@ -32,7 +32,8 @@ from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.methods import METHODS, Method, Recipe
-from quadapt.model.quantize import Plan, bits_of, quantize_model, quantized_layers
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import bits_of, quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.quant.rounding import Nearest
 from quadapt.train import Run, train

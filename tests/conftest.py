@@ -93,7 +93,8 @@ def quantized_llama(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
         **changes: Any,
     ) -> nn.Module:
         from quadapt.hf.quantizer import adopt
-        from quadapt.model.quantize import Plan, quantize_model
+        from quadapt.model.layer import Plan
+        from quadapt.model.quantize import quantize_model
         from quadapt.model.select import select
 
         model = tiny_llama(**changes)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CalibrationError
-from quadapt.model.quantize import Plan, quantize_model
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
 from quadapt.nn.starts import CLoQ, QuAILoRA
 from quadapt.quant.format import Format

@@ -79,7 +79,7 @@ def prepare(
             **settings,
         },
     )
-    plan = config.plan()
+    plan = config.quantization()
     if isinstance(model, str):
         open_folder(model)
         model = load_model(model, dtype=dtype, device=device_of(config))
@@ -120,7 +120,7 @@ def _batches(
         ).batches
     if not len(calibration):
         raise ConfigError(
-            f"rounding={config.plan().rounding.name!r} needs text to calibrate on. Give calibration='FILE', or "
+            f"rounding={config.quantization().rounding.name!r} needs text to calibrate on. Give calibration='FILE', or "
             "rounding='nearest'"
         )
     return [batch.to(device) for batch in calibration]

@@ -24,6 +24,7 @@ from quadapt.config import (
     Flag,
     InspectConfig,
     MergeConfig,
+    PlanConfig,
     QuantizeConfig,
     Settings,
     TuneConfig,
@@ -35,6 +36,7 @@ from quadapt.report.ui import UI
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "quantize": (QuantizeConfig, "quadapt.jobs.quantize:quantize"),
+    "plan": (PlanConfig, "quadapt.jobs.plan:plan"),
     "tune": (TuneConfig, "quadapt.jobs.tune:tune"),
     "merge": (MergeConfig, "quadapt.jobs.merge:merge"),
     "eval": (EvalConfig, "quadapt.jobs.evaluate:evaluate"),

@@ -8,11 +8,11 @@ from typing import Literal
 from quadapt.errors import ConfigError
 from quadapt.nn.adapters import L4Q, LRQAT, Adapter, Elastic, ElasticPooled, LoRA, Pooled, QATLoRA, Scales
 from quadapt.nn.block_ap import BlockAP
-from quadapt.nn.starts import CLoQ, LoftQ, QuAILoRA, Start, Zero
+from quadapt.nn.starts import LQ, CLoQ, LoftQ, QuAILoRA, Start, Zero
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import FixedPoint, Nearest, Rounding
-from quadapt.quant.storage import Storage
+from quadapt.quant.storage import LINEAR, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,21 @@ METHODS: dict[str, Method] = {
             warmup_ratio=0.03,
             max_grad_norm=1.0,
             source="the GPTQ-LoRA baseline of LQ-LoRA (arXiv 2311.12023)",
+        ),
+    ),
+    "lq-lora": Method(
+        summary="NormalFloat and LoRA that begin as one decomposition; bits by budget (--plan). Cannot merge exactly.",
+        paper="2311.12023",
+        format=Format(levels="nf", bits=4, group_size=64),
+        storage=Storage(scales=LINEAR, offsets="absent"),
+        rounding=Nearest(),
+        adapter=LoRA(),
+        start=LQ(),
+        recipe=Recipe(
+            learning_rate=2e-5,
+            schedule="cosine",
+            warmup_ratio=0.03,
+            source="LQ-LoRA, on C4 (its code)",
         ),
     ),
     "qa-lora": Method(

@@ -83,7 +83,11 @@ def test_the_methods_are_those_there_are() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_setting_has_a_default_that_is_allowed(command: str) -> None:
     kind, _ = COMMANDS[command]
-    needed = {name: "x" for name, field in kind.model_fields.items() if field.is_required()}
+    needed = {
+        name: 1.0 if field.annotation is float else "x"
+        for name, field in kind.model_fields.items()
+        if field.is_required()
+    }
     defaults = {name: field.default for name, field in kind.model_fields.items() if not field.is_required()}
     assert checked(kind, {**needed, **defaults}) == checked(kind, needed)
 

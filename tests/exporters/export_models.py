@@ -12,7 +12,8 @@ from torch import nn
 
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt
-from quadapt.model.quantize import Plan, quantize_model
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter
 from quadapt.quant.format import Format

@@ -19,7 +19,8 @@ from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt, fingerprint_of
 from quadapt.methods import METHODS, Method
-from quadapt.model.quantize import Plan, quantize_model, quantized_layers
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter
 from quadapt.quant.rounding import Nearest

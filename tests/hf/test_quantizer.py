@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quadapt import QuadaptConfig
 from quadapt.errors import CheckpointError, ConfigError, ShapeError
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.model.quantize import Plan, fingerprint, quantize_model, quantized_layers
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import fingerprint, quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format

@@ -20,7 +20,8 @@ from transformers import (
 import quadapt
 from quadapt.hf.folder import load_model
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.model.quantize import Plan, quantize_model, quantized_layers
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ

@@ -15,17 +15,8 @@ from torch import Tensor, nn
 
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.hf.blocks import BlockFiles
-from quadapt.model.quantize import (
-    Done,
-    LayerRow,
-    Plan,
-    bits_of,
-    fingerprint,
-    quantize_layer,
-    quantize_model,
-    quantized_layers,
-    relative_error,
-)
+from quadapt.model.layer import LayerRow, Plan, quantize_layer, relative_error
+from quadapt.model.quantize import Done, bits_of, fingerprint, quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format

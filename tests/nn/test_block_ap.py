@@ -17,7 +17,8 @@ from quadapt.data import calibration_batches, read
 from quadapt.demo.stories import rows, stories, write_jsonl
 from quadapt.errors import CalibrationError, ConfigError
 from quadapt.hf.folder import load_model, load_tokenizer
-from quadapt.model.quantize import Plan, quantize_model, quantized_layers
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import find_blocks, select
 from quadapt.nn.block_ap import BlockAP, BlockAPLinear, Example
 from quadapt.nn.quant_linear import QuantLinear

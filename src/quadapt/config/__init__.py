@@ -7,12 +7,13 @@ from quadapt.config.commands import (
     ExportConfig,
     InspectConfig,
     MergeConfig,
+    PlanConfig,
     QuantizeConfig,
     RunConfig,
-    TuneConfig,
     read_job,
 )
 from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, checked
+from quadapt.config.tune import TuneConfig
 
 __all__ = [
     "ChatConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "Machine",
     "MergeConfig",
     "MethodName",
+    "PlanConfig",
     "QuantizeConfig",
     "RunConfig",
     "Settings",

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import model_validator
 
-from quadapt.config.fields import Flag, Grid, Machine, Settings, StartName, Target, checked
+from quadapt.config.fields import (
+    Flag,
+    Grid,
+    Machine,
+    MethodName,
+    Settings,
+    Target,
+    checked,
+)
 from quadapt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from quadapt.methods import Method
-    from quadapt.model.quantize import Plan
+    pass
 
 
 class QuantizeConfig(Target, Grid, Machine):
@@ -34,183 +39,44 @@ class QuantizeConfig(Target, Grid, Machine):
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
 
 
-class TuneConfig(Target, Grid, Machine):
-    """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
+class PlanConfig(Machine):
+    """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
 
     model: Annotated[str, Flag(positional=True)]
-    """Folder or hub name: a dense model (it is quantized first), or one that quadapt has quantized."""
+    """Folder or hub name of a dense causal language model."""
 
-    data: Annotated[str, Flag((), "Data")]
-    """Training data: text, JSON lines, CSV, Parquet, or a hub name. Columns: text; prompt and completion; instruction,
-    input and output; or messages."""
+    budget: Annotated[float, Flag((), "Plan")]
+    """True bits per weight that the quantized layers may take on average: 2.75, say."""
 
-    output: Annotated[str, Flag(("-o", "--output-dir"), "Output")] = ""
-    """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
-    here, named after model, method and bits."""
+    output: Annotated[str, Flag(("-o",), "Output")] = "plan.json"
+    """File to write; a figure goes beside it."""
 
-    eval_data: Annotated[str | None, Flag((), "Data")] = None
-    """Held-out data, of the same kinds."""
+    overwrite: Annotated[bool, Flag((), "Output")] = False
+    """Replace the output if it exists."""
 
-    eval_split: Annotated[float, Flag((), "Data")] = 0.0
-    """Share of the training data to hold out, if there is no --eval-data."""
+    method: Annotated[MethodName, Flag((), "Plan")] = "lq-lora"
+    """For which method: its kind of levels decides among which grids there is a choice. Must train over codes."""
 
-    seq_len: Annotated[int | None, Flag(("--max-length", "--max-seq-length"), "Data")] = None
-    """Tokens in a sequence; longer examples are truncated, and counted. Default: the model's context, at most 1024."""
+    rank: Annotated[int | None, Flag(("--r", "--lora-r"), "Plan")] = None
+    """Of the adapters; lq-lora's errors depend on it. Default: the paper's, 64."""
 
-    packing: Annotated[bool, Flag((), "Data")] = False
-    """Pack several examples into a sequence; attention does not cross them. (Plain text always fills its sequences.)"""
+    count_adapters: Annotated[Literal["fp16", "nf8"] | None, Flag((), "Plan")] = None
+    """Also count adapters in the budget, held as 16-bit floats or as nf8 (8.127 bits). Default: they do not count, as
+    in the paper."""
 
-    completion_only: Annotated[bool, Flag((), "Data")] = True
-    """Loss on completions (or the assistant's turns) alone."""
+    fisher: Annotated[str | None, Flag((), "Plan")] = None
+    """Fisher information to weight errors with: a safetensors file with a tensor of the weight's shape for each layer,
+    by the layer's name. Default: all weights count alike."""
 
-    target_modules: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
-    """Layers that get adapters, by name or a part of it. Default: all quantized layers."""
+    target_modules: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
+    """Plan only these layers, by name or a part of it. Default: all linear layers but the head."""
 
-    rank: Annotated[int | None, Flag(("--r", "--lora-r"), "Adapter")] = None
-    """Rank of the adapters. Default: the paper's, 64."""
+    skip: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
+    """Layers to leave unquantized, by name or a part of it (comma separated, or repeated)."""
 
-    alpha: Annotated[float | None, Flag(("--lora-alpha",), "Adapter")] = None
-    """The adapter is multiplied by alpha / rank. Default: the paper's, 16."""
-
-    dropout: Annotated[float | None, Flag(("--lora-dropout",), "Adapter")] = None
-    """Dropout on the adapter's input. Default: the paper's."""
-
-    pooling: Annotated[Literal["sum", "mean"] | None, Flag((), "Adapter")] = None
-    """qa-lora, ir-qa-lora: sum inputs over a group, as in the paper, or average them, as in its authors' code. Default:
-    sum."""
-
-    init: Annotated[Literal["l4q", "lsq+", "symmetric", "asymmetric"] | None, Flag((), "Adapter")] = None
-    """l4q, qat-lora: first scales. l4q clips nothing, the others are its paper's ablation. Default: l4q."""
-
-    dense_steps: Annotated[int | None, Flag((), "Adapter")] = None
-    """l4q: first steps that train A and B without quantization (the paper's first version). Default: 0."""
-
-    form: Annotated[Literal["merged", "side"] | None, Flag((), "Adapter")] = None
-    """qa-lora, ir-qa-lora: train what the merge will give (exact), or a side branch as published (equivalent). Default:
-    merged."""
-
-    start: Annotated[StartName | None, Flag((), "Adapter")] = None
-    """Where the adapter starts: zero, or fitted to what quantization changed about a matrix (loftq), or about a layer's
-    outputs on the calibration text (quailora, cloq, qera). For qa-lora it is folded into the offsets. Default: the
-    method's."""
-
-    objective: Annotated[Literal["cross-entropy", "rilq"], Flag((), "Training")] = "cross-entropy"
-    """rilq: half of the objective is the distance of the last hidden state to the full-precision model's."""
-
-    teacher: Annotated[str | None, Flag((), "Training")] = None
-    """rilq: folder or hub name of the full-precision model. Default: the dense model, or what the base was made of."""
-
-    keep_targets: Annotated[bool, Flag((), "Training")] = True
-    """rilq: compute the teacher's targets once and keep them on disk, rather than the teacher in memory."""
-
-    learning_rate: Annotated[float | None, Flag(("--lr",), "Training")] = None
-    """Peak learning rate of AdamW. Default: the paper's."""
-
-    grid_learning_rate: Annotated[float | None, Flag(("--scale-lr",), "Training")] = None
-    """Peak learning rate of scales and offsets, relative to the scale, where these train. Default: the method's."""
-
-    schedule: Annotated[Literal["constant", "cosine", "linear"] | None, Flag(("--lr-scheduler-type",), "Training")] = (
-        None
-    )
-    """Learning rate after the warm-up. Default: the paper's."""
-
-    warmup_ratio: Annotated[float | None, Flag((), "Training")] = None
-    """Share of the steps over which the learning rate rises. Default: the paper's."""
-
-    weight_decay: Annotated[float | None, Flag((), "Training")] = None
-    """AdamW's weight decay. Default: the paper's."""
-
-    max_grad_norm: Annotated[float | None, Flag((), "Training")] = None
-    """Gradients are scaled down to this norm. Default: the paper's."""
-
-    max_steps: Annotated[int, Flag((), "Training")] = 0
-    """Optimizer steps; 0 to go by --epochs."""
-
-    epochs: Annotated[float, Flag(("--num-train-epochs",), "Training")] = 1.0
-    """Passes over the data."""
-
-    batch_size: Annotated[int, Flag(("--per-device-train-batch-size",), "Training")] = 8
-    """Sequences in one forward pass."""
-
-    gradient_accumulation: Annotated[int, Flag(("--gradient-accumulation-steps",), "Training")] = 2
-    """Forward passes per optimizer step. The default makes the papers' batch of 16."""
-
-    gradient_checkpointing: Annotated[bool, Flag((), "Training")] = False
-    """Recompute activations in backward: less memory, about a third more time."""
-
-    seed: Annotated[int, Flag((), "Training")] = 0
-    """Of initialization, data order, dropout and calibration."""
-
-    save_steps: Annotated[int, Flag((), "Training")] = 0
-    """Steps between checkpoints to resume from. Default: a tenth of the run, at most 500."""
-
-    eval_steps: Annotated[int, Flag((), "Training")] = 0
-    """Steps between evaluations. Default: only at the end."""
-
-    report_to: Annotated[str, Flag((), "Training")] = "none"
-    """Where Trainer also reports: none, tensorboard, wandb, .."""
-
-    dry_run: Annotated[bool, Flag((), "Output")] = False
-    """Print what would be done, the true bits per weight and the peak memory, and stop."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, values: Any) -> Any:
-        """Name the output, if the user has not."""
-        if isinstance(values, dict) and values.get("model") and not values.get("output"):
-            bits = f"-{values['bits']}bit" if values.get("bits") else ""
-            name = Path(str(values["model"])).expanduser().resolve().name
-            return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
-        return values
-
-    def chosen_method(self) -> Method:
-        """The method with the choices made about its adapter and recipe too."""
-        from quadapt.methods import Recipe
-        from quadapt.nn.adapters import L4Q, Pooled
-        from quadapt.nn.starts import STARTS
-
-        chosen = super().chosen_method()
-        about: dict[str, Any] = {}
-        for kind, names, owner in ((Pooled, ("pooling", "form"), "qa-lora"), (L4Q, ("init",), "l4q")):
-            given = {name: value for name in names if (value := getattr(self, name)) is not None}
-            if given and not isinstance(chosen.adapter, kind):
-                raise ConfigError(
-                    f"{next(iter(given))} is a setting of {owner}'s adapter; method={self.method!r} has none. Leave it "
-                    "out"
-                )
-            about |= given
-        if self.dense_steps and not isinstance(chosen.adapter, L4Q):
-            raise ConfigError(
-                f"dense_steps needs the dense matrix; method={self.method!r} trains over codes. Leave it out"
-            )
-        if self.start is not None:
-            chosen = replace(chosen, start=STARTS[self.start]())
-        if chosen.start.name != "zero" and chosen.adapter.begins == "zero":
-            raise ConfigError(
-                f"start={chosen.start.name!r}: the {chosen.adapter.kind} adapter of method={self.method!r} has nothing "
-                "to start from but zero. Leave it out"
-            )
-        folds = chosen.start.name != "zero" and chosen.adapter.begins == "offsets"
-        if folds and chosen.storage.offsets not in ("fp16", "fp32"):
-            raise ConfigError(
-                f"start={chosen.start.name!r} is folded into float offsets, and these are {chosen.storage.offsets}. "
-                "Use zero='float', and fp16 or fp32 scales"
-            )
-        own = {
-            name: getattr(self, name) for name in Recipe.__dataclass_fields__ if getattr(self, name, None) is not None
-        }
-        return replace(chosen, adapter=replace(chosen.adapter, **about), recipe=replace(chosen.recipe, **own))
-
-    def plan(self) -> Plan:
-        """How each layer is quantized, and where its adapter starts."""
-        chosen, plan = self.chosen_method(), super().plan()
-        return replace(
-            plan,
-            start=chosen.start,
-            rank=chosen.recipe.rank,
-            pooled=chosen.adapter.begins == "offsets",
-            adapted=self.target_modules,
-        )
+    cache: Annotated[str | None, Flag((), "Output")] = None
+    """Folder that keeps the measured errors: an interrupted run goes on there, another budget takes seconds. Default:
+    plan-errors beside the output."""
 
 
 class MergeConfig(Target, Machine):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
-from quadapt.errors import ConfigError
+from quadapt.errors import CheckpointError, ConfigError, locate
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    from quadapt.budget import BudgetPlan
     from quadapt.methods import Method
-    from quadapt.model.quantize import Plan
+    from quadapt.model.layer import Plan
     from quadapt.quant.rounding import Rounding
 
 MethodName = Literal[
@@ -22,6 +26,7 @@ MethodName = Literal[
     "quailora",
     "cloq",
     "gptq-lora",
+    "lq-lora",
     "qa-lora-scales",
     "ir-qlora",
     "ir-qa-lora",
@@ -33,7 +38,7 @@ MethodName = Literal[
     "lr-qat",
 ]
 """The keys of `methods.METHODS` (a test compares them)."""
-StartName = Literal["zero", "loftq", "quailora", "cloq", "qera"]
+StartName = Literal["zero", "loftq", "lq", "quailora", "cloq", "qera"]
 """The keys of `nn.starts.STARTS` (likewise)."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -53,8 +58,8 @@ class Flag:
 
 
 _POSITIVE = (
-    *("rank", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "seq_len", "context", "stride"),
-    *("limit", "max_new_tokens", "calibration_length", "calibration_sequences", "calibration_epochs"),
+    *("rank", "budget", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "seq_len", "context"),
+    *("stride", "limit", "max_new_tokens", "calibration_length", "calibration_sequences", "calibration_epochs"),
 )
 _NOT_NEGATIVE = (
     *("dropout", "warmup_ratio", "weight_decay", "max_grad_norm", "max_steps", "save_steps", "eval_steps", "samples"),
@@ -106,12 +111,25 @@ class Target(Settings):
     """Replace the output if it exists."""
 
 
+def with_planned_method(values: Any) -> Any:
+    """Settings with the method of their plan, if none is given. What is wrong with the file is said when it is read."""
+    if isinstance(values, dict) and isinstance(values.get("plan"), str) and not values.get("method"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads(Path(values["plan"]).expanduser().read_text(encoding="utf-8")).get("method")
+            return {**values, "method": found} if found in get_args(MethodName) else values
+    return values
+
+
 class Grid(Settings):
     """How weights are quantized. What is not given is the method's own choice."""
 
     method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
     """Preset of all that follows. Merge exactly: qa-lora, ir-qa-lora, qa-lora-scales, peqa, e2e-qp, efficientqat, l4q,
-    lr-qat. Do not: qlora, loftq, quailora, cloq, ir-qlora, gptq-lora, qat-lora."""
+    lr-qat. Do not: qlora, loftq, quailora, cloq, lq-lora, ir-qlora, gptq-lora, qat-lora."""
+
+    plan: Annotated[str | None, Flag((), "Quantization")] = None
+    """Plan of the bits of every layer: a file that quadapt plan has written. It decides the grid, and the method if
+    none is given."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
@@ -125,8 +143,9 @@ class Grid(Settings):
     zero: Annotated[Literal["none", "integer", "float"] | None, Flag((), "Quantization")] = None
     """none: symmetric. integer: whole zero-points. float: free offsets. Default: the method's."""
 
-    scales: Annotated[Literal["fp16", "fp32", "double"] | None, Flag((), "Quantization")] = None
-    """How scales are stored; double: 8-bit codes, as QLoRA's double quantization. Default: the method's."""
+    scales: Annotated[Literal["fp16", "fp32", "double", "linear"] | None, Flag((), "Quantization")] = None
+    """How scales are stored; as 8-bit codes: double, QLoRA's double quantization; linear, LQ-LoRA's. Default: the
+    method's."""
 
     rounding: Annotated[Literal["nearest", "gptq", "block-ap"] | None, Flag((), "Quantization")] = None
     """nearest needs no data; gptq is calibrated; block-ap trains block by block on the calibration text. Default: the
@@ -160,7 +179,7 @@ class Grid(Settings):
         """
         from quadapt.methods import method
         from quadapt.quant.format import Format
-        from quadapt.quant.storage import Storage
+        from quadapt.quant.storage import LINEAR, Storage
         from quadapt.quant.weight import Layout
 
         base = method(self.method)
@@ -174,7 +193,9 @@ class Grid(Settings):
                 zero=self.zero or (base.format.zero if same else "default"),
             )
         )
-        if self.scales:
+        if self.scales == "linear":  # of offsets, which may be negative, there is no such form
+            chosen = chosen.with_storage(replace(chosen.storage, scales=LINEAR))
+        elif self.scales:
             offsets = self.scales if chosen.storage.offsets in ("fp16", "fp32", "double") else chosen.storage.offsets
             chosen = chosen.with_storage(Storage(scales=self.scales, offsets=offsets))
         chosen = replace(chosen, rounding=self._rounding(chosen.rounding))
@@ -197,12 +218,71 @@ class Grid(Settings):
             own = replace(own, epochs=self.calibration_epochs)
         return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ, BlockAP)) else own
 
-    def plan(self) -> Plan:
-        """How each layer is quantized."""
-        from quadapt.model.quantize import Plan
+    @model_validator(mode="before")
+    @classmethod
+    def _planned(cls, values: Any) -> Any:
+        return with_planned_method(values)
+
+    def budget_plan(self) -> BudgetPlan | None:
+        """The plan that is given, read.
+
+        Raises:
+            ConfigError: It is not there, or another setting contradicts it.
+            CheckpointError: It is damaged, or something else.
+        """
+        from quadapt.budget import BudgetPlan
+        from quadapt.budget.candidates import check_plannable
+
+        if self.plan is None:
+            return None
+        for name in ("bits", "group_size", "levels", "zero", "scales"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)!r} contradicts the plan {self.plan!r}. Leave one out")
+        path = Path(self.plan).expanduser()
+        if not path.is_file():
+            beside = [item.name for item in path.parent.glob("*.json")] if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, beside)
+            hint = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Make one: quadapt plan MODEL"
+            raise ConfigError(f"plan={self.plan!r} does not exist. {hint}")
+        with locate(self.plan):
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"is damaged ({error}). Make it anew: quadapt plan") from error
+            found = BudgetPlan.from_json(value)
+        chosen = self.chosen_method()
+        check_plannable(chosen)
+        levels = {layer.layout.format.levels for layer in found.layers.values()}
+        if levels != {chosen.format.levels}:
+            raise ConfigError(
+                f"method={self.method!r} has levels={chosen.format.levels!r}, the plan {', '.join(sorted(levels))}. "
+                f"Use --method {found.method}, or make a plan for {self.method}"
+            )
+        return found
+
+    def quantization(self) -> Plan:
+        """How each layer is quantized.
+
+        Raises:
+            ConfigError: The choices contradict each other, or the plan.
+        """
+        from quadapt.model.layer import Plan
 
         format, storage, rounding = self.chosen_method().base()
-        return Plan(format=format, storage=storage, rounding=rounding)
+        planned = self.budget_plan()
+        if planned is None:
+            return Plan(format=format, storage=storage, rounding=rounding)
+        layouts = {name: layer.layout for name, layer in planned.layers.items()}
+        for name, layout in layouts.items():
+            with locate(name):
+                rounding.check(layout)
+        return Plan(
+            format=format,
+            storage=storage,
+            rounding=rounding,
+            layers={name: (layout.format, layout.storage) for name, layout in layouts.items()},
+            shapes={name: (layout.out, layout.columns) for name, layout in layouts.items()},
+        )
 
     def given(self) -> list[str]:
         """Names of the grid settings that were set explicitly."""

@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from quadapt.model.quantize import Done, LayerRow
+from quadapt.model.layer import LayerRow
+from quadapt.model.quantize import Done
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight

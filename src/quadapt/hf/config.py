@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quadapt.errors import CheckpointError, ConfigError
-from quadapt.model.quantize import Plan
+from quadapt.model.layer import Plan
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
@@ -27,7 +27,7 @@ class QuadaptConfig(QuantizationConfigMixin):
         group_size: Wish: inputs that share a scale, -1 for whole rows.
         levels: Wish: int, nf or nf-sym.
         zero: Wish: none, integer or float; by default float for int, none for nf.
-        scales: Wish: fp16, fp32 or double.
+        scales: Wish: fp16, fp32, double, or linear8-256-fp32 and its like.
         range: Wish: minmax, mse, icq or icq-scale.
         skip: Wish: layers to leave as they are.
         schemes: Content: formats and storages, each with the layers (and their shapes) that have it.
@@ -78,7 +78,8 @@ class QuadaptConfig(QuantizationConfigMixin):
         format = Format(levels=self.levels, bits=self.bits, group_size=self.group_size, zero=self.zero)  # type: ignore[arg-type]
         storage = Storage.default(format)
         if self.scales:
-            offsets = storage.offsets if storage.offsets not in ("fp16", "fp32") else self.scales
+            floats = storage.offsets in ("fp16", "fp32") and self.scales in ("fp16", "fp32", "double")
+            offsets = self.scales if floats else storage.offsets
             storage = Storage(scales=self.scales, offsets=offsets)  # type: ignore[arg-type]
         rounding = Nearest(range=self.range)  # type: ignore[arg-type]
         return Plan(format=format, storage=storage, rounding=rounding)

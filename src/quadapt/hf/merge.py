@@ -19,7 +19,8 @@ from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
 from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers, adapters_off
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.model.quantize import Plan, quantize_layer, quantize_model, quantized_layers
+from quadapt.model.layer import Plan, quantize_layer
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import left_over
 from quadapt.quant.rounding import Rounding
 from quadapt.quant.weight import QuantWeight, largest_move

@@ -15,7 +15,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.config import QuadaptConfig
-from quadapt.model.quantize import fingerprint, quantize_layer, quantized_layers
+from quadapt.model.layer import quantize_layer
+from quadapt.model.quantize import fingerprint, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import Layout, hash_tensor

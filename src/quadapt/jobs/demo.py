@@ -31,7 +31,8 @@ from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.workspace import Workspace, remove, write_json
 from quadapt.methods import METHODS, Recipe
-from quadapt.model.quantize import Plan, quantize_model, quantized_layers
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter, LoRA, Pooled
 from quadapt.nn.quant_linear import QuantLinear

@@ -71,7 +71,8 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
         kept = QuadaptConfig(**quantized) if isinstance(quantized, dict) else quantized
         layouts, left = kept.layouts, kept.left
     else:
-        selection, plan = select(model, target_modules=target_modules, skip=config.skip), config.plan()
+        selection, plan = select(model, target_modules=target_modules, skip=config.skip), config.quantization()
+        plan.check(selection.chosen)
         left, layouts = selection.left, {}
         for layer, linear in selection.chosen.items():
             with locate(layer):
@@ -95,7 +96,7 @@ def _sketched(model: nn.Module, layouts: Mapping[str, Layout], left: Mapping[str
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     """`quantize --dry-run`."""
     found = sketch(config.model, config, target_modules=config.target_modules)
-    plan, device = config.plan(), device_of(config)
+    plan, device = config.quantization(), device_of(config)
     work = memory.quantizing_bytes(
         found.largest, max(layout.columns for layout in found.layouts.values()), calibrated=plan.needs_data
     )

@@ -10,7 +10,8 @@ from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.folder import Folder, find_base, open_folder, read_json
 from quadapt.hf.verify import verify
 from quadapt.jobs.quantize import show_layers, show_left
-from quadapt.model.quantize import LayerRow, bits_of
+from quadapt.model.layer import LayerRow
+from quadapt.model.quantize import bits_of
 from quadapt.report.ui import UI
 
 

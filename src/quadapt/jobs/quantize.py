@@ -24,7 +24,8 @@ from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
 from quadapt.jobs.source import dense_folder, device_of, job_of
 from quadapt.jobs.statistics import statistics_for
-from quadapt.model.quantize import LayerRow, Plan, bits_of, quantize_model
+from quadapt.model.layer import LayerRow, Plan
+from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
 from quadapt.quant.weight import Layout
 from quadapt.report.memory import measured_peak
@@ -37,7 +38,7 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, see the message.
     """
-    folder, plan, device = dense_folder(config.model), config.plan(), device_of(config)
+    folder, plan, device = dense_folder(config.model), config.quantization(), device_of(config)
     if plan.needs_data and not config.calibration_data:
         raise ConfigError(
             f"rounding={plan.rounding.name!r} needs text to calibrate on. Give --calibration-data FILE, or use "
@@ -48,10 +49,11 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
         ui.say(f"{config.method} starts its adapter by {own}: tune does so; here the base is made alone")
     if config.dry_run:
         return dry.quantize(config, ui)
-    check_output(Path(config.output), overwrite=config.overwrite, inputs=[config.model, config.calibration_data])
+    inputs = [config.model, config.calibration_data, *([config.plan] if config.plan else [])]
+    check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
     rows = read(config.calibration_data) if config.calibration_data and plan.needs_data else None
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
-    job = job_of("quantize", config.model_dump(mode="json"), [config.model, config.calibration_data])
+    job = job_of("quantize", config.model_dump(mode="json"), inputs)
     with (
         Workspace(Path(config.output), job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
         measured_peak(device) as peak,
@@ -100,7 +102,7 @@ def quantize_into(
         The summary that is also written into `quadapt.json`.
     """
     name, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
-    plan, dtype = config.plan(), config.dtype  # type: ignore[attr-defined]
+    plan, dtype = config.quantization(), config.dtype  # type: ignore[attr-defined]
     # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
     model = load_model(name, dtype="float32" if dtype == "float32" else "auto", device=device, trust_remote_code=code)
     tokenizer = load_tokenizer(name, trust_remote_code=code)
@@ -128,6 +130,7 @@ def quantize_into(
         model.to(getattr(torch, dtype))
     made = {
         "method": config.method,
+        **({"plan": config.plan} if config.plan else {}),
         "rounding": _described(plan),
         "source": str(Path(name).resolve()) if Path(name).exists() else name,
     }
@@ -205,4 +208,4 @@ def show_left(left: Mapping[str, str], ui: UI) -> None:
 
 
 def _described(plan: Plan) -> dict[str, Any]:
-    return {"kind": plan.rounding.name, **json.loads(json.dumps(asdict(plan.rounding)))}  # type: ignore[call-overload]
+    return {"kind": plan.rounding.name, **json.loads(json.dumps(asdict(plan.rounding)))}

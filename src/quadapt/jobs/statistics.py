@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quadapt.errors import ResourceError
 from quadapt.hf.workspace import check_disk
 from quadapt.jobs.source import identity
-from quadapt.model.quantize import Plan
+from quadapt.model.layer import Plan
 from quadapt.report.ui import UI
 from quadapt.statistics import FISHER, MOMENT, StatisticsFiles, gather
 

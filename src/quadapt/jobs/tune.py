@@ -63,6 +63,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     if config.dry_run:
         return dry.tune(config, ui, seq_len=seq_len)
     inputs = [config.model, config.data, config.eval_data, config.calibration_data]
+    inputs += [config.plan] if config.plan else []
     check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
     tokenizer = load_tokenizer(folder.name, trust_remote_code=config.trust_remote_code)
     rows, held = _rows(config)

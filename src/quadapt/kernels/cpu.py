@@ -111,6 +111,21 @@ def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last,
 
 
 @_jit
+def _below(value, mids):
+    """How many thresholds lie below `value`: all are compared at once, but of the 255 of eight bits, eight."""
+    code = 0
+    if len(mids) < 255:
+        for t in range(len(mids)):
+            code += value > mids[t]
+        return code
+    step = 128
+    while step:
+        code += step * (value > mids[code + step - 1])
+        step >>= 1
+    return code
+
+
+@_jit
 def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, first, last):
     """Nearest code of each weight, then eight codes into `bits` bytes. No thresholds: levels 0 .. 2**bits - 1."""
     columns = weight.shape[1]
@@ -126,6 +141,9 @@ def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, fi
             if len(mids) == 0:
                 for i in range(count):
                     codes[start + i] = np.uint8(min(max(np.rint(value[i]), np.float32(0)), top))
+            elif len(mids) == 255:
+                for i in range(count):
+                    codes[start + i] = np.uint8(_below(value[i], mids))
             else:
                 for i in range(count):
                     codes[start + i] = 0
@@ -169,10 +187,7 @@ def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, err
                 if len(mids) == 0:
                     value = min(max(np.rint(value), np.float32(0)), top)
                 else:
-                    code = 0
-                    for t in range(len(mids)):
-                        code += value > mids[t]
-                    value = levels[code]
+                    value = levels[_below(value, mids)]
                 miss = value * scale + offset - weight[row, i]
                 total += miss * miss
             error[row, start // group] = total

@@ -8,62 +8,21 @@ from there.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from quadapt.calibrate import BlockWalk
 from quadapt.errors import ConfigError, locate
+from quadapt.model.layer import LayerRow, Plan, in_fp32, quantize_layer, row_of
 from quadapt.model.select import find_blocks, matches
 from quadapt.nn.block_ap import BlockAP, BlockAPLinear
 from quadapt.nn.quant_linear import QuantLinear
-from quadapt.nn.starts import Begun, Start, Zero
-from quadapt.nn.starts.fit import objective
-from quadapt.quant.format import Format
-from quadapt.quant.rounding import Nearest, Rounding, ScaleUnderflow, Statistics
-from quadapt.quant.storage import Storage
+from quadapt.quant.rounding import ScaleUnderflow, Statistics
 from quadapt.quant.weight import Layout, QuantWeight
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRow:
-    """What became of one layer; a row of the report."""
-
-    name: str
-    """Full name of the layer."""
-
-    out: int
-    """Output features."""
-
-    columns: int
-    """Input features."""
-
-    format: str
-    """Short name of the grid, and the rounding if it is not the one asked for."""
-
-    bits_per_weight: float
-    """True bits per weight, all stored bytes counted."""
-
-    error: float
-    """Relative error of the weights: norm of the change over norm of the weights."""
-
-    seconds: float
-    """Time it took."""
-
-    note: str = ""
-    """What was done other than asked, and why."""
-
-    block_error: tuple[float, float] | None = None
-    """Where a block is quantized as a whole: relative error of its output on held-out text, before and after."""
-
-    start_error: tuple[float, float] | None = None
-    """Where training starts from more than the quantized weight: relative error of the layer's output (of the weight,
-    where no second moment is known), without and with the start."""
 
 
 @dataclass(frozen=True)
@@ -100,57 +59,6 @@ class InMemory:
         return done
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How each layer is to be quantized."""
-
-    format: Format
-    """The grid."""
-
-    storage: Storage
-    """How scales and offsets are held."""
-
-    rounding: Rounding
-    """From weights to codes."""
-
-    layers: Mapping[str, tuple[Format, Storage]] = field(default_factory=dict)
-    """Layers that have a grid and storage of their own, by name."""
-
-    start: Start = field(default_factory=Zero)
-    """Where an adapter over the quantized layers starts."""
-
-    rank: int = 0
-    """Of that adapter."""
-
-    pooled: bool = False
-    """Whether that adapter sees inputs summed over groups: its start is folded into the offsets."""
-
-    adapted: Sequence[str] = ()
-    """Layers that get the adapter, by name or a part of it; empty for all. The others start at zero."""
-
-    def __post_init__(self) -> None:
-        if self.rounding.scope == "block" and not isinstance(self.start, Zero):
-            raise ConfigError(
-                f"start={self.start.name!r} fits what rounding changed about a matrix; {self.rounding.name} trains the "
-                "matrix itself. Use start='zero', or another rounding"
-            )
-
-    def layout(self, name: str, out: int, columns: int) -> Layout:
-        """Layout of the layer `name`."""
-        format, storage = self.layers.get(name, (self.format, self.storage))
-        return Layout(format=format, storage=storage, out=out, columns=columns)
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the rounding needs calibration data."""
-        return bool(self.rounding.needs)
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether the rounding or the start does."""
-        return bool(self.rounding.needs | self.start.needs)
-
-
 Progress = Callable[[Sequence[str]], Iterator[str]]
 """Wraps the names of the units to work on, like `tqdm`."""
 
@@ -183,6 +91,7 @@ def quantize_model(
         ShapeError: A weight is not finite, or does not fit; the message names the layer.
         CalibrationError: Statistics are needed and cannot be had.
     """
+    plan.check(layers)
     blocks = find_blocks(model)
     outside = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
     units = {block: [name for name in layers if name.startswith(f"{block}.")] for block in blocks}
@@ -285,95 +194,12 @@ class _Worker:
         self.model.set_submodule(name, QuantLinear.of(weight, None if bias is None else bias))
 
 
-def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics) -> tuple[Begun, LayerRow]:
-    """Quantize one weight matrix by plan. What cannot be done as asked is done in the nearest way, with a note.
-
-    Outside the blocks there are no statistics: such layers are rounded to nearest. Scales that fp16 cannot hold become
-    fp32.
-    """
-    clock, layout = time.perf_counter(), plan.layout(name, *weight.shape)
-    rounding, start, notes = plan.rounding, plan.start, list[str]()
-    if not rounding.needs <= statistics.keys():
-        rounding = Nearest()
-        notes.append("rounded to nearest: lies outside the blocks")
-    if plan.adapted and not any(matches(name, pattern) for pattern in plan.adapted):
-        start = Zero()
-    if not start.needs <= statistics.keys():
-        start = Zero()
-        notes.append(f"no {plan.start.name} start: lies outside the blocks")
-
-    def begin(layout: Layout) -> Begun:
-        quantize = partial(rounding, layout=layout, statistics=statistics)
-        return start(weight, quantize, plan.rank, statistics, pooled=plan.pooled)
-
-    try:
-        begun = begin(layout)
-    except ScaleUnderflow as error:
-        begun = begin(in_fp32(layout))
-        notes.append(f"fp32 scales: {error}")
-    row = row_of(name, begun.weight, weight, time.perf_counter() - clock, "; ".join(notes))
-    if not isinstance(start, Zero):
-        row = replace(row, start_error=start_error(begun, weight, statistics))
-    return begun, row
-
-
-def start_error(begun: Begun, weight: Tensor, statistics: Statistics) -> tuple[float, float]:
-    """Relative error of a layer's output (of its weight, without a second moment) before training.
-
-    Without the start's low-rank term, and with it: `|| (W - Q - up down) X || / || W X ||`. What was folded into
-    offsets counts on both sides.
-    """
-    moment = statistics.get("dense_second_moment")
-    W = weight.double()
-    H = None if moment is None else moment.to(W.device, W.dtype)
-    E = W - begun.weight.dequantize().double()
-    factors = None if begun.factors is None else (begun.factors[0].double(), begun.factors[1].double())
-    whole = objective(W, H)
-    without, with_ = (math.sqrt(max(0.0, objective(E, H, each)) / whole) if whole else 0.0 for each in (None, factors))
-    return without, with_
-
-
-def in_fp32(layout: Layout) -> Layout:
-    """The same with scales (and float offsets) that fp16 cannot hold."""
-    offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
-    return replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
-
-
-def row_of(
-    name: str,
-    quantized: QuantWeight,
-    weight: Tensor,
-    seconds: float,
-    note: str,
-    block_error: tuple[float, float] | None = None,
-) -> LayerRow:
-    """What became of a layer."""
-    layout = quantized.layout
-    return LayerRow(
-        name=name,
-        out=layout.out,
-        columns=layout.columns,
-        format=layout.format.name,
-        bits_per_weight=layout.bits_per_weight,
-        error=relative_error(quantized, weight),
-        seconds=seconds,
-        note=note,
-        block_error=block_error,
-    )
-
-
-def relative_error(quantized: QuantWeight, weight: Tensor) -> float:
-    """Norm of what quantization changed over the norm of the weight; 0 for a weight of zeros."""
-    norm = weight.float().norm()
-    return float((quantized.dequantize() - weight.float()).norm() / norm) if norm > 0 else 0.0
-
-
 def bits_of(layouts: Sequence[Layout]) -> float:
     """True bits per weight over several matrices."""
     weights = sum(layout.out * layout.columns for layout in layouts)
     if not weights:
         raise ConfigError("there is no quantized layer")
-    return sum(layout.bits_per_weight * layout.out * layout.columns for layout in layouts) / weights
+    return sum(layout.bits for layout in layouts) / weights
 
 
 def quantized_layers(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, QuantLinear]:

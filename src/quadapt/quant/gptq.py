@@ -30,6 +30,7 @@ from quadapt.quant.rounding import (
     implied_offsets,
     snap,
 )
+from quadapt.quant.storage import Linear
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -70,7 +71,8 @@ class GPTQ(Rounding):
         check_range(self.range, layout.format)
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
-        if "double" in (layout.storage.scales, layout.storage.offsets) and not self.static_groups:
+        kinds = (layout.storage.scales, layout.storage.offsets)
+        if ("double" in kinds or Linear.of(layout.storage.scales)) and not self.static_groups:
             raise ConfigError(
                 "GPTQ chooses scales as it goes, double quantization needs them all at once. "
                 "Use static_groups=True, or fp16 scales and offsets"

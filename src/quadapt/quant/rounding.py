@@ -33,6 +33,7 @@ Range = Literal["minmax", "mse", "icq", "icq-scale"]
 RANGES: tuple[Range, ...] = ("minmax", "mse", "icq", "icq-scale")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rounding(ABC):
     """How weights become codes."""
 
@@ -278,9 +279,13 @@ SMALLEST_SCALE = 32 * 2.0**-24
 
 
 def _check_underflow(scales: Tensor, storage: Storage) -> None:
-    """Raise ScaleUnderflow where fp16 changes a scale by over 1/64: under 32 of its smallest steps, or over its top."""
-    if storage.scales == "fp16":
-        worst = [float(scales.min()), float(scales.max())]
+    """Raise ScaleUnderflow where fp16 changes a scale by over 1/64: under 32 of its smallest steps, or over its top.
+
+    Where fp16 holds only the constants of linear codes, it is the largest scale that it must not change so.
+    """
+    linear = stored.Linear.of(storage.scales)
+    if storage.scales == "fp16" or (linear and linear.constant == "fp16"):
+        worst = [float(scales.max() if linear else scales.min()), float(scales.max())]
         if worst[0] < SMALLEST_SCALE or worst[1] > torch.finfo(torch.float16).max:
             raise ScaleUnderflow(
                 f"scales from {worst[0]:.1e} to {worst[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)"

@@ -8,6 +8,7 @@ made, and that is the model.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
+from quadapt.kernels.reference import pack, unpack
 from quadapt.quant.constants import per_device
 from quadapt.quant.format import Format
 
-Scales = Literal["fp16", "fp32", "double"]
 Offsets = Literal["absent", "integer", "fp16", "fp32", "double"]
 
 SUPER = 256
@@ -28,19 +29,64 @@ SUPER = 256
 FLOATS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
+@dataclass(frozen=True)
+class Linear:
+    """Scales as evenly spaced codes (LQ-LoRA): written `linear8-256-fp32` for 8 bits, 256 to a constant of fp32.
+
+        scale = code * largest / (2**bits - 1) + smallest
+
+    `smallest` is that of the whole matrix (float32), `largest` the largest distance from it among `block` scales. No
+    scale comes out below `smallest`, and larger scales get no smaller codes within a block. Codes are packed, all rows
+    in one stream.
+
+    Source: LQ-LoRA (arXiv 2311.12023) section 3.1 and its code.
+    Differs: bfloat16 constants are left out, since they cost what fp16 ones do and are coarser. Scales that are all
+        equal are held exactly; its code divides by zero.
+    """
+
+    bits: int = 8
+    """Width of a scale's code: 2, 3, 4 or 8."""
+
+    block: int = 256
+    """Scales that share a constant: 16, 64 or 256, in row-major order."""
+
+    constant: str = "fp32"
+    """How the constant is held: fp16 or fp32."""
+
+    @property
+    def name(self) -> str:
+        """As a kind of storage."""
+        return f"linear{self.bits}-{self.block}-{self.constant}"
+
+    @staticmethod
+    @cache
+    def of(kind: str) -> Linear | None:
+        """What `kind` names, or None if it is no such name."""
+        found = re.fullmatch(r"linear(2|3|4|8)-(16|64|256)-(fp16|fp32)", kind)
+        return Linear(int(found[1]), int(found[2]), found[3]) if found else None
+
+
+LINEAR = Linear().name
+"""LQ-LoRA's choice where it has one grid for all matrices."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Storage:
     """How the scales and offsets of one weight matrix are held."""
 
-    scales: Scales = "fp16"
-    """fp16, fp32, or double: 8-bit codes of a dynamic map with float32 constants for every 256, as in QLoRA."""
+    scales: str = "fp16"
+    """fp16, fp32, double (8-bit codes of a dynamic map with float32 constants for every 256, as in QLoRA), or
+    linear8-256-fp32 and its like (evenly spaced codes, as in LQ-LoRA: see :class:`Linear`)."""
 
     offsets: Offsets = "fp16"
     """absent, integer (one byte: the zero-point in steps), fp16, fp32, or double (8-bit codes, as for scales)."""
 
     def __post_init__(self) -> None:
-        if self.scales not in ("fp16", "fp32", "double"):
-            raise ConfigError(f"scales={self.scales!r} is unknown. Use fp16, fp32 or double")
+        if self.scales not in ("fp16", "fp32", "double") and Linear.of(self.scales) is None:
+            raise ConfigError(
+                f"scales={self.scales!r} is unknown. Use fp16, fp32, double, or linearB-N-F with B 2, 3, 4 or 8 bits, "
+                "N 16, 64 or 256 scales to a constant, and F fp16 or fp32"
+            )
         if self.offsets not in ("absent", "integer", "fp16", "fp32", "double"):
             raise ConfigError(f"offsets={self.offsets!r} is unknown. Use absent, integer, fp16, fp32 or double")
 
@@ -68,7 +114,7 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
 
     Args:
         values: What to store.
-        kind: fp16, fp32, integer (whole numbers 0 to 255) or double.
+        kind: fp16, fp32, integer (whole numbers 0 to 255), double, or linear and its settings.
         centre: Whether double quantization subtracts the mean first: for scales as in QLoRA, not for offsets
             (IR-QLoRA).
     """
@@ -77,6 +123,8 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
     if kind == "integer":
         return {"": values.to(torch.uint8)}
     values = values.float()
+    if linear := Linear.of(kind):
+        return _encode_linear(values, linear)
     mean = values.mean() if centre else values.new_zeros(())
     blocks = torch.nn.functional.pad((values - mean).flatten(), (0, -values.numel() % SUPER)).view(-1, SUPER)
     absmax = blocks.abs().amax(1)
@@ -90,25 +138,63 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
     }
 
 
-def decode(stored: dict[str, Tensor], kind: str) -> Tensor:
-    """What :func:`encode` stored, as float32 `[out, groups]`."""
+def decode(stored: dict[str, Tensor], kind: str, shape: tuple[int, int] | None = None) -> Tensor:
+    """What :func:`encode` stored, as float32 `[out, groups]`; `shape` is these two, which linear codes do not tell."""
     if kind in FLOATS:
         return _as_floats(stored[""], FLOATS[kind]).float()
     if kind == "integer":
         return stored[""].float()
+    if linear := Linear.of(kind):
+        assert shape is not None
+        return _decode_linear(stored, linear, shape)
     codes, absmax = stored[""], _as_floats(stored["_absmax"], torch.float32).flatten()
     unit = dynamic_map(device=codes.device)[codes.int()].flatten()
     scaled = unit * absmax.repeat_interleave(SUPER)[: unit.numel()]
     return (scaled + _as_floats(stored["_mean"], torch.float32).flatten()).view(codes.shape)
 
 
+def _encode_linear(values: Tensor, linear: Linear) -> dict[str, Tensor]:
+    """Codes against the constants as they are stored, all in float32. `values` are float32 `[out, groups]`."""
+    smallest, top = values.min(), 2**linear.bits - 1
+    above = torch.nn.functional.pad((values - smallest).flatten(), (0, -values.numel() % linear.block))
+    above = above.view(-1, linear.block)
+    largest = above.amax(1, keepdim=True).to(FLOATS[linear.constant])
+    unit = largest.float()
+    # A constant of zero (equal scales, or below fp16's smallest number) leaves all codes zero.
+    codes = torch.where(unit > 0, above * top / torch.where(unit > 0, unit, 1), 0).round().clamp(0, top)
+    return {
+        "": pack(codes.flatten()[None, : values.numel()].to(torch.uint8), linear.bits),
+        "_largest": _as_bytes(largest),
+        "_smallest": _as_bytes(smallest.view(1, 1)),
+    }
+
+
+def _decode_linear(stored: dict[str, Tensor], linear: Linear, shape: tuple[int, int]) -> Tensor:
+    count = shape[0] * shape[1]
+    codes = unpack(stored[""], linear.bits, count).flatten().float()
+    largest = _as_floats(stored["_largest"], FLOATS[linear.constant]).float().flatten()
+    largest = largest.repeat_interleave(linear.block)[:count]
+    smallest = _as_floats(stored["_smallest"], torch.float32).flatten()
+    return (codes * largest / (2**linear.bits - 1) + smallest).view(shape)
+
+
+def through(values: Tensor, kind: str, *, centre: bool) -> Tensor:
+    """What values `[out, groups]` are once they have been stored as `kind`."""
+    return decode(encode(values, kind, centre=centre), kind, (values.shape[0], values.shape[1]))
+
+
 def suffixes(kind: str) -> tuple[str, ...]:
     """Suffixes of the tensors that :func:`encode` makes for `kind`."""
+    if Linear.of(kind):
+        return ("", "_largest", "_smallest")
     return {"absent": (), "double": ("", "_absmax", "_mean")}.get(kind, ("",))
 
 
 def stored_shapes(kind: str, out: int, groups: int) -> dict[str, tuple[int, int]]:
     """Shapes of the uint8 tensors that hold `[out, groups]` values as `kind`, by suffix."""
+    if linear := Linear.of(kind):
+        constants = (-(-out * groups // linear.block), FLOATS[linear.constant].itemsize)
+        return {"": (1, -(-out * groups * linear.bits // 8)), "_largest": constants, "_smallest": (1, 4)}
     size = {"fp16": 2, "fp32": 4}.get(kind, 1)
     shapes = {"": (out, groups * size), "_absmax": (-(-out * groups // SUPER), 4), "_mean": (1, 4)}
     return {suffix: shapes[suffix] for suffix in suffixes(kind)}

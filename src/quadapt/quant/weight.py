@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -68,10 +69,15 @@ class Layout:
         return _shapes(self)
 
     @property
+    def bits(self) -> int:
+        """Bits of every stored byte, second-level constants and permutation included."""
+        sizes = {name: math.prod(shape) * (4 if name == "perm" else 1) for name, shape in self.shapes.items()}
+        return 8 * sum(sizes.values())
+
+    @property
     def bits_per_weight(self) -> float:
-        """True bits per weight: every stored byte, second-level constants and permutation included."""
-        sizes = {name: torch.Size(shape).numel() * (4 if name == "perm" else 1) for name, shape in self.shapes.items()}
-        return 8 * sum(sizes.values()) / (self.out * self.columns)
+        """True bits per weight: all of `bits`."""
+        return self.bits / (self.out * self.columns)
 
 
 @cache
@@ -131,13 +137,14 @@ class QuantWeight:
         """The grid."""
         return self.layout.format
 
-    def _stored(self, name: str, kind: str) -> dict[str, Tensor]:
-        return {suffix: self.tensors[name + suffix] for suffix in stored.suffixes(kind)}
+    def _decoded(self, name: str, kind: str) -> Tensor:
+        tensors = {suffix: self.tensors[name + suffix] for suffix in stored.suffixes(kind)}
+        return stored.decode(tensors, kind, (self.layout.out, self.layout.groups))
 
     @property
     def scales(self) -> Tensor:
         """Float32 `[out, groups]`."""
-        return stored.decode(self._stored("scales", self.layout.storage.scales), self.layout.storage.scales)
+        return self._decoded("scales", self.layout.storage.scales)
 
     @property
     def offsets(self) -> Tensor | None:
@@ -145,7 +152,7 @@ class QuantWeight:
         kind = self.layout.storage.offsets
         if kind == "absent":
             return None if self.format.levels != "int" else -self.scales * 2 ** (self.format.bits - 1)
-        values = stored.decode(self._stored("offsets", kind), kind)
+        values = self._decoded("offsets", kind)
         return -self.scales * values if kind == "integer" else values
 
     @property

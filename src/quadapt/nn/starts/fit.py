@@ -39,22 +39,40 @@ def svd_factors(E: Tensor, rank: int) -> Factors:
 
 
 def leading(E: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `rank` singular vectors and values: exactly, or of a large matrix by randomized subspace iteration.
-
-    Source: Halko, Martinsson, Tropp 2011, Algorithm 4.4, with 10 more vectors than asked for and four iterations.
-    """
+    """The first `rank` singular vectors and values: exactly, or of a large matrix about so."""
     wide = rank + _MORE_VECTORS
     if min(E.shape) <= max(_SMALL, 2 * wide):
         U, S, Vh = torch.linalg.svd(E, full_matrices=False)
     else:
-        generator = torch.Generator().manual_seed(0)
-        Q = E @ torch.randn(E.shape[1], wide, generator=generator, dtype=E.dtype).to(E.device)
-        for _ in range(_ITERATIONS):
-            Q = E @ (E.T @ torch.linalg.qr(Q)[0])
-        Q = torch.linalg.qr(Q)[0]
-        U, S, Vh = torch.linalg.svd(Q.T @ E, full_matrices=False)
-        U = Q @ U
+        U, S, Vh = randomized_svd(E, wide, power=_ITERATIONS)
     return U[:, :rank], S[:rank], Vh[:rank]
+
+
+def randomized_svd(
+    matrix: Tensor, followed: int, *, power: int, seed: int = 0, directions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """About the leading singular vectors and values: `U` `[out, followed]`, `S`, `Vh` `[followed, in]`.
+
+    As `torch.svd_lowrank`, which draws from the global random numbers, and always anew.
+
+    Args:
+        matrix: Float32 or float64 `[out, in]`.
+        followed: Directions; some more than are wanted.
+        power: Iterations; more where singular values fall slowly.
+        seed: Of the directions in which it starts to look.
+        directions: Row space to start from `[in, followed]`, if a similar matrix has been decomposed.
+
+    Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1.
+    """
+    if directions is None:
+        drawn = torch.Generator().manual_seed(seed)
+        directions = torch.randn(matrix.shape[1], followed, generator=drawn, dtype=matrix.dtype).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ directions).Q
+    for _ in range(power):
+        basis = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    U, S, Vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ U, S, Vh
 
 
 def padded(factors: Factors, rank: int) -> Factors:

@@ -1,0 +1,108 @@
+"""The ways to hold a matrix that a plan chooses among, and what each costs in bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import product
+
+from quadapt.errors import ConfigError
+from quadapt.methods import Method
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Linear, Storage
+from quadapt.quant.weight import Layout
+
+BITS = (2, 3, 4, 8)
+"""Widths of a code."""
+
+NF_GROUPS = (16, 32, 64)
+"""Weights that share a scale, for NormalFloat (LQ-LoRA's B0)."""
+
+INT_GROUPS = (16, 32, 64, 128)
+"""Inputs that share a scale, for integers."""
+
+SCALES = tuple(
+    Linear(bits, block, constant) for bits, block, constant in product(BITS, (16, 64, 256), ("fp16", "fp32"))
+)
+"""How scales are held, for NormalFloat (LQ-LoRA's b0, B1 and b1)."""
+
+ADAPTER_BITS = {"fp16": Fraction(16), "nf8": 8 + Fraction(8, 64) + Fraction(32, 64 * 256)}
+"""Bits of an adapter's weight: as 16-bit floats, or as NF8 with LQ-LoRA's 8-bit scales (8.127), as in its section 4.3.
+"""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to hold a matrix."""
+
+    format: Format
+    """The grid."""
+
+    storage: Storage
+    """How scales and offsets are held."""
+
+    def layout(self, out: int, columns: int) -> Layout:
+        """Layout of a matrix held so."""
+        return Layout(format=self.format, storage=self.storage, out=out, columns=columns)
+
+
+def candidates(method: Method) -> list[Candidate]:
+    """The ways among which a plan for `method` chooses.
+
+    NormalFloat: LQ-LoRA's grid, 4 widths of codes, 3 groups, and for scales 4 widths, 3 blocks and 2 constants.
+    Integers: 4 widths and 4 groups, with the method's own zero and storage.
+
+    Source: LQ-LoRA (arXiv 2311.12023) section 3.2 and its code, whose 432 have a third kind of constant, bfloat16.
+    Differs: that kind costs what fp16 does and is coarser, so these are 288.
+
+    Raises:
+        ConfigError: The method has one grid for a reason, and cannot take a plan.
+    """
+    check_plannable(method)
+    if method.format.levels == "int":
+        grids = [
+            method.with_format(replace(method.format, bits=bits, group_size=group))
+            for bits, group in product(BITS, INT_GROUPS)
+        ]
+        return [Candidate(grid.format, grid.storage) for grid in grids]
+    if method.format.levels == "nf-sym":
+        raise ConfigError("levels='nf-sym' has two bits alone: there is nothing to plan. Use levels='nf'")
+    return [
+        Candidate(replace(method.format, bits=bits, group_size=group), replace(method.storage, scales=scales.name))
+        for bits, group, scales in product(BITS, NF_GROUPS, SCALES)
+    ]
+
+
+def check_plannable(method: Method) -> None:
+    """Raise ConfigError for methods whose adapter has a grid of its own, for all layers alike."""
+    if method.adapter.base != "codes":
+        raise ConfigError(
+            f"a {method.adapter.kind} adapter quantizes by its own grid, the same in every layer, and cannot follow a "
+            "plan. Use a method that trains over codes: lq-lora, qlora, qa-lora, .."
+        )
+
+
+def adapter_bits(method: Method, layout: Layout, rank: int, kind: str) -> int:
+    """Bits of the adapter over a matrix: its two factors as `kind` (fp16 or nf8), rounded up.
+
+    Source: LQ-LoRA (arXiv 2311.12023) section 4.3, which stores them as NF8 in its compression runs.
+    """
+    inputs = method.adapter.inputs(layout)
+    return math.ceil(rank * (layout.out + inputs) * ADAPTER_BITS[kind]) if inputs else 0
+
+
+def effective_bits(shapes: Iterable[tuple[int, int]], bits: float, rank: int, kind: str = "nf8") -> float:
+    """Bits per weight with LoRA factors of `rank` beside every matrix.
+
+    Args:
+        shapes: Of the matrices, `(out, in)`.
+        bits: Per weight, without the factors.
+        rank: Of the factors.
+        kind: How they are held: nf8, as LQ-LoRA counts (2.75 bits are 2.951 for Llama 2 7B at rank 64), or fp16.
+    """
+    shapes = list(shapes)
+    weights = sum(out * columns for out, columns in shapes)
+    factors = sum(rank * (out + columns) for out, columns in shapes)
+    return bits + float(factors * ADAPTER_BITS[kind] / weights)

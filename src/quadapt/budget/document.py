@@ -1,0 +1,123 @@
+"""What a plan is once it is made: a JSON object that names every layer, its grid, and what was promised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quadapt.budget.candidates import Candidate
+from quadapt.budget.program import Solution
+from quadapt.errors import CheckpointError
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout
+
+VERSION = 1
+"""Of the file; one of a later version is refused."""
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """How one layer is to be held."""
+
+    layout: Layout
+    """Grid, storage and shape."""
+
+    error: float
+    """Squared error that was measured for it, with the low-rank part if the method starts with one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPlan:
+    """Bits for every layer of a model."""
+
+    method: str
+    """For which it was made."""
+
+    model: Mapping[str, Any]
+    """Of which model: `name`, and `weights`, a digest."""
+
+    budget: float
+    """Bits per weight that were allowed."""
+
+    rank: int
+    """Of the low-rank part whose error was measured; 0 if none was."""
+
+    adapters: str | None
+    """How adapters were counted in the budget: fp16, nf8, or None: they were not."""
+
+    bits_per_weight: float
+    """True bits per weight of the quantized layers, all stored bytes counted, without adapters."""
+
+    with_adapters: float | None
+    """The same with adapters, if these were counted; this is what the budget limits then."""
+
+    objective: float
+    """Sum of the squared errors."""
+
+    bound: float
+    """No plan within the budget has less, by the table that this one is made from."""
+
+    layers: Mapping[str, PlannedLayer]
+    """By name."""
+
+    @staticmethod
+    def of(solution: Solution, shapes: Mapping[str, tuple[int, int]], **about: Any) -> BudgetPlan:
+        """The plan that a solution is, for layers of these shapes `(out, in)`; `about` has the fields above."""
+        layers = {
+            name: PlannedLayer(option.candidate.layout(*shapes[name]), option.error)
+            for name, option in solution.chosen.items()
+        }
+        weights = sum(out * columns for out, columns in shapes.values())
+        bits = sum(layer.layout.bits for layer in layers.values())
+        return BudgetPlan(
+            bits_per_weight=bits / weights,
+            with_adapters=solution.bits / weights if about.get("adapters") else None,
+            objective=solution.objective,
+            bound=solution.bound,
+            layers=layers,
+            **about,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As it is written."""
+        about = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "layers"}
+        layers = {
+            name: {
+                "out": layer.layout.out,
+                "columns": layer.layout.columns,
+                "bits_per_weight": layer.layout.bits_per_weight,
+                "error": layer.error,
+                "format": asdict(layer.layout.format),
+                "storage": asdict(layer.layout.storage),
+            }
+            for name, layer in self.layers.items()
+        }
+        return {"kind": "quadapt plan", "version": VERSION, **about, "layers": layers}
+
+    @staticmethod
+    def from_json(value: Any) -> BudgetPlan:
+        """What was written.
+
+        Raises:
+            CheckpointError: It is no plan, or damaged, or of a later version.
+        """
+        if not isinstance(value, dict) or value.get("kind") != "quadapt plan":
+            raise CheckpointError("is no plan. Make one: quadapt plan MODEL --budget BITS --output plan.json")
+        if value.get("version", 0) > VERSION:
+            raise CheckpointError(f"is a plan of version {value['version']}, this quadapt reads {VERSION}. Upgrade it")
+        try:
+            layers = {
+                name: PlannedLayer(
+                    Candidate(Format(**each["format"]), Storage(**each["storage"])).layout(
+                        each["out"], each["columns"]
+                    ),
+                    float(each["error"]),
+                )
+                for name, each in value["layers"].items()
+            }
+            about = {name: value[name] for name in BudgetPlan.__dataclass_fields__ if name != "layers"}
+            return BudgetPlan(**about, layers=layers)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"is damaged ({type(error).__name__}: {error}). Make it anew") from error

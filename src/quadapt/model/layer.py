@@ -1,0 +1,218 @@
+"""Quantize one layer by plan, and say what became of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from quadapt.errors import ConfigError, ShapeError
+from quadapt.model.select import matches
+from quadapt.nn.starts import Begun, Start, Zero
+from quadapt.nn.starts.fit import objective
+from quadapt.quant.format import Format
+from quadapt.quant.rounding import Nearest, Rounding, ScaleUnderflow, Statistics
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """What became of one layer; a row of the report."""
+
+    name: str
+    """Full name of the layer."""
+
+    out: int
+    """Output features."""
+
+    columns: int
+    """Input features."""
+
+    format: str
+    """Short name of the grid, and the rounding if it is not the one asked for."""
+
+    bits_per_weight: float
+    """True bits per weight, all stored bytes counted."""
+
+    error: float
+    """Relative error of the weights: norm of the change over norm of the weights."""
+
+    seconds: float
+    """Time it took."""
+
+    note: str = ""
+    """What was done other than asked, and why."""
+
+    block_error: tuple[float, float] | None = None
+    """Where a block is quantized as a whole: relative error of its output on held-out text, before and after."""
+
+    start_error: tuple[float, float] | None = None
+    """Where training starts from more than the quantized weight: relative error of the layer's output (of the weight,
+    where no second moment is known), without and with the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How each layer is to be quantized."""
+
+    format: Format
+    """The grid."""
+
+    storage: Storage
+    """How scales and offsets are held."""
+
+    rounding: Rounding
+    """From weights to codes."""
+
+    layers: Mapping[str, tuple[Format, Storage]] = field(default_factory=dict)
+    """Layers that have a grid and storage of their own, by name."""
+
+    start: Start = field(default_factory=Zero)
+    """Where an adapter over the quantized layers starts."""
+
+    rank: int = 0
+    """Of that adapter."""
+
+    pooled: bool = False
+    """Whether that adapter sees inputs summed over groups: its start is folded into the offsets."""
+
+    adapted: Sequence[str] = ()
+    """Layers that get the adapter, by name or a part of it; empty for all. The others start at zero."""
+
+    def __post_init__(self) -> None:
+        if self.rounding.scope == "block" and not isinstance(self.start, Zero):
+            raise ConfigError(
+                f"start={self.start.name!r} fits what rounding changed about a matrix; {self.rounding.name} trains the "
+                "matrix itself. Use start='zero', or another rounding"
+            )
+
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Shapes `(out, in)` of exactly the layers that are to be quantized, if `layers` is a plan by budget: none may be
+    missing, and none may get another grid."""
+
+    def check(self, layers: Mapping[str, nn.Linear]) -> None:
+        """Raise ConfigError unless a plan by budget was made for these layers."""
+        found = {name: (linear.out_features, linear.in_features) for name, linear in layers.items()}
+        if not self.shapes or found == dict(self.shapes):
+            return
+        for name in (*self.shapes, *found):
+            have, want = found.get(name), self.shapes.get(name)
+            if have != want:
+                why = (
+                    f"{name} is not to be quantized here, or not in the model"
+                    if have is None
+                    else f"{name} is not planned"
+                    if want is None
+                    else f"{name} is {have[0]} x {have[1]} here, {want[0]} x {want[1]} in the plan"
+                )
+                raise ConfigError(
+                    f"the plan was made for another model or other layers: {why}. Give the model, --target-modules and "
+                    "--skip of the plan, or make another: quadapt plan"
+                )
+
+    def layout(self, name: str, out: int, columns: int) -> Layout:
+        """Layout of the layer `name`."""
+        format, storage = self.layers.get(name, (self.format, self.storage))
+        return Layout(format=format, storage=storage, out=out, columns=columns)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the rounding needs calibration data."""
+        return bool(self.rounding.needs)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the rounding or the start does."""
+        return bool(self.rounding.needs | self.start.needs)
+
+
+def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics) -> tuple[Begun, LayerRow]:
+    """Quantize one weight matrix by plan. What cannot be done as asked is done in the nearest way, with a note.
+
+    Outside the blocks there are no statistics: such layers are rounded to nearest. Scales that fp16 cannot hold become
+    fp32.
+    """
+    clock, layout = time.perf_counter(), plan.layout(name, *weight.shape)
+    rounding, start, notes = plan.rounding, plan.start, list[str]()
+    if not rounding.needs <= statistics.keys():
+        rounding = Nearest()
+        notes.append("rounded to nearest: lies outside the blocks")
+    if plan.adapted and not any(matches(name, pattern) for pattern in plan.adapted):
+        start = Zero()
+    if not start.needs <= statistics.keys():
+        start = Zero()
+        notes.append(f"no {plan.start.name} start: lies outside the blocks")
+
+    def begin(layout: Layout) -> Begun:
+        quantize = partial(rounding, layout=layout, statistics=statistics)
+        return start(weight, quantize, plan.rank, statistics, pooled=plan.pooled)
+
+    try:
+        begun = begin(layout)
+    except ScaleUnderflow as error:
+        if name in plan.shapes:
+            raise ShapeError(
+                f"{error}, and make the plan anew without this layer (--skip): its bits are spent"
+            ) from error
+        begun = begin(in_fp32(layout))
+        notes.append(f"fp32 scales: {error}")
+    row = row_of(name, begun.weight, weight, time.perf_counter() - clock, "; ".join(notes))
+    if not isinstance(start, Zero):
+        row = replace(row, start_error=start_error(begun, weight, statistics))
+    return begun, row
+
+
+def start_error(begun: Begun, weight: Tensor, statistics: Statistics) -> tuple[float, float]:
+    """Relative error of a layer's output (of its weight, without a second moment) before training.
+
+    Without the start's low-rank term, and with it: `|| (W - Q - up down) X || / || W X ||`. What was folded into
+    offsets counts on both sides.
+    """
+    moment = statistics.get("dense_second_moment")
+    W = weight.double()
+    H = None if moment is None else moment.to(W.device, W.dtype)
+    E = W - begun.weight.dequantize().double()
+    factors = None if begun.factors is None else (begun.factors[0].double(), begun.factors[1].double())
+    whole = objective(W, H)
+    without, with_ = (math.sqrt(max(0.0, objective(E, H, each)) / whole) if whole else 0.0 for each in (None, factors))
+    return without, with_
+
+
+def in_fp32(layout: Layout) -> Layout:
+    """The same with scales (and float offsets) that fp16 cannot hold."""
+    offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
+    return replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
+
+
+def row_of(
+    name: str,
+    quantized: QuantWeight,
+    weight: Tensor,
+    seconds: float,
+    note: str,
+    block_error: tuple[float, float] | None = None,
+) -> LayerRow:
+    """What became of a layer."""
+    layout = quantized.layout
+    return LayerRow(
+        name=name,
+        out=layout.out,
+        columns=layout.columns,
+        format=layout.format.name,
+        bits_per_weight=layout.bits_per_weight,
+        error=relative_error(quantized, weight),
+        seconds=seconds,
+        note=note,
+        block_error=block_error,
+    )
+
+
+def relative_error(quantized: QuantWeight, weight: Tensor) -> float:
+    """Norm of what quantization changed over the norm of the weight; 0 for a weight of zeros."""
+    norm = weight.float().norm()
+    return float((quantized.dequantize() - weight.float()).norm() / norm) if norm > 0 else 0.0
