@@ -65,8 +65,17 @@ class PlanConfig(Machine):
     in the paper."""
 
     fisher: Annotated[str | None, Flag((), "Plan")] = None
-    """Fisher information to weight errors with: a safetensors file with a tensor of the weight's shape for each layer,
-    by the layer's name. Default: all weights count alike."""
+    """Weight errors by diagonal Fisher information: text to gather it on, of the kinds that tune takes, or a
+    safetensors file that holds it, a tensor of the weight's shape for each layer. Default: all weights count alike."""
+
+    calibration_sequences: Annotated[int, Flag((), "Plan")] = 128
+    """Sequences of the text, at most."""
+
+    calibration_length: Annotated[int | None, Flag((), "Plan")] = None
+    """Their length in tokens. Default: the model's context, at most 2048."""
+
+    seed: Annotated[int, Flag((), "Machine")] = 0
+    """Of the choice of text."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
     """Plan only these layers, by name or a part of it. Default: all linear layers but the head."""

@@ -76,6 +76,9 @@ class TuneConfig(Target, Grid, Machine):
     outputs on the calibration text (quailora, cloq, qera). For qa-lora it is folded into the offsets. Default: the
     method's."""
 
+    fisher: Annotated[bool, Flag((), "Adapter")] = False
+    """lq: weight errors by the diagonal Fisher information of the full-precision model on the calibration text."""
+
     objective: Annotated[Literal["cross-entropy", "rilq"], Flag((), "Training")] = "cross-entropy"
     """rilq: half of the objective is the distance of the last hidden state to the full-precision model's."""
 
@@ -150,7 +153,7 @@ class TuneConfig(Target, Grid, Machine):
         """The method with the choices made about its adapter and recipe too."""
         from quadapt.methods import Recipe
         from quadapt.nn.adapters import L4Q, Pooled
-        from quadapt.nn.starts import STARTS
+        from quadapt.nn.starts import LQ, STARTS
 
         chosen = super().chosen_method()
         about: dict[str, Any] = {}
@@ -168,6 +171,10 @@ class TuneConfig(Target, Grid, Machine):
             )
         if self.start is not None:
             chosen = replace(chosen, start=STARTS[self.start]())
+        if self.fisher:
+            if not isinstance(chosen.start, LQ):
+                raise ConfigError(f"fisher weights the start lq; here it is {chosen.start.name}. Use --start lq")
+            chosen = replace(chosen, start=replace(chosen.start, fisher=True))
         if chosen.start.name != "zero" and chosen.adapter.begins == "zero":
             raise ConfigError(
                 f"start={chosen.start.name!r}: the {chosen.adapter.kind} adapter of method={self.method!r} has nothing "

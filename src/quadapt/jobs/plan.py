@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from quadapt.budget import BudgetPlan, Candidate, Option, adapter_bits, candidates, measure, solve
 from quadapt.budget.table import GAIN, MORE_TURNS, TOLERANCE, TURNS
 from quadapt.config import PlanConfig
+from quadapt.data import calibration_batches, read
 from quadapt.errors import CalibrationError, CheckpointError, ConfigError, locate
-from quadapt.hf.folder import load_model
+from quadapt.hf.context import MOST_CONTEXT, context_of
+from quadapt.hf.folder import load_model, load_tokenizer
 from quadapt.hf.workspace import check_disk, check_output, write_json
 from quadapt.jobs.source import dense_folder, device_of
+from quadapt.jobs.statistics import statistics_for
 from quadapt.methods import Method, method
 from quadapt.model.select import select
 from quadapt.nn.starts import Zero
@@ -37,6 +40,7 @@ from quadapt.quant.weight import hash_tensor
 from quadapt.report import memory
 from quadapt.report.plan import draw, show_plan
 from quadapt.report.ui import UI
+from quadapt.statistics import FISHER
 
 BYTES_PER_WEIGHT = 40
 """Memory for measuring a matrix: the dense one, what is left of it, products and what torch needs between."""
@@ -65,8 +69,8 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
     model = load_model(folder.name, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code)
     linears = select(model, target_modules=config.target_modules, skip=config.skip).chosen
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    fisher = _Fisher(config.fisher, shapes)
     _check_budget(config, chosen, ways, shapes, rank)
+    fisher = _fisher(config, model, linears, ui)
     table = _Table(chosen, ways, measured, fisher, _cache(config), device)
     errors = table.fill(linears, ui)
     options = {
@@ -149,38 +153,52 @@ def _cache(config: PlanConfig) -> Path:
     return folder
 
 
-class _Fisher:
-    """Fisher information from a safetensors file: a tensor `[out, in]` for each layer, by the layer's name."""
+Fisher = Callable[[str], Mapping[str, Tensor]]
+"""Fisher information of a layer, as statistics; empty if none is asked for."""
 
-    def __init__(self, name: str | None, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.name = name
-        if name is None:
-            return
-        if not Path(name).is_file():
-            raise CheckpointError(f"fisher={name!r} does not exist. It is a safetensors file, a tensor for each layer")
-        try:
-            with safe_open(name, framework="pt") as file:
-                held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
-        except SafetensorError as error:
-            raise CheckpointError(f"{name}: is damaged, or not safetensors ({error})") from error
-        for layer, shape in shapes.items():
-            if held.get(layer) != shape:
-                have = f"is {held[layer]}" if layer in held else "is missing"
-                raise CalibrationError(f"{name}: {layer} {have}, the weight is {shape}. Gather it on this very model")
 
-    def of(self, layer: str) -> dict[str, Tensor]:
-        """As statistics of a layer."""
-        if self.name is None:
-            return {}
-        with safe_open(self.name, framework="pt") as file:
-            return {"fisher": file.get_tensor(layer).float()}
+def _fisher(config: PlanConfig, model: nn.Module, linears: Mapping[str, nn.Linear], ui: UI) -> Fisher:
+    """Fisher information from a file, or gathered on text."""
+    if config.fisher is None:
+        return lambda _: {}
+    if Path(config.fisher).suffix == ".safetensors":
+        return _from_file(config.fisher, linears)
+    length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    text = calibration_batches(
+        read(config.fisher), tokenizer, length=length, sequences=config.calibration_sequences, seed=config.seed
+    )
+    files = statistics_for({FISHER}, config.model, model, linears, text.batches, ui)
+    assert files is not None
+    return files.__getitem__
+
+
+def _from_file(name: str, linears: Mapping[str, nn.Linear]) -> Fisher:
+    if not Path(name).is_file():
+        raise CheckpointError(f"fisher={name!r} does not exist. It is a safetensors file, a tensor for each layer")
+    try:
+        with safe_open(name, framework="pt") as file:
+            held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{name}: is damaged, or not safetensors ({error})") from error
+    for layer, linear in linears.items():
+        shape = tuple(linear.weight.shape)
+        if held.get(layer) != shape:
+            have = f"is {held[layer]}" if layer in held else "is missing"
+            raise CalibrationError(f"{name}: {layer} {have}, the weight is {shape}. Gather it on this very model")
+
+    def of(layer: str) -> Mapping[str, Tensor]:
+        with safe_open(name, framework="pt") as file:
+            return {FISHER: file.get_tensor(layer).float()}
+
+    return of
 
 
 class _Table:
     """Errors of all layers: from the cache, or measured, several matrices at once."""
 
     def __init__(
-        self, chosen: Method, ways: Sequence[Candidate], rank: int, fisher: _Fisher, cache: Path, device: str
+        self, chosen: Method, ways: Sequence[Candidate], rank: int, fisher: Fisher, cache: Path, device: str
     ) -> None:
         self.method, self.ways, self.rank, self.fisher, self.cache, self.device = (
             chosen,
@@ -228,7 +246,7 @@ class _Table:
 
     def _row(self, name: str, weight: Tensor) -> tuple[str, list[Option]]:
         """Digest of a matrix, and its row."""
-        statistics = self.fisher.of(name)
+        statistics = self.fisher(name)
         state = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
         hash_tensor(state, weight)
         digest = state.hexdigest()

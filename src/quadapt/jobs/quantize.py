@@ -116,7 +116,7 @@ def quantize_into(
         )
         ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration.source}")
     batches = [batch.to(device) for batch in calibration.batches] if calibration else []
-    statistics = statistics_for(plan, name, model, selection.chosen, batches, ui)
+    statistics = statistics_for(plan.start.needs, name, model, selection.chosen, batches, ui)
     done = quantize_model(
         model,
         selection.chosen,

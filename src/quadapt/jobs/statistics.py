@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from quadapt.errors import ResourceError
 from quadapt.hf.workspace import check_disk
 from quadapt.jobs.source import identity
-from quadapt.model.layer import Plan
 from quadapt.report.ui import UI
 from quadapt.statistics import FISHER, MOMENT, StatisticsFiles, gather
 
@@ -29,15 +28,20 @@ def cache_folder() -> Path:
 
 
 def statistics_for(
-    plan: Plan, name: str, model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence[Tensor], ui: UI
+    needs: Collection[str],
+    name: str,
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    batches: Sequence[Tensor],
+    ui: UI,
 ) -> StatisticsFiles | None:
-    """What the start of `plan` reads, by layer; None if it reads nothing.
+    """Statistics by layer; None if none are needed.
 
     Kept on disk under a key of the model's files, the token ids and the dtype: another start, rounding or bit width
     over the same model and text finds it there.
 
     Args:
-        plan: Names the start.
+        needs: Their names, those of a start.
         name: Folder or hub name of the model.
         model: That model, dense.
         layers: To be quantized.
@@ -48,7 +52,6 @@ def statistics_for(
         ResourceError: The cache cannot be written.
         CalibrationError: The model cannot be walked through, or its statistics are not finite.
     """
-    needs = plan.start.needs & {MOMENT, FISHER}
     if not needs:
         return None
     folder = cache_folder() / "statistics" / _key(name, model, batches)
