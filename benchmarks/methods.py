@@ -40,13 +40,24 @@ from quadapt.train import Run, train
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 GROUP, RANK = 32, 16
-NAMES = ("l4q", "lr-qat", "peqa", "e2e-qp", "qa-lora", "qa-lora-scales", "qat-lora", "qlora", "gptq-lora")
+NAMES = (
+    "l4q",
+    "lr-qat",
+    "peqa",
+    "peqa-grouped",
+    "e2e-qp",
+    "qa-lora",
+    "qa-lora-scales",
+    "qat-lora",
+    "qlora",
+    "gptq-lora",
+)
 EMBEDDED = Path(__file__).parents[1] / "src" / "quadapt" / "demo" / "model"
 
 
 def at(name: str, bits: int) -> Method:
-    """A method on the grid that all are compared on; PEQA keeps its one scale a row."""
-    method = METHODS[name]
+    """A method on the grid that all are compared on; PEQA keeps its one scale a row, unless it is called grouped."""
+    method = METHODS[name.removesuffix("-grouped")]
     group = method.format.group_size if name == "peqa" else GROUP
     return method.with_format(replace(method.format, bits=bits, group_size=group))
 

@@ -1,0 +1,213 @@
+"""Where training starts, at 4, 3 and 2 bits: output error of the layers, held-out loss before and after tuning.
+
+    python -m benchmarks.starts --model embedded              # questions about stories
+    python -m benchmarks.starts --model FOLDER --data FILE    # text
+
+NormalFloat in groups of 32 with 16-bit scales and shifts; zero is QLoRA. Ranges: as QLoRA (largest magnitude), and by
+the entropy of codes (ICQ). One learning rate for each width, the best for zero on the first seed. True bits count the
+adapter as 16-bit floats: on small matrices a rank costs bits. *Known* is the loss at the start on text as the model was
+made of (`--known`), which says what quantization harmed; the others are on the held-out text of the task. Each run is
+kept in `benchmarks/results/starts-MODEL.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import RESULTS, environment, table
+from benchmarks.methods import Task
+from quadapt.data import Collator, pad_token_id, read
+from quadapt.demo.stories import narratives
+from quadapt.evaluate import perplexity
+from quadapt.hf.folder import load_model
+from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.quantizer import adopt
+from quadapt.hf.start import set_start
+from quadapt.methods import Recipe
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import bits_of, quantize_model, quantized_layers
+from quadapt.model.select import select
+from quadapt.nn.adapters import LoRA
+from quadapt.nn.starts import STARTS, Zero
+from quadapt.quant.format import Format
+from quadapt.quant.rounding import Nearest
+from quadapt.quant.storage import Storage
+from quadapt.statistics import MOMENT, StatisticsFiles, gather_second_moments
+from quadapt.train import Run, train
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+NAMES = ("zero", "loftq", "lq", "quailora", "cloq")
+RANGES = ("minmax", "icq")
+GROUP = 32
+
+
+class Starts:
+    """A task, with the dense model's second moments on text to calibrate on and on held-out text."""
+
+    def __init__(self, task: Task, rank: int, known: str | None, folder: Path) -> None:
+        self.task, self.rank = task, rank
+        if known is None:
+            known = str(folder / "stories.txt")
+            Path(known).write_text("\n".join(each.text for each in narratives(0, 60, "held_out")), encoding="utf-8")
+        self._known = read(known)
+        dense = load_model(task.model, dtype="float32")
+        self.dense = {name: layer.weight.detach() for name, layer in select(dense).chosen.items()}
+        held = torch.cat(task.text)[-len(torch.cat(task.text)) // 4 :]  # not calibrated on
+        seen = torch.cat(task.text)[: -len(held)]
+        self.seen, self.held = StatisticsFiles(folder / "seen"), StatisticsFiles(folder / "held")
+        for files, text in ((self.seen, seen), (self.held, held)):
+            gather_second_moments(dense, select(dense).chosen, list(text.split(8)), files)
+
+    def begun(self, start: str, bits: int, range_: str) -> tuple[Any, list[float]]:
+        """The adapted model before training, and the output error of each layer on held-out text."""
+        from peft import get_peft_model
+
+        model = load_model(self.task.model, dtype="float32")
+        shifted = range_ == "icq"
+        format = Format(levels="nf", bits=bits, group_size=GROUP, zero="float" if shifted else "none")
+        selection = select(model)
+        plan = Plan(
+            format=format,
+            storage=Storage(offsets="fp16" if shifted else "absent"),
+            rounding=Nearest(range="icq" if shifted else "minmax"),
+            start=STARTS[start]() if start != "zero" else Zero(),
+            rank=self.rank,
+        )
+        done = quantize_model(model, selection.chosen, plan, statistics=self.seen)
+        adopt(model, left=selection.left, made={})
+        settings = lora_config(LoRA(), rank=self.rank, alpha=self.rank, target_modules=list(self.dense), start=start)
+        adapted = get_peft_model(model, settings)
+        set_start(adapted, done.factors)
+        return adapted, [self.error(name, layer.dense_adapted()) for name, layer in adapted_layers(adapted).items()]
+
+    def error(self, name: str, weight: torch.Tensor) -> float:
+        """Relative error of a layer's output on held-out text."""
+        W, H = self.dense[name].double(), self.held[name][MOMENT].double()
+        E = W - weight.double()
+        return float((((E @ H) * E).sum() / ((W @ H) * W).sum()).sqrt())
+
+    def run(self, start: str, bits: int, range_: str, rate: float, seed: int) -> dict[str, Any]:
+        """Begin and tune once."""
+        from transformers.trainer_utils import set_seed
+
+        set_seed(seed)
+        model, errors = self.begun(start, bits, range_)
+        task = self.task
+        before, known = task.loss(model), self.known(model)
+        recipe = Recipe(
+            learning_rate=rate, rank=self.rank, alpha=self.rank, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0
+        )
+        run = Run(recipe=recipe, max_steps=task.steps, batch_size=task.batch, seed=seed, save_steps=10 * task.steps)
+        with tempfile.TemporaryDirectory() as folder:
+            train(model, task.data.data, run, Path(folder), collate=Collator(pad_token_id(task.tokenizer)))
+        return {
+            "errors": errors,
+            "known": known,
+            "before": before,
+            "after": task.loss(model),
+            "bits": self.bits(model),
+        }
+
+    def known(self, model: Any) -> float:
+        """Loss on text as the model was made of."""
+        found = perplexity(model, self.task.tokenizer, self._known, context=self.task.length, batch=32)
+        return math.log(found.perplexity)
+
+    def bits(self, model: nn.Module) -> float:
+        """True bits per weight, the adapter as 16-bit floats included."""
+        layouts = [layer.layout for layer in quantized_layers(model).values()]
+        weights = sum(layout.out * layout.columns for layout in layouts)
+        return bits_of(layouts) + sum(16 * self.rank * (each.out + each.columns) for each in layouts) / weights
+
+
+class Kept:
+    """Runs that have been made, in a JSON file."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self.about = path, about
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.runs: dict[str, Any] = found.get("runs", {}) if found.get("about") == about else {}
+
+    def get(self, starts: Starts, *key: Any) -> dict[str, Any]:
+        """A run, made now if it is missing."""
+        name = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in key)
+        if name not in self.runs:
+            self.runs[name] = starts.run(*key)
+            RESULTS.mkdir(exist_ok=True)
+            content = {"environment": environment(), "about": self.about, "runs": self.runs}
+            self.path.write_text(json.dumps(content, indent=1) + "\n")
+            print(f"{name}: before {self.runs[name]['before']:.4f}, after {self.runs[name]['after']:.4f}", flush=True)
+        return self.runs[name]
+
+
+def report(starts: Starts, kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, ...]]:
+    """Rows of the table."""
+    for bits in widths:
+        rate = min(RATES, key=lambda rate: kept.get(starts, "zero", bits, "minmax", rate, 0)["after"])
+        for range_ in RANGES:
+            zero = kept.get(starts, "zero", bits, range_, rate, 0)["errors"]
+            for name in NAMES:
+                runs = [kept.get(starts, name, bits, range_, rate, seed) for seed in range(seeds)]
+                better = sum(mine < theirs for mine, theirs in zip(runs[0]["errors"], zero, strict=True)) / len(zero)
+                after = [run["after"] for run in runs]
+                yield (
+                    *(bits, name, range_, f"{rate:g}", statistics.mean(runs[0]["errors"]), f"{better:.0%}"),
+                    *(
+                        runs[0]["known"],
+                        runs[0]["before"],
+                        statistics.mean(after),
+                        max(after) - min(after),
+                        runs[0]["bits"],
+                    ),
+                )
+
+
+def main() -> None:
+    """Measure what is missing, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--data", help="text; default: questions about stories")
+    parser.add_argument("--known", help="text as the model was made of; default: stories")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    task = Task(args.model, args.data, args.steps, args.batch, args.length)
+    about = {name: getattr(args, name) for name in ("steps", "batch", "length", "rank")} | {"group": GROUP}
+    kept = Kept(RESULTS / f"starts-{Path(args.model).name}.json", about)
+    columns = (
+        "bits",
+        "start",
+        "range",
+        "rate",
+        "output error",
+        "layers below zero's",
+        "before",
+        "after",
+        "spread",
+        "true bits",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        starts = Starts(task, args.rank, args.known, Path(folder))
+        table(f"{args.model}, {args.steps} steps", columns, list(report(starts, kept, args.bits, args.seeds)))
+
+
+if __name__ == "__main__":
+    main()
