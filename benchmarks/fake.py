@@ -48,9 +48,8 @@ class Layer:
 
     def __call__(self) -> Tensor:
         """The output, by our engine or by plain autograd."""
-        if self.plain:
-            return plain(self.x, self.how, self.base, *self.grid(), self.A, self.B)
-        return fake_quant_matmul(self.x, self.base, *self.grid(), how=self.how, A=self.A, B=self.B)
+        product = plain if self.plain else fake_quant_matmul
+        return product(self.x, self.base, *self.grid(), how=self.how, A=self.A, B=self.B)
 
     def trained(self) -> list[Tensor]:
         """All that gets a gradient."""
@@ -58,18 +57,27 @@ class Layer:
 
 
 def plain(
-    x: Tensor, how: FakeQuant, base: Tensor, scales: Tensor, offsets: Tensor, A: Tensor | None, B: Tensor | None
+    x: Tensor,
+    base: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    *,
+    how: FakeQuant,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
 ) -> Tensor:
-    """The same computation, as one would write it in torch."""
-    scale, offset = (expand(each, GROUP, IN) for each in (scales, offsets))
+    """The same computation as `fake_quant_matmul`, as one would write it in torch."""
+    bits, base_bits, group, columns = how.grid
+    scale, offset = (expand(each, group, columns) for each in (scales, offsets))
+    update = 0.0 if A is None or B is None else scaling * (B.float() @ A.float())
     if how.domain == "weight":
-        v = (base.float() + B @ A - offset) / scale
-        clamped = v.clamp(0, 2**BITS - 1)
+        v = (base.float() + update - offset) / scale
+        clamped = v.clamp(0, 2**bits - 1)
         u = clamped + (clamped.round() - clamped).detach()
     else:
-        v = unpack(base, how.grid.base_bits, IN) * 2.0 ** (BITS - how.grid.base_bits)
-        v = v if A is None else v + B @ A
-        u = (v + (v.round() - v).detach()).clamp(0, 2**BITS - 1)
+        v = unpack(base, base_bits, columns) * 2.0 ** (bits - base_bits) + update
+        u = (v + (v.round() - v).detach()).clamp(0, 2**bits - 1)
     return linear(x, (u * scale + offset).to(x.dtype))
 
 

@@ -152,13 +152,19 @@ def performance() -> str:
     step, saved, quantize, icq, memory = (stored(name) for name in ("step", "saved", "quantize", "icq", "memory"))
     if step:
         rows = [
-            (row["step"], f"{row['median_ms']:.0f}", f"{row['of_bf16_lora']:.2f}", f"{row['of_bitsandbytes']:.2f}")
+            (
+                row["step"],
+                f"{row['median_ms']:.0f}",
+                f"{row['of_bf16_lora']:.2f}",
+                f"{row['of_bitsandbytes']:.2f}",
+                f"{row['of_plain_autograd']:.2f}" if row.get("of_plain_autograd") else "",
+            )
             for row in step["rows"]
         ]
         parts += [
             "## A fine-tuning step\n",
             f"512 tokens, 4 Llama layers (1024 / 2816), rank 16. {step['limit']}.\n",
-            table(("step", "median ms", "of PEFT LoRA, bf16", "of PEFT + bitsandbytes nf4"), rows),
+            table(("step", "median ms", "of PEFT LoRA, bf16", "of PEFT + bitsandbytes nf4", "of plain autograd"), rows),
         ]
     if saved:
         rows = [(row["layer"], f"{row['bytes']:,}", f"{row['largest_of_weight']:.1%}") for row in saved["rows"]]
@@ -277,6 +283,7 @@ def step_table() -> str:
     if not found:
         return "Not measured yet.\n"
     rows = [(row["step"], f"{row['of_bf16_lora']:.2f}", f"{row['of_bitsandbytes']:.2f}") for row in found["rows"]]
+    rows = [row for row in rows if "plain autograd" not in row[0]]
     return table(("a step of", "of PEFT LoRA, bf16", "of PEFT + bitsandbytes nf4"), rows)
 
 

@@ -129,3 +129,19 @@ def test_refusals(arguments: tuple[str, ...], words: str, tmp_path: Path) -> Non
     said = give(*arguments[:-1], tmp_path / arguments[-1], code=2)
     assert words in said.err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_compression_setting(tmp_path: Path) -> None:
+    """LQ-LoRA: decompose, tune on text, hold the adapter as nf8, say the effective bits; then evaluate that."""
+    give(*tuning("lq-lora", tmp_path / "adapter", "--fisher"), code=0)
+    report = quadapt("export", tmp_path / "adapter", "--format", "nf8", "--output", tmp_path / "small")["reports"][0]
+    assert report["notes"][0].startswith("effective bits per weight: ")
+    assert not (tmp_path / "small" / "adapter_model.safetensors").exists()
+    losses = [
+        quadapt("eval", tmp_path / name, "--data", "story.txt", "--context", "32")["perplexity"]["loss"]
+        for name in ("adapter", "small")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert quadapt("inspect", tmp_path / "small")["kind"] == "adapter"
+    quadapt("export", tmp_path / "small", "--format", "hf", "--output", tmp_path / "dense")
+    quadapt("merge", tmp_path / "small", "--requantize", "--output", tmp_path / "lossy")

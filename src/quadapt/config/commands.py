@@ -155,10 +155,10 @@ class ExportConfig(Machine):
     output: Annotated[str, Flag(("-o",), "Output")]
     """File (gguf) or folder (hf, lora) to write."""
 
-    format: Annotated[Literal["gguf", "hf", "lora", "compressed-tensors"], Flag((), "Output")] = "gguf"
+    format: Annotated[Literal["gguf", "hf", "lora", "nf8", "compressed-tensors"], Flag((), "Output")] = "gguf"
     """gguf: for llama.cpp, codes as they are (an adapter that cannot merge becomes a LoRA file beside it). hf: dense
-    weights, for any server. lora: a standard PEFT adapter. compressed-tensors: for vLLM, codes as they are, of integers
-    with whole zero-points or none."""
+    weights, for any server. lora: a standard PEFT adapter. nf8: the adapter in 8 bits, for quadapt alone.
+    compressed-tensors: for vLLM, codes as they are, of integers with whole zero-points or none."""
 
     base: Annotated[str | None, Flag()] = None
     """Where an adapter's base is, if it is not where it was."""

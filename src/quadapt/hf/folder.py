@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quadapt.errors import CheckpointError, QuadaptError, locate
+from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.quantizer import base_config, fingerprint_of
 from quadapt.hf.verify import other_digests
@@ -230,10 +231,18 @@ def load(
             load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
             load_tokenizer(folder.name, trust_remote_code=trust_remote_code),
         )
+    from peft import PeftConfig
+
     where = find_base(folder, base)
-    model = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     check_base(folder, model)
-    reading(folder.name, model.load_adapter, folder.name)
+    if (folder.path / NF8_FILE).exists():
+        config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
+        factors = reading(folder.name, read_nf8, folder.path / NF8_FILE)
+        factors = {name.removeprefix("base_model.model."): tensor for name, tensor in factors.items()}
+        reading(folder.name, model.load_adapter, peft_config=config, adapter_state_dict=factors)
+    else:
+        reading(folder.name, model.load_adapter, folder.name)
     model.eval()
     holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
     return model, load_tokenizer(holder, trust_remote_code=trust_remote_code)

@@ -11,12 +11,12 @@ from torch import nn
 
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError
-from quadapt.exporters import compressed_tensors, dense, gguf, gguf_lora, lora
+from quadapt.exporters import compressed_tensors, dense, gguf, gguf_lora, lora, nf8
 from quadapt.exporters.report import ExportReport
-from quadapt.hf.folder import Folder, find_base, load, open_folder
+from quadapt.hf.folder import NOTE, Folder, find_base, load, open_folder
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.peft_layer import adapted_layers, adapter_of
-from quadapt.hf.workspace import check_disk, check_output, remove
+from quadapt.hf.workspace import check_disk, check_output, remove, write_json
 from quadapt.jobs.merge import load_adapted
 from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
@@ -36,9 +36,12 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
         code = config.trust_remote_code
         model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), trust_remote_code=code)
     reports: list[ExportReport] = []
-    if folder.kind == "adapter" and config.format != "lora":
+    if folder.kind == "adapter" and config.format not in ("lora", "nf8"):
         model, reports = _settle(model, config, output, ui)
     reports = _write(config, output, model, tokenizer, ui) + reports
+    if config.format == "nf8":
+        tokenizer.save_pretrained(output)
+        write_json(output / NOTE, nf8.base_note(folder.note, where, output))
     for report in reports:
         for note in report.notes:
             ui.show(note)
@@ -51,7 +54,7 @@ def _check(config: ExportConfig, folder: Folder, output: Path) -> str:
     """Refuse what cannot be done before anything is loaded; where the quantized weights are."""
     if folder.kind == "model":
         raise CheckpointError(f"{config.model!r} is a dense model. Quantize or tune it first")
-    if config.format == "lora" and folder.kind != "adapter":
+    if config.format in ("lora", "nf8") and folder.kind != "adapter":
         raise ConfigError(f"{config.model!r} is no adapter. Give the folder that tune wrote, or use --format hf")
     where = find_base(folder, config.base) if folder.kind == "adapter" else folder.name
     check_output(output, overwrite=config.overwrite, inputs=[folder.name, where])
@@ -71,6 +74,8 @@ def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, ui: U
     remove(new)
     if config.format == "lora":
         report = lora.export_lora(model, new)
+    elif config.format == "nf8":
+        report = nf8.export_nf8(model, new)
     elif config.format == "compressed-tensors":
         held: Any = "float16" if config.dtype == "auto" else config.dtype
         report = compressed_tensors.export_compressed_tensors(model, tokenizer, new, dtype=held)

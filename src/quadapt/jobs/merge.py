@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quadapt.config import MergeConfig
 from quadapt.data import calibration_batches, read
 from quadapt.errors import CheckpointError, QuadaptError
+from quadapt.hf.compressed import attach
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import (
     Folder,
@@ -96,13 +97,11 @@ def load_adapted(folder: Folder, where: str, config: Any) -> tuple[nn.Module, An
     Raises:
         CheckpointError: The base is another one than the adapter was trained over, or something is damaged.
     """
-    from peft import PeftModel
-
     trained = folder.note.get("settings", {}).get("dtype", "auto")
     dtype = trained if config.dtype == "auto" else config.dtype
     base = load_model(where, dtype=dtype, device=device_of(config), trust_remote_code=config.trust_remote_code)
     check_base(folder, base)
-    model = reading(folder.name, PeftModel.from_pretrained, base, folder.name)
+    model: Any = reading(folder.name, attach, base, folder.path)
     holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
     return model.eval(), load_tokenizer(holder, trust_remote_code=config.trust_remote_code)
 

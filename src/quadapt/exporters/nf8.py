@@ -1,0 +1,68 @@
+"""An adapter held as nf8, with its base where it is: what LQ-LoRA calls model compression."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quadapt.errors import ExportError
+from quadapt.exporters.files import new_folder
+from quadapt.exporters.lora import adapted, as_lora
+from quadapt.exporters.report import ExportReport, TensorRow, size_of
+from quadapt.model.quantize import bits_of
+
+
+def export_nf8(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> ExportReport:
+    """Write an adapter with its factors as nf8. `quadapt.load`, eval and chat take the folder like any adapter.
+
+    Args:
+        model: A PEFT model over quantized layers.
+        folder: Must not exist, or be empty.
+        adapter_name: Which adapter.
+
+    Raises:
+        ExportError: The folder is taken, or the model has no such adapter, or it is no low-rank branch.
+    """
+    from quadapt.hf.compressed import NF8_FILE, write_nf8
+    from quadapt.hf.peft_layer import KEY, identity_of
+    from quadapt.nn.adapters import LoRA
+
+    layers, path = adapted(model, adapter_name), Path(folder)
+    factors = {name: as_lora(name, layers, adapter_name) for name in layers}
+    for name, layer in layers.items():
+        if layer.adapters[adapter_name].exactness != "none":
+            raise ExportError(f"{name}: the adapter merges into the codes, and then takes no bits at all. Merge it")
+    known: Any = model.peft_config
+    config = copy.copy(known[adapter_name])
+    fingerprint = identity_of(config).get("base_fingerprint", "")
+    config.auto_mapping = {KEY: {**LoRA().identity(), "base_fingerprint": fingerprint}}
+    with new_folder(path) as partial:
+        sizes = write_nf8(partial / NF8_FILE, factors)
+        config.save_pretrained(str(partial))
+    layouts = [layer.quant.layout for layer in layers.values()]
+    weights = sum(layout.out * layout.columns for layout in layouts)
+    extra = 8 * sum(sizes.values()) / weights
+    base = bits_of(layouts)
+    rows = [TensorRow(name=name, type="NF8", shape=(), nbytes=size) for name, size in sizes.items()]
+    return ExportReport(
+        format="nf8",
+        path=str(path),
+        bytes=size_of(path),
+        tensors=tuple(rows),
+        bits_per_weight=extra,
+        notes=(f"effective bits per weight: {base:.3f} for the base, {extra:.3f} for the adapter: {base + extra:.3f}",),
+    )
+
+
+def base_note(folder_note: Any, where: str, output: Path) -> dict[str, Any]:
+    """`quadapt.json` of such a folder: where the base is, and what trained the adapter."""
+    final = Path(where).resolve()
+    base = {"relative": os.path.relpath(final, output.resolve()), "absolute": str(final), "hub": None}
+    kept = {
+        name: folder_note.get(name) for name in ("method", "recipe", "steps", "final_loss", "eval_loss", "settings")
+    }
+    return {"kind": "adapter", "adapter": {"kind": "lora"}, **kept, "base": base}
