@@ -63,11 +63,13 @@ def test_the_second_moment_is_the_mean_of_x_x(layer: str, lengths: tuple[int, ..
 def test_the_blocks_hand_on_what_the_model_would(tiny_llama: Make) -> None:
     model, batches = tiny_llama(), data(16, 9)
     walk, blocks = walked(model, batches)
-    walk.advance("model.layers.0", blocks["model.layers.0"])
+    for name in ("model.layers.0", "model.layers.1"):
+        walk.advance(name, blocks[name])
+        walk.advance_dense(name, blocks[name])
     with torch.no_grad():
-        last = [model.lm_head(model.model.norm(each)) for each in walk.run("model.layers.1", blocks["model.layers.1"])]
-        for found, batch in zip(last, batches, strict=True):
-            assert torch.equal(found, model(input_ids=batch).logits)
+        for states in (walk._hidden, walk._dense):
+            for each, batch in zip(states, batches, strict=True):
+                assert torch.equal(model.lm_head(model.model.norm(each)), model(input_ids=batch).logits)
 
 
 def test_sequences_in_one_batch_or_in_many_are_the_same_data(tiny_llama: Make) -> None:

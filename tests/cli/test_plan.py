@@ -119,6 +119,9 @@ def test_information_about_weights_moves_bits_to_those_that_matter(place: Path, 
     save_file({name: fisher[name] for name in list(fisher)[:-1]}, tmp_path / "less.safetensors")
     said = give("plan", "dense", "--budget", "3", "--fisher", tmp_path / "less.safetensors", "-o", "new", code=2)
     assert f"{list(fisher)[-1]} is missing" in said.error
+    (tmp_path / "bad.safetensors").write_bytes(b"bad")
+    said = give("plan", "dense", "--budget", "3", "--fisher", tmp_path / "bad.safetensors", "-o", "new", code=2)
+    assert "bad.safetensors: is damaged, or not safetensors" in said.error
 
 
 # --- the table on disk ------------------------------------------------------------------------------------------------
@@ -177,8 +180,8 @@ def test_killed_it_goes_on_to_the_same_plan(made: tuple[Path, dict[str, Any]], p
         (("--budget", "0"), ("budget=0", "above 0")),
         (("--budget", "3", "--method", "l4q"), ("l4q adapter quantizes by its own grid", "lq-lora, qlora")),
         (("--budget", "3", "--method", "lqlora"), ("method='lqlora'", "'lq-lora'")),
-        (("--budget", "3", "--fisher", "none"), ("fisher='none' does not exist",)),
-        (("--budget", "3", "--fisher", "story.txt"), ("story.txt: is damaged, or not safetensors",)),
+        (("--budget", "3", "--fisher", "none.safetensors"), ("fisher='none.safetensors' does not exist",)),
+        (("--budget", "3", "--fisher", "none.txt"), ("none.txt",)),
         (("--budget", "3", "--cache", "story.txt"), ("cache='story.txt' is a file",)),
         (("--budget", "3", "--skip", "q_pro"), ("'q_pro' matches no layer",)),
     ],
@@ -252,3 +255,19 @@ def test_what_is_written_is_what_is_read(made: tuple[Path, dict[str, Any]]) -> N
     value = json.loads((made[0] / "plan.json").read_text())
     again = BudgetPlan.from_json(value).as_json()
     assert {**again, "fisher": None} == value
+
+
+def test_fisher_information_is_gathered_on_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: another budget, and tune with the same text, find it in the cache."""
+    monkeypatch.setenv("QUADAPT_CACHE", str(tmp_path / "cache"))
+    text = ("--calibration-length", "32", "--calibration-sequences", "6")
+    more = ("--fisher", "story.txt", "--rank", "2", *text, "--output")
+    give("plan", "dense", "--budget", "3", *more, tmp_path / "plan.json", code=0)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(kept) == 14
+    said = give("plan", "dense", "--budget", "3.5", *more, tmp_path / "other.json", code=0)
+    assert "statistics of the full-precision model: from" in said.err
+    tune = ("tune", "dense", "--data", "story.txt", "--plan", tmp_path / "plan.json", "--fisher", "--max-steps", "2")
+    said = give(*tune, *text, *SHORT, "--output", tmp_path / "adapter", code=0)
+    assert "statistics of the full-precision model: from" in said.err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == kept
