@@ -18,6 +18,33 @@ RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 
 
+class Kept:
+    """Runs that take long, in a JSON file: given again, a script goes on with what is missing.
+
+    Args:
+        name: Of the file in `results`.
+        about: Settings; runs of other settings do not count.
+        make: Makes a run of its key.
+    """
+
+    def __init__(self, name: str, about: dict[str, Any], make: Callable[..., dict[str, Any]]) -> None:
+        self.path, self.about, self.make = RESULTS / f"{name}.json", about, make
+        found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.runs: dict[str, Any] = found.get("runs", {}) if found.get("about") == about else {}
+
+    def get(self, *key: Any) -> dict[str, Any]:
+        """A run, made now if it is missing."""
+        name = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in key)
+        if name not in self.runs:
+            self.runs[name] = self.make(*key)
+            content = {"environment": environment(), "about": self.about, "runs": self.runs}
+            RESULTS.mkdir(exist_ok=True)
+            self.path.write_text(json.dumps(content, indent=1) + "\n")
+            found = self.runs[name].items()
+            print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found if isinstance(v, float)), flush=True)
+        return self.runs[name]
+
+
 def in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int = 9, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each candidate in each round: A B C, A B C, .."""
     times: dict[str, list[float]] = {name: [] for name in candidates}

@@ -10,7 +10,6 @@ Each run is kept in `benchmarks/results/methods-MODEL.json`; given again, the sc
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import RESULTS, environment, table
+from benchmarks.measure import Kept, table
 from quadapt.data import Collator, Rows, calibration_batches, encode, pad_token_id, read
 from quadapt.demo.stories import rows, stories, write_jsonl
 from quadapt.evaluate import perplexity
@@ -140,35 +139,14 @@ class Task:
         layouts = [layer.layout for layer in quantized_layers(merged).values()]
         return {**found, kind: self.loss(merged), "verdict": certificate.verdict, "bits": bits_of(layouts)}
 
+    def run(self, name: str, bits: int, rate: float, seed: int) -> dict[str, Any]:
+        """Tune, or at rate 0 only round."""
+        return self.tuned(name, bits, rate, seed) if rate else self.untuned(bits)
+
     def untuned(self, bits: int) -> dict[str, Any]:
         """Rounding alone, on the grid of QA-LoRA."""
         model = self.base(at("qa-lora", bits))
         return {"merged": self.loss(model), "bits": bits_of([each.layout for each in quantized_layers(model).values()])}
-
-
-class Kept:
-    """Runs that have been made, in a JSON file."""
-
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
-        found = json.loads(path.read_text()) if path.exists() else {}
-        self.runs: dict[str, Any] = found.get("runs", {}) if found.get("about") == about else {}
-
-    def get(self, task: Task, name: str, bits: int, rate: float, seed: int) -> dict[str, Any]:
-        """A run, made now if it is missing."""
-        key = f"{name} {bits} {rate:g} {seed}"
-        if key not in self.runs:
-            self.runs[key] = task.tuned(name, bits, rate, seed) if rate else task.untuned(bits)
-            self.store()
-            shown = ", ".join(f"{what} {value:.4f}" for what, value in self.runs[key].items() if what != "verdict")
-            print(f"{key}: {shown}", flush=True)
-        return self.runs[key]
-
-    def store(self) -> None:
-        """Write all runs."""
-        RESULTS.mkdir(exist_ok=True)
-        content = {"environment": environment(), "about": self.about, "runs": self.runs}
-        self.path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def end(run: dict[str, Any]) -> float:
@@ -176,16 +154,16 @@ def end(run: dict[str, Any]) -> float:
     return run.get("merged", run["as trained"])
 
 
-def report(task: Task, kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, ...]]:
+def report(kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, ...]]:
     """Rows of the table: mean and spread over the seeds, at the learning rate that is best on the first."""
     for bits in [16, *widths]:
         for name in ("lora",) if bits == 16 else ("untuned", *NAMES):
             if name == "untuned":
-                run = kept.get(task, name, bits, 0, 0)
+                run = kept.get(name, bits, 0, 0)
                 yield bits, "rounding (GPTQ), untuned", "", run["merged"], "", "", run["bits"], ""
                 continue
-            rate = min(RATES, key=lambda rate: end(kept.get(task, name, bits, rate, 0)))
-            runs = [kept.get(task, name, bits, rate, seed) for seed in range(seeds)]
+            rate = min(RATES, key=lambda rate: end(kept.get(name, bits, rate, 0)))
+            runs = [kept.get(name, bits, rate, seed) for seed in range(seeds)]
             losses = [end(run) for run in runs]
             again = statistics.mean(run["requantized"] for run in runs) if "requantized" in runs[0] else ""
             spread = max(losses) - min(losses)
@@ -209,9 +187,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     task = Task(args.model, args.data, args.steps, args.batch, args.length)
     about = {name: getattr(args, name) for name in ("steps", "batch", "length")} | {"group": GROUP, "rank": RANK}
-    kept = Kept(RESULTS / f"methods-{Path(args.model).name}.json", about)
+    kept = Kept(f"methods-{Path(args.model).name}", about, task.run)
     columns = ("bits", "method", "rate", "held-out loss", "spread", "requantized", "true bits", "CPU seconds")
-    table(f"{args.model}, {args.steps} steps", columns, list(report(task, kept, args.bits, args.seeds)))
+    table(f"{args.model}, {args.steps} steps", columns, list(report(kept, args.bits, args.seeds)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ kept in `benchmarks/results/starts-MODEL.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import RESULTS, environment, table
+from benchmarks.measure import Kept, table
 from benchmarks.methods import Task
 from quadapt.data import Collator, pad_token_id, read
 from quadapt.demo.stories import narratives
@@ -131,34 +130,14 @@ class Starts:
         return bits_of(layouts) + sum(16 * self.rank * (each.out + each.columns) for each in layouts) / weights
 
 
-class Kept:
-    """Runs that have been made, in a JSON file."""
-
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
-        found = json.loads(path.read_text()) if path.exists() else {}
-        self.runs: dict[str, Any] = found.get("runs", {}) if found.get("about") == about else {}
-
-    def get(self, starts: Starts, *key: Any) -> dict[str, Any]:
-        """A run, made now if it is missing."""
-        name = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in key)
-        if name not in self.runs:
-            self.runs[name] = starts.run(*key)
-            RESULTS.mkdir(exist_ok=True)
-            content = {"environment": environment(), "about": self.about, "runs": self.runs}
-            self.path.write_text(json.dumps(content, indent=1) + "\n")
-            print(f"{name}: before {self.runs[name]['before']:.4f}, after {self.runs[name]['after']:.4f}", flush=True)
-        return self.runs[name]
-
-
-def report(starts: Starts, kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, ...]]:
+def report(kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, ...]]:
     """Rows of the table."""
     for bits in widths:
-        rate = min(RATES, key=lambda rate: kept.get(starts, "zero", bits, "minmax", rate, 0)["after"])
+        rate = min(RATES, key=lambda rate: kept.get("zero", bits, "minmax", rate, 0)["after"])
         for range_ in RANGES:
-            zero = kept.get(starts, "zero", bits, range_, rate, 0)["errors"]
+            zero = kept.get("zero", bits, range_, rate, 0)["errors"]
             for name in NAMES:
-                runs = [kept.get(starts, name, bits, range_, rate, seed) for seed in range(seeds)]
+                runs = [kept.get(name, bits, range_, rate, seed) for seed in range(seeds)]
                 better = sum(mine < theirs for mine, theirs in zip(runs[0]["errors"], zero, strict=True)) / len(zero)
                 after = [run["after"] for run in runs]
                 yield (
@@ -191,7 +170,6 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     task = Task(args.model, args.data, args.steps, args.batch, args.length)
     about = {name: getattr(args, name) for name in ("steps", "batch", "length", "rank")} | {"group": GROUP}
-    kept = Kept(RESULTS / f"starts-{Path(args.model).name}.json", about)
     columns = (
         "bits",
         "start",
@@ -206,7 +184,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         starts = Starts(task, args.rank, args.known, Path(folder))
-        table(f"{args.model}, {args.steps} steps", columns, list(report(starts, kept, args.bits, args.seeds)))
+        kept = Kept(f"starts-{Path(args.model).name}", about, starts.run)
+        table(f"{args.model}, {args.steps} steps", columns, list(report(kept, args.bits, args.seeds)))
 
 
 if __name__ == "__main__":

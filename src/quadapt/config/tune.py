@@ -165,7 +165,7 @@ class TuneConfig(Target, Grid, Machine):
                     "out"
                 )
             about |= given
-        if self.dense_steps and not isinstance(chosen.adapter, L4Q):
+        if self.dense_steps and chosen.adapter.base != "float":
             raise ConfigError(
                 f"dense_steps needs the dense matrix; method={self.method!r} trains over codes. Leave it out"
             )

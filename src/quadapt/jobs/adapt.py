@@ -13,7 +13,7 @@ from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import fingerprint_of
 from quadapt.model.quantize import bits_of, quantized_layers
 from quadapt.model.select import matching, select
-from quadapt.nn.adapters import L4Q, Adapter
+from quadapt.nn.adapters import Adapter
 from quadapt.quant.weight import Layout
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> Pef
 
 def _layouts(model: nn.Module, adapter: Adapter, skip: Sequence[str]) -> dict[str, Layout]:
     """Layers that `adapter` can train over, with their layout: of the base, or of the product over a dense one."""
-    if isinstance(adapter, L4Q):
+    if adapter.base == "float":
         chosen = select(model, skip=skip).chosen
         return {name: adapter.layout(linear.out_features, linear.in_features) for name, linear in chosen.items()}
     return {name: layer.layout for name, layer in quantized_layers(model).items()}

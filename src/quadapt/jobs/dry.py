@@ -17,7 +17,6 @@ from quadapt.hf.context import context_of
 from quadapt.jobs.source import device_of, model_config, skeleton
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
-from quadapt.nn.adapters import L4Q
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import Layout
 from quadapt.report import memory
@@ -79,7 +78,7 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
                 layouts[layer] = plan.layout(layer, linear.out_features, linear.in_features)
                 plan.rounding.check(layouts[layer])
     adapter = config.chosen_method().adapter
-    if quantized is None and isinstance(adapter, L4Q):  # quantizes in its forward: the base stays dense
+    if quantized is None and adapter.base == "float":  # quantizes in its forward: the base stays dense
         layouts = {layer: adapter.layout(layout.out, layout.columns) for layer, layout in layouts.items()}
         return _sketched(model, layouts, left, about)
     for layer, layout in layouts.items():

@@ -45,6 +45,10 @@ class Adapter(ABC):
     def check(self, layout: Layout, rank: int, dropout: float) -> None:  # noqa: B027 - most adapters accept anything
         """Raise ConfigError or ShapeError if this adapter cannot train over `layout`."""
 
+    def layout(self, out: int, columns: int) -> Layout:
+        """Layout of the quantized product over a dense matrix `[out, columns]`, for `base = "float"`."""
+        raise AssertionError(f"{self.kind} does not train over dense matrices")
+
     @abstractmethod
     def inputs(self, layout: Layout) -> int:
         """Inputs of `lora_A` `[rank, inputs]`; `lora_B` is `[out, rank]`. 0: there are no such factors."""

@@ -77,7 +77,6 @@ class L4Q(GridAdapter):
         return self.layout(*source.shape)
 
     def layout(self, out: int, columns: int) -> Layout:
-        """Layout of the product of a dense matrix `[out, columns]`."""
         format = Format(bits=self.bits, group_size=self.group_size, zero=self.offsets)
         kind: Held = "fp32" if self.scales == "fp32" else "fp16"
         offsets = {"none": "absent", "integer": "integer", "float": kind}[self.offsets]
