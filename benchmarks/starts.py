@@ -5,8 +5,9 @@
 
 NormalFloat in groups of 32 with 16-bit scales and shifts; zero is QLoRA. Ranges: as QLoRA (largest magnitude), and by
 the entropy of codes (ICQ). One learning rate for each width, the best for zero on the first seed. True bits count the
-adapter as 16-bit floats: on small matrices a rank costs bits. *Known* is the loss at the start on text as the model was
-made of (`--known`), which says what quantization harmed; the others are on the held-out text of the task. Each run is
+adapter as 16-bit floats: on small matrices a rank costs bits. Starts are calibrated on text as the model was made
+of (`--known`); errors of outputs, and *known*, the loss at the start, are on such text held out, since the task's own loss
+says nothing before training. The other losses are on the held-out text of the task. Each run is
 kept in `benchmarks/results/starts-MODEL.json`.
 """
 
@@ -26,7 +27,7 @@ from torch import nn
 
 from benchmarks.measure import Kept, table
 from benchmarks.methods import Task
-from quadapt.data import Collator, pad_token_id, read
+from quadapt.data import Collator, Rows, calibration_batches, pad_token_id, read
 from quadapt.demo.stories import narratives
 from quadapt.evaluate import perplexity
 from quadapt.hf.folder import load_model
@@ -49,27 +50,35 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 NAMES = ("zero", "loftq", "lq", "quailora", "cloq")
 RANGES = ("minmax", "icq")
 GROUP = 32
+PARTS = ("seen", "held")
 
 
 class Starts:
-    """A task, with the dense model's second moments on text to calibrate on and on held-out text."""
+    """A task, with the dense model's second moments on text that it knows: to calibrate on, and held out."""
 
     def __init__(self, task: Task, rank: int, known: str | None, folder: Path) -> None:
         self.task, self.rank = task, rank
         if known is None:
             known = str(folder / "stories.txt")
-            Path(known).write_text("\n".join(each.text for each in narratives(0, 60, "held_out")), encoding="utf-8")
-        self._known = read(known)
+            Path(known).write_text("\n".join(each.text for each in narratives(0, 600, "held_out")), encoding="utf-8")
+        text = Path(known).read_text(encoding="utf-8")
+        cut = int(0.8 * len(text))
+        for name, part in (("seen.txt", text[:cut]), ("held.txt", text[cut : cut + 40_000])):
+            (folder / name).write_text(part, encoding="utf-8")
         dense = load_model(task.model, dtype="float32")
         self.dense = {name: layer.weight.detach() for name, layer in select(dense).chosen.items()}
-        held = torch.cat(task.text)[-len(torch.cat(task.text)) // 4 :]  # not calibrated on
-        seen = torch.cat(task.text)[: -len(held)]
-        self.seen, self.held = StatisticsFiles(folder / "seen"), StatisticsFiles(folder / "held")
-        for files, text in ((self.seen, seen), (self.held, held)):
-            gather_second_moments(dense, select(dense).chosen, list(text.split(8)), files)
+        self.held = read(str(folder / "held.txt"))
+        self.moments = {part: self._gathered(dense, folder / part, read(str(folder / f"{part}.txt"))) for part in PARTS}
 
-    def begun(self, start: str, bits: int, range_: str) -> tuple[Any, list[float]]:
-        """The adapted model before training, and the output error of each layer on held-out text."""
+    def _gathered(self, dense: nn.Module, folder: Path, rows: Rows) -> StatisticsFiles:
+        """Second moments on some text."""
+        files = StatisticsFiles(folder)
+        text = calibration_batches(rows, self.task.tokenizer, length=self.task.length, sequences=64, seed=0).batches
+        gather_second_moments(dense, select(dense).chosen, text, files)
+        return files
+
+    def begun(self, start: str, bits: int, range_: str) -> Any:
+        """The adapted model before training."""
         from peft import get_peft_model
 
         model = load_model(self.task.model, dtype="float32")
@@ -83,25 +92,30 @@ class Starts:
             start=STARTS[start]() if start != "zero" else Zero(),
             rank=self.rank,
         )
-        done = quantize_model(model, selection.chosen, plan, statistics=self.seen)
+        done = quantize_model(model, selection.chosen, plan, statistics=self.moments["seen"])
         adopt(model, left=selection.left, made={})
         settings = lora_config(LoRA(), rank=self.rank, alpha=self.rank, target_modules=list(self.dense), start=start)
         adapted = get_peft_model(model, settings)
         set_start(adapted, done.factors)
-        return adapted, [self.error(name, layer.dense_adapted()) for name, layer in adapted_layers(adapted).items()]
+        return adapted
 
-    def error(self, name: str, weight: torch.Tensor) -> float:
-        """Relative error of a layer's output on held-out text."""
-        W, H = self.dense[name].double(), self.held[name][MOMENT].double()
-        E = W - weight.double()
-        return float((((E @ H) * E).sum() / ((W @ H) * W).sum()).sqrt())
+    def errors(self, model: Any) -> dict[str, list[float]]:
+        """Relative error of each layer: of its output on held-out text, and of its weight."""
+        found: dict[str, list[float]] = {"output errors": [], "weight errors": []}
+        for name, layer in adapted_layers(model).items():
+            W, H = self.dense[name].double(), self.moments["held"][name][MOMENT].double()
+            E = W - layer.dense_adapted().double()
+            found["output errors"].append(float((((E @ H) * E).sum() / ((W @ H) * W).sum()).sqrt()))
+            found["weight errors"].append(float(E.norm() / W.norm()))
+        return found
 
     def run(self, start: str, bits: int, range_: str, rate: float, seed: int) -> dict[str, Any]:
         """Begin and tune once."""
         from transformers.trainer_utils import set_seed
 
         set_seed(seed)
-        model, errors = self.begun(start, bits, range_)
+        model = self.begun(start, bits, range_)
+        errors = self.errors(model)
         task = self.task
         before, known = task.loss(model), self.known(model)
         recipe = Recipe(
@@ -111,7 +125,7 @@ class Starts:
         with tempfile.TemporaryDirectory() as folder:
             train(model, task.data.data, run, Path(folder), collate=Collator(pad_token_id(task.tokenizer)))
         return {
-            "errors": errors,
+            **errors,
             "known": known,
             "before": before,
             "after": task.loss(model),
@@ -120,7 +134,7 @@ class Starts:
 
     def known(self, model: Any) -> float:
         """Loss on text as the model was made of."""
-        found = perplexity(model, self.task.tokenizer, self._known, context=self.task.length, batch=32)
+        found = perplexity(model, self.task.tokenizer, self.held, context=self.task.length, batch=32)
         return math.log(found.perplexity)
 
     def bits(self, model: nn.Module) -> float:
@@ -135,13 +149,16 @@ def report(kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, 
     for bits in widths:
         rate = min(RATES, key=lambda rate: kept.get("zero", bits, "minmax", rate, 0)["after"])
         for range_ in RANGES:
-            zero = kept.get("zero", bits, range_, rate, 0)["errors"]
+            zero = kept.get("zero", bits, range_, rate, 0)["output errors"]
             for name in NAMES:
                 runs = [kept.get(name, bits, range_, rate, seed) for seed in range(seeds)]
-                better = sum(mine < theirs for mine, theirs in zip(runs[0]["errors"], zero, strict=True)) / len(zero)
+                better = sum(mine < theirs for mine, theirs in zip(runs[0]["output errors"], zero, strict=True)) / len(
+                    zero
+                )
                 after = [run["after"] for run in runs]
                 yield (
-                    *(bits, name, range_, f"{rate:g}", statistics.mean(runs[0]["errors"]), f"{better:.0%}"),
+                    *(bits, name, range_, f"{rate:g}", statistics.mean(runs[0]["weight errors"])),
+                    *(statistics.mean(runs[0]["output errors"]), f"{better:.0%}"),
                     *(
                         runs[0]["known"],
                         runs[0]["before"],
