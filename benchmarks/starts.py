@@ -5,10 +5,10 @@
 
 NormalFloat in groups of 32 with 16-bit scales and shifts; zero is QLoRA. Ranges: as QLoRA (largest magnitude), and by
 the entropy of codes (ICQ). One learning rate for each width, the best for zero on the first seed. True bits count the
-adapter as 16-bit floats: on small matrices a rank costs bits. Starts are calibrated on text as the model was made
-of (`--known`); errors of outputs, and *known*, the loss at the start, are on such text held out, since the task's own loss
-says nothing before training. The other losses are on the held-out text of the task. Each run is
-kept in `benchmarks/results/starts-MODEL.json`.
+adapter as 16-bit floats: on small matrices a rank costs bits. Starts are calibrated on text as the model was made of
+(`--known`); errors of outputs, and *known*, the loss at the start, are on such text held out, since the task's own
+loss says nothing before training. The other losses are on the held-out text of the task. Each run is kept in
+`benchmarks/results/starts-MODEL.json`.
 """
 
 from __future__ import annotations
