@@ -283,9 +283,9 @@ def comparison() -> str:
         "# Starts compared\n",
         "NormalFloat in groups of 32, LoRA of rank 4; true bits count the adapter as 16-bit floats. Errors are "
         "relative, means over the layers: of weights, and of outputs on held-out text that the model knows, such as "
-        "starts were calibrated on; the loss before training is on that text too, and on the task's. *After*: held-out loss of the "
-        "task, mean over three seeds ± half their range, at the learning rate that is best for zero. Written by "
-        "`python -m benchmarks.starts`.\n",
+        "starts were calibrated on; the loss before training is on that text too, and on the task's. *After*: "
+        "held-out loss of the task, mean over three seeds ± half their range, at the learning rate that is best for "
+        "zero. Written by `python -m benchmarks.starts`.\n",
     ]
     for path in sorted(RESULTS.glob("starts-*.json")):
         found = json.loads(path.read_text())
