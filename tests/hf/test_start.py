@@ -146,3 +146,19 @@ def test_refusals(base: nn.Module, tiny_llama: Callable[..., Any]) -> None:
         prepare(tiny_llama(), method="qa-lora", zero="none", start="loftq")
     with pytest.raises(ConfigError, match="start='quailora' fits what rounding changed"):
         prepare(tiny_llama(), method="gptq-lora", rounding="block-ap", start="quailora", calibration=[IDS])
+
+
+def test_elastic_connections_start_from_a_fit_too(tiny_llama: Callable[..., Any]) -> None:
+    """Betas are zero at first, so the factors alone decide."""
+    text = list(torch.randint(3, 96, (32, 32), generator=torch.Generator().manual_seed(5)).split(8))
+    dense = logits(tiny_llama())
+    settings = {"method": "ir-qlora", "bits": 3, "rank": 8, "alpha": 8, "dropout": 0}
+    plain, begun = (
+        prepare(tiny_llama(), calibration=text, start=start, **settings).eval() for start in ("zero", "quailora")
+    )
+    assert float((logits(begun) - dense).norm()) < float((logits(plain) - dense).norm())
+    first = logits(begun)
+    for layer in adapted_layers(begun).values():
+        layer.lora_beta["default"].data.fill_(0.5)
+    with begun.disable_adapter():
+        assert torch.equal(logits(begun), first)
