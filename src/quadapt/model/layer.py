@@ -155,11 +155,7 @@ def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics
     try:
         begun = begin(layout)
     except ScaleUnderflow as error:
-        if name in plan.shapes:
-            raise ShapeError(
-                f"{error}, and make the plan anew without this layer (--skip): its bits are spent"
-            ) from error
-        begun = begin(in_fp32(layout))
+        begun = begin(widened(name, layout, plan, error))
         notes.append(f"fp32 scales: {error}")
     row = row_of(name, begun.weight, weight, time.perf_counter() - clock, "; ".join(notes))
     if not isinstance(start, Zero):
@@ -183,8 +179,14 @@ def start_error(begun: Begun, weight: Tensor, statistics: Statistics) -> tuple[f
     return without, with_
 
 
-def in_fp32(layout: Layout) -> Layout:
-    """The same with scales (and float offsets) that fp16 cannot hold."""
+def widened(name: str, layout: Layout, plan: Plan, why: ScaleUnderflow) -> Layout:
+    """The same with scales (and float offsets) that fp16 cannot hold, in fp32.
+
+    Raises:
+        ShapeError: The layer's bits are planned, and fp32 would take more.
+    """
+    if name in plan.shapes:
+        raise ShapeError(f"{why}, and make the plan anew without this layer (--skip): its bits are spent") from why
     offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
     return replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quadapt.calibrate import BlockWalk
 from quadapt.errors import ConfigError, locate
-from quadapt.model.layer import LayerRow, Plan, in_fp32, quantize_layer, row_of
+from quadapt.model.layer import LayerRow, Plan, quantize_layer, row_of, widened
 from quadapt.model.select import find_blocks, matches
 from quadapt.nn.block_ap import BlockAP, BlockAPLinear
 from quadapt.nn.quant_linear import QuantLinear
@@ -156,7 +156,7 @@ class _Worker:
                 try:
                     fitted[name], notes[name] = BlockAPLinear(linear, layout, rounding.range), ""
                 except ScaleUnderflow as error:
-                    fitted[name] = BlockAPLinear(linear, in_fp32(layout), rounding.range)
+                    fitted[name] = BlockAPLinear(linear, widened(name, layout, self.plan, error), rounding.range)
                     notes[name] = f"fp32 scales: {error}"
             self.model.set_submodule(name, fitted[name])
         block = self.model.get_submodule(unit)
