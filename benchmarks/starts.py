@@ -152,21 +152,12 @@ def report(kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, 
             zero = kept.get("zero", bits, range_, rate, 0)["output errors"]
             for name in NAMES:
                 runs = [kept.get(name, bits, range_, rate, seed) for seed in range(seeds)]
-                better = sum(mine < theirs for mine, theirs in zip(runs[0]["output errors"], zero, strict=True)) / len(
-                    zero
-                )
-                after = [run["after"] for run in runs]
-                yield (
-                    *(bits, name, range_, f"{rate:g}", statistics.mean(runs[0]["weight errors"])),
-                    *(statistics.mean(runs[0]["output errors"]), f"{better:.0%}"),
-                    *(
-                        runs[0]["known"],
-                        runs[0]["before"],
-                        statistics.mean(after),
-                        max(after) - min(after),
-                        runs[0]["bits"],
-                    ),
-                )
+                first, after = runs[0], [run["after"] for run in runs]
+                pairs = list(zip(first["output errors"], zero, strict=True))
+                better = sum(mine < theirs for mine, theirs in pairs) / len(pairs)
+                errors = [statistics.mean(first[f"{kind} errors"]) for kind in ("weight", "output")]
+                losses = first["known"], first["before"], statistics.mean(after), max(after) - min(after)
+                yield bits, name, range_, f"{rate:g}", *errors, f"{better:.0%}", *losses, first["bits"]
 
 
 def main() -> None:
@@ -188,16 +179,8 @@ def main() -> None:
     task = Task(args.model, args.data, args.steps, args.batch, args.length)
     about = {name: getattr(args, name) for name in ("steps", "batch", "length", "rank")} | {"group": GROUP}
     columns = (
-        "bits",
-        "start",
-        "range",
-        "rate",
-        "output error",
-        "layers below zero's",
-        "before",
-        "after",
-        "spread",
-        "true bits",
+        *("bits", "start", "range", "rate", "weight error", "output error", "below zero's", "known", "before"),
+        *("after", "spread", "true bits"),
     )
     with tempfile.TemporaryDirectory() as folder:
         starts = Starts(task, args.rank, args.known, Path(folder))
