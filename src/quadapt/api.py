@@ -34,7 +34,7 @@ def prepare(
     Args:
         model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
         method: As in `quadapt tune`: qa-lora, l4q, qlora, ..
-        calibration: Text for roundings that are calibrated: a file or hub name (only if `model` is a name), or token
+        calibration: Text for roundings and starts that are calibrated: a file or hub name (only if `model` is a name), or token
             ids `[sequences, length]`, batch by batch.
         target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
         skip: Layers to leave unquantized.
@@ -119,9 +119,11 @@ def _batches(
             read(calibration), load_tokenizer(name), length=length, sequences=config.calibration_sequences, seed=seed
         ).batches
     if not len(calibration):
+        plan = config.quantization()
+        what, else_ = ("rounding", "nearest") if plan.needs_data else ("start", "zero")
         raise ConfigError(
-            f"rounding={config.quantization().rounding.name!r} needs text to calibrate on. Give calibration='FILE', or "
-            "rounding='nearest'"
+            f"{what}={getattr(plan, what).name!r} needs text to calibrate on. Give calibration='FILE', or "
+            f"{what}={else_!r}"
         )
     return [batch.to(device) for batch in calibration]
 

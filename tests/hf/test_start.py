@@ -140,6 +140,8 @@ def test_a_pooled_adapters_start_lies_in_the_base(tiny_llama: Callable[..., Any]
 def test_refusals(base: nn.Module, tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="start='quailora' fits what quantization changes"):
         prepare(copy.deepcopy(base), method="quailora")
+    with pytest.raises(ConfigError, match=r"start='quailora' needs text to calibrate on\. .*, or start='zero'"):
+        prepare(tiny_llama(), method="quailora")
     with pytest.raises(ConfigError, match="start='cloq': the scales adapter of method='peqa' has nothing"):
         prepare(tiny_llama(), method="peqa", start="cloq")
     with pytest.raises(ConfigError, match="start='loftq' is folded into float offsets, and these are absent"):

@@ -38,10 +38,8 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     reports: list[ExportReport] = []
     if folder.kind == "adapter" and config.format not in ("lora", "nf8"):
         model, reports = _settle(model, config, output, ui)
-    reports = _write(config, output, model, tokenizer, ui) + reports
-    if config.format == "nf8":
-        tokenizer.save_pretrained(output)
-        write_json(output / NOTE, nf8.base_note(folder.note, where, output))
+    note = nf8.base_note(folder.note, where, output) if config.format == "nf8" else {}
+    reports = _write(config, output, model, tokenizer, note, ui) + reports
     for report in reports:
         for note in report.notes:
             ui.show(note)
@@ -62,7 +60,9 @@ def _check(config: ExportConfig, folder: Folder, output: Path) -> str:
     return where
 
 
-def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, ui: UI) -> list[ExportReport]:
+def _write(
+    config: ExportConfig, output: Path, model: Any, tokenizer: Any, note: dict[str, Any], ui: UI
+) -> list[ExportReport]:
     """Write beside the output; what is there is replaced once the new file or folder is whole."""
 
     def bar(items: Any) -> Any:
@@ -76,6 +76,8 @@ def _write(config: ExportConfig, output: Path, model: Any, tokenizer: Any, ui: U
         report = lora.export_lora(model, new)
     elif config.format == "nf8":
         report = nf8.export_nf8(model, new)
+        tokenizer.save_pretrained(new)
+        write_json(new / NOTE, note)
     elif config.format == "compressed-tensors":
         held: Any = "float16" if config.dtype == "auto" else config.dtype
         report = compressed_tensors.export_compressed_tensors(model, tokenizer, new, dtype=held)
