@@ -34,8 +34,8 @@ def prepare(
     Args:
         model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
         method: As in `quadapt tune`: qa-lora, l4q, qlora, ..
-        calibration: Text for roundings and starts that are calibrated: a file or hub name (only if `model` is a name), or token
-            ids `[sequences, length]`, batch by batch.
+        calibration: Text for roundings and starts that are calibrated: a file or hub name (only if `model` is a name),
+            or token ids `[sequences, length]`, batch by batch.
         target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
         skip: Layers to leave unquantized.
         device: As in torch; auto: a GPU if there is one.

@@ -38,8 +38,8 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     reports: list[ExportReport] = []
     if folder.kind == "adapter" and config.format not in ("lora", "nf8"):
         model, reports = _settle(model, config, output, ui)
-    note = nf8.base_note(folder.note, where, output) if config.format == "nf8" else {}
-    reports = _write(config, output, model, tokenizer, note, ui) + reports
+    about = nf8.base_note(folder.note, where, output) if config.format == "nf8" else {}
+    reports = _write(config, output, model, tokenizer, about, ui) + reports
     for report in reports:
         for note in report.notes:
             ui.show(note)
@@ -61,7 +61,7 @@ def _check(config: ExportConfig, folder: Folder, output: Path) -> str:
 
 
 def _write(
-    config: ExportConfig, output: Path, model: Any, tokenizer: Any, note: dict[str, Any], ui: UI
+    config: ExportConfig, output: Path, model: Any, tokenizer: Any, about: dict[str, Any], ui: UI
 ) -> list[ExportReport]:
     """Write beside the output; what is there is replaced once the new file or folder is whole."""
 
@@ -77,7 +77,7 @@ def _write(
     elif config.format == "nf8":
         report = nf8.export_nf8(model, new)
         tokenizer.save_pretrained(new)
-        write_json(new / NOTE, note)
+        write_json(new / NOTE, about)
     elif config.format == "compressed-tensors":
         held: Any = "float16" if config.dtype == "auto" else config.dtype
         report = compressed_tensors.export_compressed_tensors(model, tokenizer, new, dtype=held)
