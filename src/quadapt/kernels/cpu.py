@@ -18,7 +18,10 @@ from torch import Tensor
 
 from quadapt.kernels import reference
 from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, decode16, pointer
+from quadapt.kernels.reference import widen
 from quadapt.kernels.threads import over_rows
+
+__all__ = ["compensate", "dequantize", "encode", "group_error", "group_range", "widen"]
 
 _KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _u8, _f32 = pointer(types.uint8), pointer(types.float32)
@@ -232,7 +235,7 @@ def dequantize(
     if dtype not in _KINDS or (group_size % LANES and group_size < columns):
         return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
     rows = packed.shape[0]
-    scales, shifts = scales.contiguous(), (scales if offsets is None else offsets).contiguous()
+    scales, shifts = (each.float().contiguous() for each in (scales, scales if offsets is None else offsets))
     if levels is not None and len(levels) > LANES:
         weight = torch.empty(rows, columns)
         packed = packed.contiguous()

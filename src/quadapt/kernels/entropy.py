@@ -2,28 +2,20 @@
 
 The entropy of `n` codes, `n_c` of them equal to `c`, is `log2 n - crowding / n` with `crowding = sum_c n_c log2 n_c`.
 Crowding is summed in whole units of `1 / UNIT`: two histograms that differ in their order alone are then exactly tied,
-on every device. `entropy_reference.py` (plain torch) says what is computed, `entropy_cpu.py` (numba) gives the same.
+on every device. `entropy_reference.py` (plain torch) says what is computed; `entropy_cpu.py` (numba) and
+`entropy_cuda.py` (Triton) give the same.
 """
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from quadapt.kernels import entropy_reference
+from quadapt.kernels.dispatch import kernels_for
 from quadapt.kernels.entropy_reference import UNIT
 
 __all__ = ["entropy_shift", "group_crowding", "group_entropy"]
-
-
-def _kernels_for(device: torch.device) -> ModuleType:
-    if device.type == "cpu":
-        from quadapt.kernels import entropy_cpu  # numba takes half a second to import
-
-        return entropy_cpu
-    return entropy_reference
 
 
 def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +34,7 @@ def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: i
     Returns:
         `tau` and `reach`, `[rows, groups]`, in the dtype of `weight`.
     """
-    kernel = _kernels_for(weight.device).entropy_shift
+    kernel = kernels_for(weight.device, "entropy").entropy_shift
     return kernel(weight, mids.to(weight.dtype), fractions.to(weight), group_size)
 
 
@@ -51,7 +43,7 @@ def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits:
 
     Of one group, lower is more entropy. Arguments as for `reference.encode`.
     """
-    return _kernels_for(weight.device).group_crowding(weight, scales, offsets, bits, group_size)
+    return kernels_for(weight.device, "entropy").group_crowding(weight, scales, offsets, bits, group_size)
 
 
 def group_entropy(codes: Tensor, bits: int, group_size: int) -> Tensor:

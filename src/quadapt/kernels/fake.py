@@ -7,23 +7,14 @@ bit. Both steps are opaque operators: `torch.compile` and the memory estimate's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from quadapt.kernels import fake_reference
+from quadapt.kernels.dispatch import kernels_for
 from quadapt.kernels.fake_reference import Grid
 
 __all__ = ["Grid", "fake_gradients", "fake_quantize"]
-
-
-def _kernels_for(device: torch.device) -> ModuleType:
-    if device.type == "cpu":
-        from quadapt.kernels import fake_cpu
-
-        return fake_cpu
-    return fake_reference
 
 
 @torch.library.custom_op("quadapt::fake_quantize", mutates_args=())
@@ -52,7 +43,7 @@ def fake_quantize(
     Returns:
         `[out, columns]`.
     """
-    return _kernels_for(base.device).quantize(base, A, B, scales, offsets, levels, Grid(*grid), dtype)
+    return kernels_for(base.device, "fake").quantize(base, A, B, scales, offsets, levels, Grid(*grid), dtype)
 
 
 @fake_quantize.register_fake
@@ -105,7 +96,7 @@ def fake_gradients(
     Returns:
         Gradients of scales and offsets, `[2, rows, groups]`.
     """
-    return _kernels_for(base.device).gradients(G, base, A, B, scales, offsets, levels, Grid(*grid), slack, dense)
+    return kernels_for(base.device, "fake").gradients(G, base, A, B, scales, offsets, levels, Grid(*grid), slack, dense)
 
 
 @fake_gradients.register_fake

@@ -68,6 +68,23 @@ def dequantize(
     return weight
 
 
+SUPER = 256
+"""Doubly quantized values that share a constant."""
+
+
+def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    """Doubly quantized scales or offsets, float32 `[out, groups]`: `unit[codes] * absmax + mean`, both rounded.
+
+    Args:
+        codes: uint8 `[out, groups]`.
+        absmax: float32, one for 256 codes in row-major order.
+        mean: float32, one.
+        unit: float32 `[256]`, the levels.
+    """
+    scaled = unit[codes.int()].flatten() * absmax.repeat_interleave(SUPER)[: codes.numel()]
+    return (scaled + mean).view(codes.shape)
+
+
 def encode(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:

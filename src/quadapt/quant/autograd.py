@@ -2,7 +2,7 @@
 
 Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored
 form itself (which exists anyway) and, where offsets are trained, the inputs pooled over groups: `1 / group_size` of the
-inputs.
+inputs. Few tokens without gradients (decoding, on a CUDA device) are multiplied with the codes themselves.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quadapt.kernels import pool
-from quadapt.quant.weight import Layout, QuantWeight, decode
+from quadapt.kernels import few, pool, product
+from quadapt.quant.weight import Layout, QuantWeight
 
 
 class Move(Protocol):
@@ -65,8 +65,24 @@ def _split(layout: Layout, tensors: tuple[Tensor, ...]) -> tuple[QuantWeight, tu
 
 
 def _dense(weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    offsets = weight.offsets if move is None else move.offsets(weight, params)
-    return decode(weight.layout, weight.packed, weight.scales, offsets, dtype)
+    return weight.decode(weight.floats("offsets") if move is None else move.offsets(weight, params), dtype)
+
+
+def _few(x: Tensor, weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...]) -> Tensor:
+    """The product of few tokens, without the dense matrix and without gradients."""
+    format, columns = weight.format, weight.layout.columns
+    moved = None if move is None else move.offsets(weight, params)
+    y = product(
+        weight.stored_order(x).reshape(-1, columns),
+        weight.packed,
+        weight.held("scales"),
+        weight.held("offsets") if moved is None else [moved],
+        format.table(x),
+        format.bits,
+        format.width(columns),
+        columns,
+    )
+    return y.view(*x.shape[:-1], weight.layout.out)
 
 
 def quant_matmul(x: Tensor, weight: QuantWeight, move: Move | None = None, params: tuple[Tensor, ...] = ()) -> Tensor:
@@ -78,4 +94,7 @@ def quant_matmul(x: Tensor, weight: QuantWeight, move: Move | None = None, param
         move: None to use the weight as it is stored.
         params: Trained parameters, given to `move`.
     """
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *params))
+    if not trains and few(x, weight.format.width(weight.layout.columns), weight.layout.columns):
+        return _few(x, weight, move, params)
     return QuantMatmul.apply(x, weight.layout, move, *(weight.tensors[name] for name in weight.layout.shapes), *params)

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.kernels.reference import pack, unpack
+from quadapt.kernels import kernels_for, pack, unpack
+from quadapt.kernels.reference import SUPER
 from quadapt.quant.constants import per_device
 from quadapt.quant.format import Format
 
 Offsets = Literal["absent", "integer", "fp16", "fp32", "double"]
-
-SUPER = 256
-"""Scales that share one second-level constant under double quantization (QLoRA)."""
 
 FLOATS = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -140,17 +138,21 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
 
 def decode(stored: dict[str, Tensor], kind: str, shape: tuple[int, int] | None = None) -> Tensor:
     """What :func:`encode` stored, as float32 `[out, groups]`; `shape` is these two, which linear codes do not tell."""
+    tensors = held(stored, kind, shape)
+    return kernels_for(tensors[0].device).widen(*tensors) if kind == "double" else tensors[0].float()
+
+
+def held(stored: dict[str, Tensor], kind: str, shape: tuple[int, int] | None = None) -> list[Tensor]:
+    """What :func:`encode` stored, as `kernels.product` takes it: in its own dtype, second-level constants apart."""
     if kind in FLOATS:
-        return _as_floats(stored[""], FLOATS[kind]).float()
-    if kind == "integer":
-        return stored[""].float()
+        return [_as_floats(stored[""], FLOATS[kind])]
+    if kind == "double":
+        constants = (_as_floats(stored[name], torch.float32).flatten() for name in ("_absmax", "_mean"))
+        return [stored[""], *constants, dynamic_map(device=stored[""].device)]
     if linear := Linear.of(kind):
         assert shape is not None
-        return _decode_linear(stored, linear, shape)
-    codes, absmax = stored[""], _as_floats(stored["_absmax"], torch.float32).flatten()
-    unit = dynamic_map(device=codes.device)[codes.int()].flatten()
-    scaled = unit * absmax.repeat_interleave(SUPER)[: unit.numel()]
-    return (scaled + _as_floats(stored["_mean"], torch.float32).flatten()).view(codes.shape)
+        return [_decode_linear(stored, linear, shape)]
+    return list(stored.values())  # zero-points, or nothing
 
 
 def _encode_linear(values: Tensor, linear: Linear) -> dict[str, Tensor]:

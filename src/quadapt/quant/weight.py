@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -137,14 +138,19 @@ class QuantWeight:
         """The grid."""
         return self.layout.format
 
-    def _decoded(self, name: str, kind: str) -> Tensor:
+    def _stored(self, name: str) -> tuple[dict[str, Tensor], str, tuple[int, int]]:
+        kind = getattr(self.layout.storage, name)
         tensors = {suffix: self.tensors[name + suffix] for suffix in stored.suffixes(kind)}
-        return stored.decode(tensors, kind, (self.layout.out, self.layout.groups))
+        return tensors, kind, (self.layout.out, self.layout.groups)
+
+    def held(self, name: Literal["scales", "offsets"]) -> list[Tensor]:
+        """Scales or offsets as they are held, as `kernels.product` takes them."""
+        return stored.held(*self._stored(name))
 
     @property
     def scales(self) -> Tensor:
         """Float32 `[out, groups]`."""
-        return self._decoded("scales", self.layout.storage.scales)
+        return stored.decode(*self._stored("scales"))
 
     @property
     def offsets(self) -> Tensor | None:
@@ -152,8 +158,14 @@ class QuantWeight:
         kind = self.layout.storage.offsets
         if kind == "absent":
             return None if self.format.levels != "int" else -self.scales * 2 ** (self.format.bits - 1)
-        values = self._decoded("offsets", kind)
+        values = stored.decode(*self._stored("offsets"))
         return -self.scales * values if kind == "integer" else values
+
+    def floats(self, name: Literal["scales", "offsets"]) -> Tensor | None:
+        """Scales or offsets `[out, groups]` as `kernels.dequantize` takes them: float16 ones are not widened."""
+        if getattr(self.layout.storage, name) in stored.FLOATS:
+            return self.held(name)[0]
+        return self.scales if name == "scales" else self.offsets
 
     @property
     def packed(self) -> Tensor:
@@ -166,7 +178,15 @@ class QuantWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight matrix, `[out, in]`, inputs in the layer's own order."""
-        return self.layer_order(decode(self.layout, self.packed, self.scales, self.offsets, dtype))
+        return self.layer_order(self.decode(self.floats("offsets"), dtype))
+
+    def decode(self, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Dequantize, inputs in stored order, with offsets that may be other than the stored ones (training)."""
+        columns = self.layout.columns
+        width, table = self.format.width(columns), self.format.table(self.packed)
+        scales = self.floats("scales")
+        assert scales is not None
+        return kernels.dequantize(self.packed, scales, offsets, table, self.format.bits, width, columns, dtype)
 
     def layer_order(self, columns: Tensor) -> Tensor:
         """Bring columns `[.., in]` from stored order into the layer's own."""
@@ -206,13 +226,6 @@ def hash_tensor(state: hashlib._Hash, tensor: Tensor) -> None:
     tensor = tensor.detach().contiguous().cpu()
     if tensor.numel():
         state.update((ctypes.c_char * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr()))
-
-
-def decode(layout: Layout, packed: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Dequantize, inputs in stored order, with scales and offsets that may be other than the stored ones (training)."""
-    table = layout.format.table(packed)
-    width = layout.format.width(layout.columns)
-    return kernels.dequantize(packed, scales, offsets, table, layout.format.bits, width, layout.columns, dtype)
 
 
 def largest_move(weight: QuantWeight, before: Tensor, after: Tensor) -> float:

@@ -1,0 +1,46 @@
+"""Which set of kernels serves a device.
+
+`*reference.py` (plain torch) serves every device and is what the others are tested against; `*cpu.py` (numba) serves
+the CPU, `*cuda.py` (Triton) CUDA devices. All have the same signatures.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 16
+"""Most tokens of the fused product. One multiply-add for each weight and token goes beyond the time in which a dense
+matrix is made and multiplied, by counting operations on an H100 or H200, between 16 and 32 tokens."""
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def kind_for(device: torch.device) -> str:
+    """`cpu`, `cuda` or `reference`: the fastest set for tensors on `device`. Without Triton, CUDA has the last."""
+    if device.type == "cpu" or (device.type == "cuda" and _HAS_TRITON):
+        return device.type
+    return "reference"
+
+
+def kernels_for(device: torch.device, family: str = "") -> ModuleType:
+    """The kernels of a family ("", "fake", "entropy") for `device`: numba and Triton are imported at the first call."""
+    kind = kind_for(device)
+    return import_module(f"quadapt.kernels.{family}_{kind}" if family else f"quadapt.kernels.{kind}")
+
+
+def few(x: Tensor, group_size: int, columns: int) -> bool:
+    """Whether the fused product serves inputs `[.., columns]`: on a CUDA device, and few enough that it is faster.
+
+    A rule, not a timing: the same model must take the same path, and give the same bits, each time.
+    """
+    return (
+        kind_for(x.device) == "cuda"
+        and 1 <= x.numel() // columns <= MOST_TOKENS
+        and x.dtype != torch.float64
+        and (group_size % 8 == 0 or group_size >= columns)
+    )

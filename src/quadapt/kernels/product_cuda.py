@@ -1,0 +1,169 @@
+"""The product of few tokens with a quantized matrix on CUDA devices, in Triton, without making the dense matrix.
+
+With one token to decode, time goes into reading weights: four bits of each are read here, where a dense matrix has
+sixteen. What is left must be cheap, so scale and offset are taken out of the sum over a group,
+
+    y[t, o] = sum_g scales[o, g] * sum_i levels[codes[o, i]] x[t, i] + offsets[o, g] * sum_i x[t, i]
+
+which leaves one multiply-add for each weight and token. A word of eight codes is a thread's; rows of a program share
+its inputs. All is summed in float32, in an order that depends on the shape alone: the same inputs give the same bits.
+Integers become floats without a conversion: placed below the exponent of one, a code reads as `1 + code / 2**bits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quadapt.kernels.tiles import (
+    DOUBLE,
+    FLOATS,
+    IMPLIED,
+    INTEGER,
+    held,
+    launch,
+    narrowed,
+    parts,
+    power,
+    read_words,
+    word_codes,
+    words_of,
+)
+
+_WORDS = 128
+"""Words of a row that a program takes at once: one for each thread."""
+
+
+@triton.jit
+def _product(
+    x,
+    packed,
+    scales,
+    scales_absmax,
+    scales_mean,
+    offsets,
+    offsets_absmax,
+    offsets_mean,
+    unit,
+    levels,
+    y,
+    tokens,
+    rows,
+    columns,
+    row_bytes,
+    groups,
+    group,
+    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    WIDE: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    row, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
+    start, there = row.to(tl.int64)[:, None], (row < rows)[:, None]
+    total = tl.zeros([TOKENS, ROWS, WORDS], tl.float32)
+    for first in range(0, tl.cdiv(columns, CODES), WORDS):
+        word = first + tl.arange(0, WORDS)
+        words = read_words(packed, row, word, rows, row_bytes, BITS, CODES, WIDE)
+        inside = there & (word * CODES < columns)[None, :]
+        at = start * groups + (word * CODES // group)[None, :]
+        scale = held(scales, scales_absmax, scales_mean, unit, at, inside, SCALES)
+        dot = tl.zeros([TOKENS, ROWS, WORDS], tl.float32)
+        ones = tl.zeros([TOKENS, WORDS], tl.float32)
+        for k in tl.static_range(CODES):
+            column = word * CODES + k
+            some = (token < tokens)[:, None] & (column < columns)[None, :]
+            value = tl.load(x + token[:, None] * columns + column[None, :], mask=some, other=0).to(tl.float32)
+            if LOOKUP:
+                level = tl.load(levels + ((words >> (k * BITS)) & ((1 << BITS) - 1)))
+            else:
+                # To the top of the fraction's 23 bits.
+                moved = words >> (k * BITS + BITS - 23) if k * BITS + BITS > 23 else words << (23 - BITS - k * BITS)
+                level = ((moved & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
+            dot += value[:, None, :] * level[None, :, :]
+            ones += value
+        ones = tl.broadcast_to(ones[:, None, :], dot.shape)
+        if not LOOKUP:
+            dot = (dot - ones) * (1 << BITS)
+        total += dot * scale[None, :, :]
+        if OFFSETS == IMPLIED:
+            if not LOOKUP:
+                total -= ones * (scale * (1 << (BITS - 1)))[None, :, :]
+        elif OFFSETS == INTEGER:
+            zero = tl.load(offsets + at, mask=inside, other=0).to(tl.float32)
+            total -= ones * (scale * zero)[None, :, :]
+        else:
+            total += ones * held(offsets, offsets_absmax, offsets_mean, unit, at, inside, OFFSETS)[None, :, :]
+    spot = token.to(tl.int64)[:, None] * rows + row[None, :]
+    done = narrowed(tl.sum(total, axis=2), y.dtype.element_ty)
+    tl.store(y + spot, done, mask=(token < tokens)[:, None] & (row < rows)[None, :])
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    scales: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    levels: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+) -> Tensor:
+    """As `reference.product`, but for the order of the sum: `[tokens, out]` in the dtype of `x`."""
+    (rows, row_bytes), tokens = packed.shape, len(x)
+    words, wide = words_of(packed, bits)
+    y = x.new_empty(tokens, rows)
+    size = power(tokens)
+    tile = max(1, min(8 if rows >= 4096 else 4, 32 // size))
+    unit = next((each[3] for each in (scales, offsets) if len(each) == 4), scales[0])
+    launch(
+        _product,
+        (parts(rows, tile),),
+        x.contiguous(),
+        words,
+        *_held(scales, unit),
+        *_held(offsets, unit),
+        unit,
+        unit if levels is None else levels,
+        y,
+        tokens,
+        rows,
+        columns,
+        row_bytes,
+        parts(columns, group_size),
+        group_size,
+        fuse=True,
+        BITS=bits,
+        CODES=word_codes(bits),
+        WIDE=wide,
+        LOOKUP=levels is not None,
+        SCALES=_kind(scales),
+        OFFSETS=_kind(offsets),
+        TOKENS=size,
+        ROWS=tile,
+        WORDS=min(_WORDS, power(parts(columns, word_codes(bits)))),
+    )
+    return y
+
+
+def _held(tensors: Sequence[Tensor], other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, second-level constants and mean: something of a tensor where there is none."""
+    values = tensors[0].contiguous() if tensors else other
+    return (values, tensors[1], tensors[2]) if len(tensors) == 4 else (values, other, other)
+
+
+def _kind(tensors: Sequence[Tensor]) -> int:
+    """How scales or offsets are held, by what there is of them."""
+    if not tensors:
+        return IMPLIED.value
+    if len(tensors) == 4:
+        return DOUBLE.value
+    return INTEGER.value if tensors[0].dtype == torch.uint8 else FLOATS.value
