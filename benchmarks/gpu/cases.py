@@ -188,7 +188,9 @@ def _faking(rows: int, columns: int, group: int) -> Iterator[Case]:
         out = dtype or torch.bfloat16
         yield Case("fake_quantize", about, fake_cuda.quantize, fake_reference.quantize, (*whole, out))
         if table is None:
-            yield Case("fake_quantize", f"{about}, codes", fake_cuda.quantize, fake_reference.quantize, (*whole, torch.uint8))
+            yield Case(
+                "fake_quantize", f"{about}, codes", fake_cuda.quantize, fake_reference.quantize, (*whole, torch.uint8)
+            )
         for slack in (None, 1e-4):
             arguments = (torch.randn(rows, columns), *whole, slack, torch.zeros(rows, columns, dtype=out))
             kernels = fake_cuda.gradients, fake_reference.gradients

@@ -80,7 +80,8 @@ def main() -> list[dict[str, Any]]:
                     continue
                 seen.add(kernel.hash)
                 row = rows.setdefault(
-                    (card, case.kernel), {"card": card, "kernel": case.kernel, "variants": 0, "registers": 0, "stack": 0}
+                    (card, case.kernel),
+                    {"card": card, "kernel": case.kernel, "variants": 0, "registers": 0, "stack": 0},
                 )
                 row["variants"] += 1
                 for name, value in needs(kernel).items():

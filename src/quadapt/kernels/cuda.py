@@ -63,7 +63,7 @@ def _dequantize(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    words = read_words(packed, row, word, rows, row_bytes, BITS, CODES, WIDE)
+    words = read_words(packed, row[:, None], word[None, :], rows, row_bytes, BITS, CODES, WIDE)
     start = row.to(tl.int64)[:, None]
     inside = (row < rows)[:, None] & (word * CODES < columns)[None, :]
     at = start * groups + (word * CODES // group)[None, :]

@@ -67,44 +67,42 @@ def _product(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    row, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
-    start, there = row.to(tl.int64)[:, None], (row < rows)[:, None]
-    total = tl.zeros([TOKENS, ROWS, WORDS], tl.float32)
+    # Everything has the axes tokens, rows, words, so that the compiler keeps one layout from the loads to the sum.
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
+    token = tl.arange(0, TOKENS)[:, None, None]
+    start, total = row.to(tl.int64), tl.zeros([TOKENS, ROWS, WORDS], tl.float32)
     for first in range(0, tl.cdiv(columns, CODES), WORDS):
-        word = first + tl.arange(0, WORDS)
+        word = tl.max_contiguous(first + tl.arange(0, WORDS), 1)[None, None, :]
         words = read_words(packed, row, word, rows, row_bytes, BITS, CODES, WIDE)
-        inside = there & (word * CODES < columns)[None, :]
-        at = start * groups + (word * CODES // group)[None, :]
+        inside = (row < rows) & (word * CODES < columns)
+        at = start * groups + word * CODES // group
         scale = held(scales, scales_absmax, scales_mean, unit, at, inside, SCALES)
         dot = tl.zeros([TOKENS, ROWS, WORDS], tl.float32)
-        ones = tl.zeros([TOKENS, WORDS], tl.float32)
+        ones = tl.zeros([TOKENS, 1, WORDS], tl.float32)
         for k in tl.static_range(CODES):
             column = word * CODES + k
-            some = (token < tokens)[:, None] & (column < columns)[None, :]
-            value = tl.load(x + token[:, None] * columns + column[None, :], mask=some, other=0).to(tl.float32)
+            some = (token < tokens) & (column < columns)
+            value = tl.load(x + token * columns + column, mask=some, other=0).to(tl.float32)
             if LOOKUP:
                 level = tl.load(levels + ((words >> (k * BITS)) & ((1 << BITS) - 1)))
             else:
                 # To the top of the fraction's 23 bits.
                 moved = words >> (k * BITS + BITS - 23) if k * BITS + BITS > 23 else words << (23 - BITS - k * BITS)
                 level = ((moved & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
-            dot += value[:, None, :] * level[None, :, :]
+            dot += value * level
             ones += value
-        ones = tl.broadcast_to(ones[:, None, :], dot.shape)
         if not LOOKUP:
             dot = (dot - ones) * (1 << BITS)
-        total += dot * scale[None, :, :]
+        total += dot * scale
         if OFFSETS == IMPLIED:
             if not LOOKUP:
-                total -= ones * (scale * (1 << (BITS - 1)))[None, :, :]
+                total -= ones * (scale * (1 << (BITS - 1)))
         elif OFFSETS == INTEGER:
-            zero = tl.load(offsets + at, mask=inside, other=0).to(tl.float32)
-            total -= ones * (scale * zero)[None, :, :]
+            total -= ones * (scale * tl.load(offsets + at, mask=inside, other=0).to(tl.float32))
         else:
-            total += ones * held(offsets, offsets_absmax, offsets_mean, unit, at, inside, OFFSETS)[None, :, :]
-    spot = token.to(tl.int64)[:, None] * rows + row[None, :]
-    done = narrowed(tl.sum(total, axis=2), y.dtype.element_ty)
-    tl.store(y + spot, done, mask=(token < tokens)[:, None] & (row < rows)[None, :])
+            total += ones * held(offsets, offsets_absmax, offsets_mean, unit, at, inside, OFFSETS)
+    done = narrowed(tl.sum(total, axis=2, keep_dims=True), y.dtype.element_ty)
+    tl.store(y + token.to(tl.int64) * rows + row, done, mask=(token < tokens) & (row < rows))
 
 
 def product(

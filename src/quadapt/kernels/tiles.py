@@ -69,16 +69,14 @@ def parts(count: int, size: int) -> int:
 
 @triton.jit
 def read_words(packed, row, word, rows, row_bytes, BITS: tl.constexpr, CODES: tl.constexpr, WIDE: tl.constexpr):
-    """Words `[rows, words]` as int32; zero past the ends."""
+    """Words as int32, of rows and words that broadcast against each other; zero past the ends."""
     SIZE: tl.constexpr = BITS * CODES // 8
-    start = row.to(tl.int64)[:, None]
-    there = (row < rows)[:, None]
+    start, there = row.to(tl.int64), row < rows
     if WIDE:
         count = row_bytes // SIZE
-        inside = there & (word < count)[None, :]
-        found = tl.load(packed + start * count + word[None, :], mask=inside, other=0).to(tl.int32)
+        found = tl.load(packed + start * count + word, mask=there & (word < count), other=0).to(tl.int32)
     else:
-        at = (word * SIZE)[None, :]
+        at = word * SIZE
         found = tl.load(packed + start * row_bytes + at, mask=there & (at < row_bytes), other=0).to(tl.int32)
         for byte in tl.static_range(1, SIZE):
             inside = there & (at + byte < row_bytes)
