@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import (
+    _held,
     cuda,
     entropy_cuda,
     entropy_reference,
@@ -148,7 +149,7 @@ def _encoding(rows: int, columns: int, group: int) -> Iterator[Case]:
                 yield Case("group_error", about, cuda.group_error, reference.group_error, arguments, (1e-5,))
 
 
-def _gptq(rows: int, columns: int, group: int) -> Iterator[Case]:
+def _gptq(rows: int, _: int, group: int) -> Iterator[Case]:
     noise = torch.randn(4 * group, group)
     upper = torch.linalg.cholesky(noise.T @ noise).T.contiguous()
     for bits, shifted in ((2, True), (3, False), (4, True), (8, True)):
@@ -210,7 +211,7 @@ def _products(rows: int, columns: int, group: int) -> Iterator[Case]:
         layout = Layout(format=format, storage=Storage(scales=scales, offsets=offsets), out=rows, columns=columns)
         weight = Nearest()(torch.randn(rows, columns), layout)
         for tokens, dtype in ((1, torch.bfloat16), (1, torch.float32), (5, torch.float16)):
-            held = weight.held("scales"), weight.held("offsets")
+            held = (_held(weight.held(name), layout.groups) for name in ("scales", "offsets"))
             arguments = (
                 torch.randn(tokens, columns).to(dtype), weight.packed, *held, format.table(weight.packed), bits,
                 format.width(columns), columns,

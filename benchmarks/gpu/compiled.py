@@ -47,8 +47,8 @@ def compiling(capability: int) -> Iterator[list[Any]]:
     found: list[Any] = []
     run = JITFunction.run
 
-    def compile_(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found.append(run(self, *args, grid=grid, warmup=True, **options))
+    def compile_(self: Any, *args: Any, **options: Any) -> None:
+        found.append(run(self, *args, **{**options, "warmup": True}))
 
     triton.runtime.driver.set_active(_Absent(capability))  # type: ignore[arg-type]
     with mock.patch.object(JITFunction, "run", compile_):

@@ -39,8 +39,8 @@ from quadapt.quant.format import Format
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows a tile, which does not divide 24; three tokens at once, which does not divide 10."""
-    monkeypatch.setattr(fake_quant, "_TILE", 7 * IN + 5)
-    monkeypatch.setattr(fake_quant, "_TOKENS", 3)
+    monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 7 * IN + 5})
+    monkeypatch.setattr(fake_quant, "_TOKENS", {"cpu": 3})
 
 
 @pytest.mark.parametrize("scaling", [0.125, 1.0, 4.0])

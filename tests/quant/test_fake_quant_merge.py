@@ -152,7 +152,7 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("domain", ["weight", "codes"])
 def test_backward_makes_nothing_larger_than_a_tile(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_quant, "_TILE", 5 * 512)
+    monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 5 * 512})
     each = case(domain, columns=512, lead=(4,)).to(torch.float32, x=torch.bfloat16)
     y = each()
     with Made() as made:
@@ -190,8 +190,8 @@ def test_accelerators_multiply_in_the_dtype_of_the_inputs(
     dy = torch.randn(2, 5, OUT).to(dtype)
     want = gradients(each, dy)
     monkeypatch.setattr(fake_quant, "_fast", lambda dy, _: dy.dtype)
-    monkeypatch.setattr(fake_quant, "_TOKENS", 3)
-    monkeypatch.setattr(fake_quant, "_TILE", 7 * IN)
+    monkeypatch.setattr(fake_quant, "_TOKENS", {"cpu": 3})
+    monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 7 * IN})
     for mine, other in zip(gradients(each, dy), want, strict=True):
         assert mine.dtype == other.dtype
         assert float((mine - other).norm() / other.norm()) < (2e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels.dispatch import few, kernels_for
-from quadapt.kernels.reference import expand, midpoints, pack, pool, unpack
+from quadapt.kernels.reference import as_floats, expand, midpoints, pack, pool, unpack
 
-__all__ = ["dequantize", "expand", "few", "kernels_for", "midpoints", "pack", "pool", "product", "unpack"]
+__all__ = ["dequantize", "expand", "few", "kernels_for", "midpoints", "pack", "pool", "product", "unpack", "widen"]
 
 
 @torch.library.custom_op("quadapt::dequantize", mutates_args=())
@@ -34,7 +34,7 @@ def dequantize(
 
     Args:
         packed: uint8 `[out, ceil(columns * bits / 8)]`.
-        scales: float16 or float32 `[out, groups]`.
+        scales: float16 or float32 `[out, groups]`, or the bytes of these, uint8 `[out, groups * itemsize]`.
         offsets: Likewise, or None for zero.
         levels: float32 `[2**bits]`, or None for the integers 0 to `2**bits - 1`.
         bits: Width of a code.
@@ -45,7 +45,16 @@ def dequantize(
     Returns:
         `[out, columns]`, on the device of `packed`.
     """
+    groups = -(-columns // group_size)
+    scales, offsets = _floats(scales, groups), None if offsets is None else _floats(offsets, groups)
     return kernels_for(packed.device).dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
+
+
+def _floats(stored: Tensor, groups: int) -> Tensor:
+    """Floats of `groups` in a row, which may come as their bytes: then traced programs need not copy to view them."""
+    if stored.dtype != torch.uint8:
+        return stored
+    return as_floats(stored, {2: torch.float16, 4: torch.float32}[stored.shape[-1] // groups])
 
 
 @dequantize.register_fake
@@ -60,6 +69,24 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty(packed.shape[0], columns, dtype=dtype)
+
+
+@torch.library.custom_op("quadapt::widen", mutates_args=())
+def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    """Doubly quantized scales or offsets, float32 `[out, groups]`: `unit[codes] * absmax + mean`, each rounded.
+
+    Args:
+        codes: uint8 `[out, groups]`.
+        absmax: Bytes of float32 `[n, 4]`, one for 256 codes in row-major order.
+        mean: Bytes of float32 `[1, 4]`.
+        unit: float32 `[256]`, the levels.
+    """
+    return kernels_for(codes.device).widen(codes, *(_floats(each, 1).flatten() for each in (absmax, mean)), unit)
+
+
+@widen.register_fake
+def _(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
 
 
 @torch.library.custom_op("quadapt::product", mutates_args=())
@@ -78,8 +105,7 @@ def product(
     Args:
         x: `[tokens, columns]`, float16, bfloat16 or float32.
         packed: As for :func:`dequantize`.
-        scales: As they are held: floats `[out, groups]`; or, doubly quantized, uint8 codes `[out, groups]`, a float32
-            constant for each 256, their mean, and the levels of codes `[256]`.
+        scales: As they are held: one tensor as for :func:`dequantize`, or the four of :func:`widen`.
         offsets: Likewise; or uint8 zero-points `[out, groups]`, the offset being `-scale * zero`; or nothing, for
             what the format implies: zero for a table of levels, `-scale * 2**(bits - 1)` for integers.
         levels: As for :func:`dequantize`; so are `bits`, `group_size` and `columns`.
@@ -92,7 +118,17 @@ def product(
     """
     from quadapt.kernels import product_cuda
 
+    groups = -(-columns // group_size)
+    scales, offsets = _held(scales, groups), _held(offsets, groups)
     return product_cuda.product(x, packed, scales, offsets, levels, bits, group_size, columns)
+
+
+def _held(tensors: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """Bytes of floats as floats; codes and zero-points, one byte a group, stay."""
+    if len(tensors) == 4:
+        codes, absmax, mean, unit = tensors
+        return [codes, _floats(absmax, 1).flatten(), _floats(mean, 1).flatten(), unit]
+    return [each if each.shape[-1] == groups else _floats(each, groups) for each in tensors]
 
 
 @product.register_fake

@@ -68,19 +68,22 @@ def dequantize(
     return weight
 
 
+def as_floats(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Read bytes (uint8 `[.., n * itemsize]`) as floats `[.., n]`.
+
+    A tensor read from a file may start at any byte; torch views only aligned ones.
+    """
+    if torch.compiler.is_compiling() or stored.storage_offset() % dtype.itemsize or not stored.is_contiguous():
+        stored = stored.clone(memory_format=torch.contiguous_format)
+    return stored.view(dtype)
+
+
 SUPER = 256
 """Doubly quantized values that share a constant."""
 
 
 def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
-    """Doubly quantized scales or offsets, float32 `[out, groups]`: `unit[codes] * absmax + mean`, both rounded.
-
-    Args:
-        codes: uint8 `[out, groups]`.
-        absmax: float32, one for 256 codes in row-major order.
-        mean: float32, one.
-        unit: float32 `[256]`, the levels.
-    """
+    """As :func:`quadapt.kernels.widen`."""
     scaled = unit[codes.int()].flatten() * absmax.repeat_interleave(SUPER)[: codes.numel()]
     return (scaled + mean).view(codes.shape)
 

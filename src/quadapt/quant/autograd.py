@@ -65,7 +65,7 @@ def _split(layout: Layout, tensors: tuple[Tensor, ...]) -> tuple[QuantWeight, tu
 
 
 def _dense(weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    return weight.decode(weight.floats("offsets") if move is None else move.offsets(weight, params), dtype)
+    return weight.decode(weight.operand("offsets") if move is None else move.offsets(weight, params), dtype)
 
 
 def _few(x: Tensor, weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...]) -> Tensor:

@@ -29,11 +29,11 @@ from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
 from quadapt.quant.storage import FLOATS
 
-_TILE = 1 << 20
-"""Weights whose gradient exists at once (4 MB): large enough for the matrix product to run at full speed."""
+_TILE = {"cpu": 1 << 20}
+"""Weights whose gradient exists at once (4 MB on a CPU, else 64 MB): enough for a product to run at full speed."""
 
-_TOKENS = 2048
-"""Rows of the inputs that are widened to the gradient's dtype at once."""
+_TOKENS = {"cpu": 2048}
+"""Rows of the inputs that are widened to the gradient's dtype at once; elsewhere they stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class FakeQuantMatmul(torch.autograd.Function):
                 offsets=torch.empty_like(offsets),
                 A=torch.zeros_like(A, dtype=scales.dtype) if needs_A else None,
                 B=torch.empty_like(B, dtype=scales.dtype) if needs_B else None,
-                x=rows.new_zeros(rows.shape, dtype=scales.dtype) if needs_x else None,
+                x=torch.empty_like(rows, dtype=scales.dtype) if needs_x else None,
             )
             _fill(wanted, dy.reshape(-1, dy.shape[-1]), rows, operands, ctx.how.slack)
         dx = None if wanted.x is None else wanted.x.view(x.shape).to(x.dtype)
@@ -157,7 +157,7 @@ class Gradients:
     """Of `B` as the kernels take it, already scaled."""
 
     x: Tensor | None
-    """Inputs, `[tokens, in]`: zeros at first, likewise."""
+    """Inputs, `[tokens, in]`: every tile adds to it."""
 
 
 Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Grid]
@@ -179,23 +179,25 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
     not rounded as forward rounds them.
     """
     base, A, B, scales, offsets, levels, grid = operands
-    step = max(1, _TILE // grid.columns)
+    step = max(1, _TILE.get(dy.device.type, 1 << 24) // grid.columns)
     work = _fast(dy, scales.dtype)
     tile = scales.new_empty(min(step, len(base)), grid.columns)
     weights = None if wanted.x is None else torch.empty_like(tile, dtype=work)
+    size = _TOKENS.get(dy.device.type, max(1, len(x)))
+    parts = [slice(at, at + size) for at in range(0, len(x), size)] or [slice(0)]
     for start in range(0, len(base), step):
         rows = slice(start, start + step)
-        G = tile[: len(base) - start].zero_()
-        for some in _parts(len(x)):
-            _add_product(G, dy[some, rows].to(work).T, x[some].to(work))
+        G = tile[: len(base) - start]
+        for some in parts:
+            _add_product(G, dy[some, rows].to(work).T, x[some].to(work), first=some is parts[0])
         factor = None if B is None else B[rows]
         dense = None if weights is None else weights[: len(base) - start]
         wanted.scales[rows], wanted.offsets[rows] = fake_gradients(
             G, base[rows], A, factor, scales[rows], offsets[rows], levels, grid, slack, dense
         )
         if wanted.x is not None and dense is not None:
-            for some in _parts(len(x)):
-                _add_product(wanted.x[some], dy[some, rows].to(work), dense)
+            for some in parts:
+                _add_product(wanted.x[some], dy[some, rows].to(work), dense, first=not start)
         if wanted.base is not None:
             wanted.base[rows] = G
         if wanted.A is not None and factor is not None:
@@ -204,15 +206,18 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
             torch.mm(G, A.T, out=wanted.B[rows])
 
 
-def _parts(tokens: int) -> list[slice]:
-    return [slice(start, start + _TOKENS) for start in range(0, tokens, _TOKENS)]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add `left @ right` to `total`, or put it there; summed in the dtype of `total`."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        if first:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+    elif first and left.is_cuda:  # matrix units sum in float32: asked for, the sum is not rounded
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
     else:
-        total += left @ right
+        product = torch.mm(left, right, out_dtype=total.dtype) if left.is_cuda else left @ right
+        total.copy_(product) if first else total.add_(product)
 
 
 def _fast(dy: Tensor, wide: torch.dtype) -> torch.dtype:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.kernels import kernels_for, pack, unpack
-from quadapt.kernels.reference import SUPER
+from quadapt.kernels import pack, unpack, widen
+from quadapt.kernels.reference import SUPER, as_floats
 from quadapt.quant.constants import per_device
 from quadapt.quant.format import Format
 
@@ -138,21 +138,19 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
 
 def decode(stored: dict[str, Tensor], kind: str, shape: tuple[int, int] | None = None) -> Tensor:
     """What :func:`encode` stored, as float32 `[out, groups]`; `shape` is these two, which linear codes do not tell."""
+    if kind in FLOATS:
+        return as_floats(stored[""], FLOATS[kind]).float()
     tensors = held(stored, kind, shape)
-    return kernels_for(tensors[0].device).widen(*tensors) if kind == "double" else tensors[0].float()
+    return widen(*tensors) if kind == "double" else tensors[0].float()
 
 
 def held(stored: dict[str, Tensor], kind: str, shape: tuple[int, int] | None = None) -> list[Tensor]:
-    """What :func:`encode` stored, as `kernels.product` takes it: in its own dtype, second-level constants apart."""
-    if kind in FLOATS:
-        return [_as_floats(stored[""], FLOATS[kind])]
-    if kind == "double":
-        constants = (_as_floats(stored[name], torch.float32).flatten() for name in ("_absmax", "_mean"))
-        return [stored[""], *constants, dynamic_map(device=stored[""].device)]
+    """What :func:`encode` stored, as `kernels.product` takes it: the bytes themselves, but floats for linear codes."""
     if linear := Linear.of(kind):
         assert shape is not None
         return [_decode_linear(stored, linear, shape)]
-    return list(stored.values())  # zero-points, or nothing
+    table = [dynamic_map(device=stored[""].device)] if kind == "double" else []
+    return [*stored.values(), *table]
 
 
 def _encode_linear(values: Tensor, linear: Linear) -> dict[str, Tensor]:
@@ -174,9 +172,9 @@ def _encode_linear(values: Tensor, linear: Linear) -> dict[str, Tensor]:
 def _decode_linear(stored: dict[str, Tensor], linear: Linear, shape: tuple[int, int]) -> Tensor:
     count = shape[0] * shape[1]
     codes = unpack(stored[""], linear.bits, count).flatten().float()
-    largest = _as_floats(stored["_largest"], FLOATS[linear.constant]).float().flatten()
+    largest = as_floats(stored["_largest"], FLOATS[linear.constant]).float().flatten()
     largest = largest.repeat_interleave(linear.block)[:count]
-    smallest = _as_floats(stored["_smallest"], torch.float32).flatten()
+    smallest = as_floats(stored["_smallest"], torch.float32).flatten()
     return (codes * largest / (2**linear.bits - 1) + smallest).view(shape)
 
 
@@ -226,10 +224,3 @@ def dynamic_map() -> tuple[float, ...]:
 
 def _as_bytes(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
-
-
-def _as_floats(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Read bytes as floats. A tensor read from a file may start at any byte; torch views only aligned ones."""
-    if torch.compiler.is_compiling() or stored.storage_offset() % dtype.itemsize or not stored.is_contiguous():
-        stored = stored.clone(memory_format=torch.contiguous_format)
-    return stored.view(dtype)

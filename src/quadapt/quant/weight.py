@@ -161,8 +161,8 @@ class QuantWeight:
         values = stored.decode(*self._stored("offsets"))
         return -self.scales * values if kind == "integer" else values
 
-    def floats(self, name: Literal["scales", "offsets"]) -> Tensor | None:
-        """Scales or offsets `[out, groups]` as `kernels.dequantize` takes them: float16 ones are not widened."""
+    def operand(self, name: Literal["scales", "offsets"]) -> Tensor | None:
+        """Scales or offsets as `kernels.dequantize` takes them: bytes of floats where they are stored so."""
         if getattr(self.layout.storage, name) in stored.FLOATS:
             return self.held(name)[0]
         return self.scales if name == "scales" else self.offsets
@@ -178,13 +178,13 @@ class QuantWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight matrix, `[out, in]`, inputs in the layer's own order."""
-        return self.layer_order(self.decode(self.floats("offsets"), dtype))
+        return self.layer_order(self.decode(self.operand("offsets"), dtype))
 
     def decode(self, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Dequantize, inputs in stored order, with offsets that may be other than the stored ones (training)."""
         columns = self.layout.columns
         width, table = self.format.width(columns), self.format.table(self.packed)
-        scales = self.floats("scales")
+        scales = self.operand("scales")
         assert scales is not None
         return kernels.dequantize(self.packed, scales, offsets, table, self.format.bits, width, columns, dtype)
 
