@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test check bench docs clean
+.PHONY: help install demo test check bench gpu docs clean
 
 help:
 	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
@@ -13,6 +13,7 @@ help:
 	@echo "make test      lint, types and tests (under 15 minutes on two cores)"
 	@echo "make check     lint and types alone"
 	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"
+	@echo "make gpu       every Triton kernel and method checked, and timed where there is a GPU (8 minutes; needs no install)"
 	@echo "make docs      docs/ and the tables of the README, from the code and from what demo and bench found"
 
 install: $(INSTALLED)
@@ -37,6 +38,10 @@ test: check
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# On a bare machine too: with torch, triton, transformers, peft, numba and scipy, this source is all that is needed.
+gpu:
+	@PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 docs: install
 	if [ -f report/report.json ]; then cp report/report.json benchmarks/results/demo.json; fi

@@ -65,7 +65,7 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
 def environment() -> dict[str, Any]:
     """Versions, machine and commit."""
     packages = {}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "numba", "safetensors"):
+    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "numba", "safetensors"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -22,8 +22,6 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.cases import cases
 
-CARDS = {"sm_80 (A100)": 80, "sm_90 (H100, H200)": 90}
-
 
 class _Absent:
     """Stands in for the driver of a card."""
@@ -67,28 +65,20 @@ def needs(kernel: Any) -> dict[str, int]:
     return {"registers": numbers["REG"], "stack": numbers["STACK"] + numbers["LOCAL"], "shared": kernel.metadata.shared}
 
 
-def main() -> list[dict[str, Any]]:
-    """Compile all cases for all cards: one row for each kernel and card."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for card, capability in CARDS.items():
-        seen: set[str] = set()
-        for case in cases(64, 1104, 64):
-            with compiling(capability) as kernels:
-                case.run(torch.device("cpu"))
-            for kernel in kernels:
-                if kernel.hash in seen:
-                    continue
+def compiled_for(capability: int, every: int = 1) -> list[dict[str, Any]]:
+    """Compile the cases (each of `every`) for cards of a capability: a row for each kernel, with the most it needs."""
+    rows: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for at, case in enumerate(cases(64, 1104, 64)):
+        if at % every and case.kernel in rows:
+            continue
+        with compiling(capability) as kernels:
+            case.run(torch.device("cpu"))
+        for kernel in kernels:
+            if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                row = rows.setdefault(
-                    (card, case.kernel),
-                    {"card": card, "kernel": case.kernel, "variants": 0, "registers": 0, "stack": 0},
-                )
+                row = rows.setdefault(case.kernel, {"kernel": case.kernel, "variants": 0})
                 row["variants"] += 1
                 for name, value in needs(kernel).items():
                     row[name] = max(row.get(name, 0), value)
     return list(rows.values())
-
-
-if __name__ == "__main__":
-    for row in main():
-        print(row)

@@ -1,0 +1,72 @@
+"""Models to check and to time, made without the settings' library: `make gpu` needs no pydantic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from quadapt.hf.peft_layer import lora_config
+from quadapt.methods import METHODS
+from quadapt.model.layer import Plan
+from quadapt.model.quantize import quantize_model
+from quadapt.model.select import select
+from quadapt.quant.rounding import Nearest
+
+
+def llama(device: torch.device, dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
+    """A random Llama; small unless `sizes` says otherwise."""
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return LlamaForCausalLM(LlamaConfig(**(small | sizes))).eval()  # type: ignore[arg-type]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None) -> nn.Module:
+    """A method's adapter over a model, whose layers are rounded to nearest on the device where they are."""
+    chosen = METHODS[method]
+    if bits is not None:
+        chosen = chosen.with_format(replace(chosen.format, bits=bits))
+    names = list(select(model).chosen)
+    if chosen.adapter.base != "float":
+        format, storage, rounding = chosen.base()
+        plan = Plan(format=format, storage=storage, rounding=Nearest() if rounding.needs else rounding)
+        quantize_model(model, select(model).chosen, plan)
+    config = lora_config(chosen.adapter, rank=rank, alpha=rank, target_modules=names)
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def stock(model: nn.Module, *, rank: int, **settings: Any) -> nn.Module:
+    """PEFT's own LoRA."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config, **settings)  # type: ignore[arg-type]
+
+
+@contextmanager
+def triton_on(device: torch.device) -> Iterator[None]:
+    """Inside, tensors on `device` are served by the Triton kernels: on the CPU, by the interpreter."""
+    if device.type == "cuda":
+        yield
+        return
+    with mock.patch("quadapt.kernels.dispatch.kind_for", return_value="cuda"):
+        yield

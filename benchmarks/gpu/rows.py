@@ -1,0 +1,87 @@
+"""What is measured on a card, and what is asked of it. The documentation lists these rows, measured or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number."""
+
+    what: str
+    """In words."""
+
+    unit: str
+    """Of the number."""
+
+    limit: float | None = None
+    """What is asked for on an H200; None for numbers that only inform."""
+
+    at_least: bool = False
+    """Whether the limit is the smallest number that will do, instead of the largest."""
+
+    def met(self, value: float) -> bool | None:
+        """Whether a number will do; None where nothing is asked."""
+        if self.limit is None:
+            return None
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def asked(self) -> str:
+        """The limit in words."""
+        if self.limit is None:
+            return ""
+        return f"at {'least' if self.at_least else 'most'} {self.limit:g}"
+
+
+BNB = "of PEFT + bitsandbytes nf4"
+MATRIX = "4096 x 11008"
+
+ROWS: dict[str, Row] = {
+    "copy": Row("copy from and to the card's memory, read and written", "TB/s"),
+    "matmul": Row("bf16 product of 8192 x 8192 matrices", "TFLOP/s"),
+    "dequantize_int4": Row(f"dequantize int4 of {MATRIX} to bf16, bytes read and written", "of the copy", 0.75, True),
+    "dequantize_nf4": Row(f"dequantize nf4 of {MATRIX} to bf16, likewise", "of the copy", 0.75, True),
+    "step_bf16": Row("step of PEFT's bf16 LoRA: 8 Llama-2-7B blocks, 4 x 1024 tokens", "ms"),
+    "step_qlora": Row("step of QLoRA nf4", "of bf16 LoRA", 1.10),
+    "step_gptq_lora": Row("step of LoRA over int4", "of bf16 LoRA", 1.10),
+    "step_qa_lora": Row("step of QA-LoRA int4", "of bf16 LoRA", 1.10),
+    "step_l4q": Row("step of L4Q int4", "of bf16 LoRA", 1.8),
+    "step_lr_qat": Row("step of LR-QAT int4", "of bf16 LoRA"),
+    "step_e2e_qp": Row("step of E2E-QP int4", "of bf16 LoRA"),
+    "bnb_qlora": Row("step of QLoRA nf4", BNB, 0.85),
+    "bnb_qa_lora": Row("step of QA-LoRA int4", BNB, 0.85),
+    "memory_qlora": Row("peak memory of a QLoRA nf4 step", BNB, 1.0),
+    "memory_qa_lora": Row("peak memory of a QA-LoRA int4 step", BNB, 1.0),
+    "peak_bf16": Row("peak memory of a bf16 LoRA step", "GB"),
+    "peak_qlora": Row("peak memory of a QLoRA nf4 step", "GB"),
+    "peak_qa_lora": Row("peak memory of a QA-LoRA int4 step", "GB"),
+    "icq": Row(f"ICQ's entropy search over {MATRIX}, nf4 in groups of 64", "ms", 50),
+    "gptq": Row(f"GPTQ of {MATRIX} to int4 in groups of 128", "s", 3),
+    "table": Row(f"LQ-LoRA's error table of {MATRIX}: 24 configurations, rank 64", "s", 5),
+    "decode_bf16": Row("decoding, one token through 8 Llama-2-7B blocks, bf16, CUDA graph", "tokens/s"),
+    "decode_int4": Row("decoding int4, fused product, CUDA graph", "times bf16", 2.5, True),
+    "decode_nf4": Row("decoding nf4, doubly quantized scales, likewise", "times bf16"),
+    **{
+        f"product_{tokens}": Row(
+            f"fused product of {tokens} token{'s' * (tokens > 1)} with int4 4096 x 4096", "of dequantize + product", 1.0
+        )
+        for tokens in (1, 2, 4, 8, 16)
+    },
+}
+
+
+def shown(rows: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """A table's rows: what, number with its unit, what is asked, whether it is met."""
+    found = []
+    for key, row in ROWS.items():
+        value = rows.get(key)
+        if isinstance(value, (int, float)):
+            met = row.met(value)
+            verdict = "" if met is None else "met" if met else "missed"
+            found.append((row.what, f"{value:.3g} {row.unit}", row.asked(), verdict))
+        else:
+            why = f": {value}" if value else ""
+            found.append((row.what, f"not measured{why}", f"{row.asked()} {row.unit}" if row.limit else "", ""))
+    return found

@@ -1,0 +1,245 @@
+"""Times and memory on a card. Each section fills some rows of `rows.py`; candidates of one ratio are timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.models import adapted, llama, stock
+from benchmarks.gpu.steps import graph
+from quadapt.budget import candidates, measure
+from quadapt.kernels import few
+from quadapt.methods import METHODS
+from quadapt.quant.autograd import quant_matmul
+from quadapt.quant.format import Format
+from quadapt.quant.gptq import GPTQ
+from quadapt.quant.icq import shifted_range
+from quadapt.quant.rounding import Nearest
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+CARD = torch.device("cuda")
+OUT, IN = 4096, 11008
+BLOCKS = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 8,
+    "vocab_size": 1024,
+    "max_position_embeddings": 1024,
+}
+RANK = 16
+INT4, NF4 = Format(bits=4, group_size=64, zero="float"), Format(levels="nf", bits=4, group_size=64)
+DOUBLE = Storage(scales="double", offsets="absent")
+
+Measured = dict[str, Any]
+
+
+def seconds(works: dict[str, Callable[[], object]], rounds: int = 7, least: float = 0.02) -> dict[str, list[float]]:
+    """Seconds of one call of each, round by round: A B C, A B C; calls are repeated until a round takes `least`."""
+    repeats = {}
+    for name, work in works.items():
+        for _ in range(3):
+            work()
+        took = _elapsed(work, 1)
+        repeats[name] = max(1, round(least / took))
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            found[name].append(_elapsed(work, repeats[name]) / repeats[name])
+    return found
+
+
+def _elapsed(work: Callable[[], object], times: int) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()  # type: ignore[no-untyped-call]
+    for _ in range(times):
+        work()
+    stop.record()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000  # type: ignore[no-untyped-call]
+
+
+def of(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(mine / theirs for mine, theirs in zip(times[name], times[base], strict=True))
+
+
+def ceilings() -> Measured:
+    """What the card can do."""
+    source = torch.randn(1 << 29, device=CARD)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(8192, 8192, device=CARD, dtype=torch.bfloat16) for _ in range(2))
+    times = seconds({"copy": lambda: target.copy_(source), "matmul": lambda: left @ right})
+    best = {name: statistics.median(took) for name, took in times.items()}
+    return {"copy": 2 * source.nbytes / best["copy"] / 1e12, "matmul": 2 * 8192**3 / best["matmul"] / 1e12}
+
+
+def quantized(format: Format, storage: Storage | None = None, out: int = OUT, columns: int = IN) -> QuantWeight:
+    """A random matrix, rounded to nearest on the card."""
+    layout = Layout(format=format, storage=storage or Storage.default(format), out=out, columns=columns)
+    return Nearest()(torch.randn(out, columns, device=CARD), layout)
+
+
+def decoding_weights() -> Measured:
+    """Dequantize, recorded as a graph so that the kernel is timed and not its launch; sets in turn, none in cache."""
+    found: Measured = {}
+    bandwidth = ceilings()["copy"]
+    for name, format in (("int4", INT4), ("nf4", NF4)):
+        sets = [quantized(format) for _ in range(4)]
+        replay, _ = graph(lambda sets=sets: [each.dequantize(torch.bfloat16) for each in sets][-1])
+        took = statistics.median(seconds({name: replay})[name]) / len(sets)
+        moved = sets[0].nbytes + OUT * IN * 2
+        found[f"dequantize_{name}"] = moved / took / 1e12 / bandwidth
+    return found
+
+
+def dense(**changes: int) -> nn.Module:
+    """Eight blocks of Llama-2-7B's shape in bfloat16."""
+    return llama(CARD, torch.bfloat16, **(BLOCKS | changes))
+
+
+def bitsandbytes() -> nn.Module:
+    """PEFT LoRA over bitsandbytes NF4 with double quantization."""
+    import bitsandbytes as bnb
+
+    model = dense()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            kind = {"quant_type": "nf4", "compress_statistics": True}
+            packed = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, **kind
+            )
+            packed.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, module=packed, **kind)
+            model.set_submodule(name, packed.to(CARD))
+    return stock(model, rank=RANK)
+
+
+def steps() -> Measured:
+    """Training steps in turn, and the peak memory of each alone."""
+    builds: dict[str, Callable[[], nn.Module]] = {
+        "bf16": lambda: stock(dense(), rank=RANK),
+        "qlora": lambda: adapted(dense(), "qlora", rank=RANK),
+        "gptq_lora": lambda: adapted(dense(), "gptq-lora", rank=RANK),
+        "qa_lora": lambda: adapted(dense(), "qa-lora", rank=RANK),
+        "l4q": lambda: adapted(dense(), "l4q", rank=RANK),
+        "lr_qat": lambda: adapted(dense(), "lr-qat", rank=RANK),
+        "e2e_qp": lambda: adapted(dense(), "e2e-qp", rank=RANK),
+    }
+    if find_spec("bitsandbytes"):
+        builds["bnb"] = bitsandbytes
+    ids = torch.randint(0, BLOCKS["vocab_size"], (4, 1024), device=CARD)
+    works, peaks = {}, {}
+    for name, build in builds.items():
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        work = _step(_without_dropout(build()), ids)
+        work()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        peaks[name], works[name] = torch.cuda.max_memory_allocated() - before, work
+    times = seconds(works, rounds=9, least=0.1)
+    found: Measured = {f"step_{name}": of(times, name, "bf16") for name in builds if name not in ("bf16", "bnb")}
+    found["step_bf16"] = 1000 * statistics.median(times["bf16"])
+    found |= {f"peak_{name}": peaks[name] / 1e9 for name in ("bf16", "qlora", "qa_lora")}
+    for name in ("qlora", "qa_lora"):
+        missing = "bitsandbytes is not installed"
+        found[f"bnb_{name}"] = of(times, name, "bnb") if "bnb" in builds else missing
+        found[f"memory_{name}"] = peaks[name] / peaks["bnb"] if "bnb" in builds else missing
+    return found
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def _step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    def work() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return work
+
+
+def quantizing() -> Measured:
+    """ICQ, GPTQ and the table of errors."""
+    weight = torch.randn(OUT, IN, device=CARD)
+    inputs = torch.randn(2 * IN, IN, device=CARD)
+    moment = (inputs.T @ inputs / len(inputs)).double()
+    layout = Layout(format=Format(bits=4, group_size=128, zero="float"), storage=Storage(), out=OUT, columns=IN)
+    method = METHODS["lq-lora"]
+    ways = candidates(method)
+    ways = ways[:: len(ways) // 24][:24]
+    searched = Format(levels="nf", bits=4, group_size=64, zero="float")
+    works: dict[str, tuple[Callable[[], object], float]] = {
+        "icq": (lambda: shifted_range(weight, searched), 1000),
+        "gptq": (lambda: GPTQ()(weight, layout, {"second_moment": moment}), 1),
+        "table": (lambda: measure(weight, ways, method, rank=64), 1),
+    }
+    found: Measured = {}
+    for name, (work, unit) in works.items():
+        work()
+        found[name] = unit * statistics.median(_elapsed(work, 1) for _ in range(3))
+    return found
+
+
+def tokens() -> Measured:
+    """One token through the blocks, recorded as a graph."""
+    hidden = torch.randn(1, 1, BLOCKS["hidden_size"], device=CARD, dtype=torch.bfloat16)
+    replays: dict[str, Callable[[], object]] = {}
+    kept = []
+    for name, method in (("bf16", None), ("int4", "gptq-lora"), ("nf4", "qlora")):
+        model = dense() if method is None else adapted(dense(), method, rank=RANK).unload()  # type: ignore[operator]
+        blocks = model.model
+        with torch.no_grad():
+            replays[name], _ = graph(lambda m=blocks: m(inputs_embeds=hidden, use_cache=False).last_hidden_state)
+        kept.append(model)
+    times = seconds(replays)
+    found: Measured = {f"decode_{name}": of(times, "bf16", name) for name in ("int4", "nf4")}
+    return {**found, "decode_bf16": 1 / statistics.median(times["bf16"])}
+
+
+def products() -> Measured:
+    """The fused product beside dequantize and a dense product: where the rule for few tokens should end."""
+    found: Measured = {}
+    sets = [quantized(INT4, out=4096, columns=4096) for _ in range(8)]  # 67 MB: more than the cache
+    for count in (1, 2, 4, 8, 16):
+        x = torch.randn(count, 4096, device=CARD, dtype=torch.bfloat16)
+        assert few(x, INT4.group_size, 4096)
+        with torch.no_grad():
+            fused, _ = graph(lambda x=x: [quant_matmul(x, each) for each in sets][-1])
+            plain, _ = graph(
+                lambda x=x: [nn.functional.linear(x, each.dequantize(torch.bfloat16)) for each in sets][-1]
+            )
+        times = seconds({"fused": fused, "plain": plain})
+        found[f"product_{count}"] = of(times, "fused", "plain")
+    return found
+
+
+SECTIONS: dict[str, Callable[[], Measured]] = {
+    "ceilings": ceilings,
+    "dequantize": decoding_weights,
+    "products": products,
+    "quantizing": quantizing,
+    "decoding": tokens,
+    "steps": steps,
+}
+
+
+def sections() -> Iterator[tuple[str, Callable[[], Measured]]]:
+    """Sections in turn, the card's memory given back between them."""
+    for name, section in SECTIONS.items():
+        torch.cuda.empty_cache()
+        yield name, section
