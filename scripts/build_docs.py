@@ -18,6 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed package
+
+from benchmarks.gpu.rows import shown
 from compared import NOTE, RESULTS, ROOT, comparison, table
 from pydantic.fields import FieldInfo
 
@@ -179,6 +182,7 @@ def performance() -> str:
             f"{memory['above_import'] / 1e6:.0f} MB above that after import; the packed checkpoint has "
             f"{memory['packed'] / 1e6:.0f} MB. Limit: {memory['limit']}.\n",
         ]
+    parts += on_a_gpu()
     environments = {name: found["environment"] for name, found in (("step", step), ("quantize", quantize)) if found}
     for name, about in environments.items():
         parts.append(
@@ -187,6 +191,25 @@ def performance() -> str:
             + f", commit {about['commit'][:10]}.\n"
         )
     return "\n".join(parts)
+
+
+def on_a_gpu() -> list[str]:
+    """What `make gpu` measured on a card; rows that were never measured say so."""
+    found = stored("gpu") or {"rows": {}}
+    parts = [
+        "## On a GPU\n",
+        "`make gpu` checks every Triton kernel and every method's step against the CPU, and times them on the card that "
+        "it finds. What is asked is asked of an H200 (copies at 4.3 TB/s, bf16 products at 790 TFLOP/s).\n",
+        table(("what", "measured", "asked", ""), shown(found["rows"])),
+    ]
+    if "card" in found:
+        card, about, checks = found["card"], found["environment"], found["checks"]
+        packages = ", ".join(f"{package} {version}" for package, version in about["packages"].items() if version)
+        parts.append(
+            f"{card['name']}, driver {card['driver']}, CUDA {card['cuda']}, {packages}, commit {about['commit'][:10]}; "
+            f"{checks['run'] - len(checks['failed'])} of {checks['run']} checks passed.\n"
+        )
+    return parts
 
 
 def demo_table() -> str:

@@ -62,11 +62,15 @@ def stock(model: nn.Module, *, rank: int, **settings: Any) -> nn.Module:
     return get_peft_model(model, config, **settings)  # type: ignore[arg-type]
 
 
+def _cuda(_: torch.device) -> str:
+    return "cuda"
+
+
 @contextmanager
 def triton_on(device: torch.device) -> Iterator[None]:
     """Inside, tensors on `device` are served by the Triton kernels: on the CPU, by the interpreter."""
     if device.type == "cuda":
         yield
         return
-    with mock.patch("quadapt.kernels.dispatch.kind_for", return_value="cuda"):
+    with mock.patch("quadapt.kernels.dispatch.kind_for", _cuda):
         yield

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import quadapt
-from quadapt.kernels import cpu, dequantize, kernels_for, reference, threads
+from quadapt.kernels import cpu, dequantize, dispatch, kernels_for, reference, threads
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format, normal_levels
 from quadapt.quant.gptq import GPTQ
@@ -307,7 +307,11 @@ def test_the_operator_keeps_torchs_contract(dtype: torch.dtype, shifted: bool) -
     assert torch.equal(dequantize(*arguments), reference.dequantize(*arguments))
 
 
-def test_kernels_are_chosen_by_device() -> None:
+def test_kernels_are_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_for(torch.device("cpu")) is cpu
-    assert kernels_for(torch.device("cuda")) is reference
     assert kernels_for(torch.device("meta")) is reference
+    assert kernels_for(torch.device("cpu"), "fake").__name__ == "quadapt.kernels.fake_cpu"
+    if dispatch._HAS_TRITON:
+        assert kernels_for(torch.device("cuda"), "entropy").__name__ == "quadapt.kernels.entropy_cuda"
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    assert kernels_for(torch.device("cuda")) is reference

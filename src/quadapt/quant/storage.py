@@ -8,7 +8,7 @@ made, and that is the model.
 
 from __future__ import annotations
 
-import re
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -57,12 +57,14 @@ class Linear:
         return f"linear{self.bits}-{self.block}-{self.constant}"
 
     @staticmethod
-    @cache
     def of(kind: str) -> Linear | None:
         """What `kind` names, or None if it is no such name."""
-        found = re.fullmatch(r"linear(2|3|4|8)-(16|64|256)-(fp16|fp32)", kind)
-        return Linear(int(found[1]), int(found[2]), found[3]) if found else None
+        return _LINEAR.get(kind)
 
+
+_LINEAR = {
+    each.name: each for each in itertools.starmap(Linear, itertools.product((2, 3, 4, 8), (16, 64, 256), FLOATS))
+}
 
 LINEAR = Linear().name
 """LQ-LoRA's choice where it has one grid for all matrices."""
