@@ -24,7 +24,15 @@ from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 CARD = torch.device("cuda")
-OUT, IN = 4096, 11008
+COPY, SIDE = 1 << 29, 8192
+"""Floats that are copied, and the side of the matrices that are multiplied, for the card's own limits."""
+
+OUT, IN, SQUARE = 4096, 11008, 4096
+"""Llama-2-7B's matrices."""
+
+BATCH = (4, 1024)
+"""Sequences and tokens of a training step."""
+
 BLOCKS = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -34,7 +42,7 @@ BLOCKS = {
     "vocab_size": 1024,
     "max_position_embeddings": 1024,
 }
-RANK = 16
+RANK, TABLE_RANK = 16, 64
 INT4, NF4 = Format(bits=4, group_size=64, zero="float"), Format(levels="nf", bits=4, group_size=64)
 DOUBLE = Storage(scales="double", offsets="absent")
 
@@ -74,12 +82,12 @@ def of(times: dict[str, list[float]], name: str, base: str) -> float:
 
 def ceilings() -> Measured:
     """What the card can do."""
-    source = torch.randn(1 << 29, device=CARD)
+    source = torch.randn(COPY, device=CARD)
     target = torch.empty_like(source)
-    left, right = (torch.randn(8192, 8192, device=CARD, dtype=torch.bfloat16) for _ in range(2))
+    left, right = (torch.randn(SIDE, SIDE, device=CARD, dtype=torch.bfloat16) for _ in range(2))
     times = seconds({"copy": lambda: target.copy_(source), "matmul": lambda: left @ right})
     best = {name: statistics.median(took) for name, took in times.items()}
-    return {"copy": 2 * source.nbytes / best["copy"] / 1e12, "matmul": 2 * 8192**3 / best["matmul"] / 1e12}
+    return {"copy": 2 * source.nbytes / best["copy"] / 1e12, "matmul": 2 * SIDE**3 / best["matmul"] / 1e12}
 
 
 def quantized(format: Format, storage: Storage | None = None, out: int = OUT, columns: int = IN) -> QuantWeight:
@@ -135,7 +143,7 @@ def steps() -> Measured:
     }
     if find_spec("bitsandbytes"):
         builds["bnb"] = bitsandbytes
-    ids = torch.randint(0, BLOCKS["vocab_size"], (4, 1024), device=CARD)
+    ids = torch.randint(0, BLOCKS["vocab_size"], BATCH, device=CARD)
     works, peaks = {}, {}
     for name, build in builds.items():
         torch.cuda.empty_cache()
@@ -165,7 +173,7 @@ def _without_dropout(model: nn.Module) -> nn.Module:
 
 def _step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     def work() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(CARD.type, dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -186,7 +194,7 @@ def quantizing() -> Measured:
     works: dict[str, tuple[Callable[[], object], float]] = {
         "icq": (lambda: shifted_range(weight, searched), 1000),
         "gptq": (lambda: GPTQ()(weight, layout, {"second_moment": moment}), 1),
-        "table": (lambda: measure(weight, ways, method, rank=64), 1),
+        "table": (lambda: measure(weight, ways, method, rank=TABLE_RANK), 1),
     }
     found: Measured = {}
     for name, (work, unit) in works.items():
@@ -197,27 +205,38 @@ def quantizing() -> Measured:
 
 def tokens() -> Measured:
     """One token through the blocks, recorded as a graph."""
-    hidden = torch.randn(1, 1, BLOCKS["hidden_size"], device=CARD, dtype=torch.bfloat16)
     replays: dict[str, Callable[[], object]] = {}
-    kept = []
+    kept = []  # a graph holds addresses, not tensors
     for name, method in (("bf16", None), ("int4", "gptq-lora"), ("nf4", "qlora")):
-        model = dense() if method is None else adapted(dense(), method, rank=RANK).unload()  # type: ignore[operator]
-        blocks = model.model
-        with torch.no_grad():
-            replays[name], _ = graph(lambda m=blocks: m(inputs_embeds=hidden, use_cache=False).last_hidden_state)
+        model: Any = dense() if method is None else adapted(dense(), method, rank=RANK).unload()  # type: ignore[operator]
         kept.append(model)
+        with torch.no_grad():
+            replays[name], _ = graph(_token(model.model))
     times = seconds(replays)
     found: Measured = {f"decode_{name}": of(times, "bf16", name) for name in ("int4", "nf4")}
     return {**found, "decode_bf16": 1 / statistics.median(times["bf16"])}
 
 
+def _token(model: Any) -> Callable[[], Tensor]:
+    hidden = torch.randn(1, 1, BLOCKS["hidden_size"], device=CARD, dtype=torch.bfloat16)
+    place = model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.long, device=CARD))
+
+    def work() -> Tensor:
+        state = hidden
+        for block in model.layers:
+            state = block(state, position_embeddings=place)
+        return state
+
+    return work
+
+
 def products() -> Measured:
     """The fused product beside dequantize and a dense product: where the rule for few tokens should end."""
     found: Measured = {}
-    sets = [quantized(INT4, out=4096, columns=4096) for _ in range(8)]  # 67 MB: more than the cache
+    sets = [quantized(INT4, out=SQUARE, columns=SQUARE) for _ in range(8)]  # 67 MB: more than the cache
     for count in (1, 2, 4, 8, 16):
-        x = torch.randn(count, 4096, device=CARD, dtype=torch.bfloat16)
-        assert few(x, INT4.group_size, 4096)
+        x = torch.randn(count, SQUARE, device=CARD, dtype=torch.bfloat16)
+        assert few(x, INT4.width(SQUARE), SQUARE)
         with torch.no_grad():
             fused, _ = graph(lambda x=x: [quant_matmul(x, each) for each in sets][-1])
             plain, _ = graph(
