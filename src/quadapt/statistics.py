@@ -180,8 +180,8 @@ def gather_fisher(
     """Diagonal of the empirical Fisher information of all `layers`: sum over sequences of the squared gradient.
 
     Sequences are taken one at a time whatever their batch: the square of a sum is not the sum of squares. The loss is
-    the mean over a sequence's tokens. One gradient of one layer lives at a time, beside a float32 sum for each layer. On
-    a GPU it goes block by block, wherever the model is: the sums, twice the model's size, are then brought there seldom.
+    the mean over a sequence's tokens. One gradient of one layer lives at a time, beside a float32 sum for each layer.
+    On a GPU it goes block by block wherever the model is, and a block's sums are brought there along with it.
 
     Args:
         model: Dense, in evaluation mode; gradients flow, parameters do not change.
@@ -238,7 +238,8 @@ def _whole(model: nn.Module, sequences: Sequence[Tensor], watch: Watch, device: 
     """Gradients of sequences one by one, through the model as a whole."""
     with watch(model), torch.enable_grad():
         for sequence in sequences:
-            model(input_ids=sequence[None], labels=sequence[None], use_cache=False).loss.backward()
+            ids = sequence[None].to(device)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 def _by_blocks(model: nn.Module, sequences: Sequence[Tensor], watch: Watch, device: torch.device) -> None:

@@ -102,7 +102,7 @@ def _made(function: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map_only(Tensor, OnCard, function(*args, **{**kwargs, "device": "cpu"}))
 
 
-def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: ARG001
     """What `torch.tensor(.., device="card")` fills its result with."""
     assert isinstance(target, OnCard)
     target.inner.copy_(source)

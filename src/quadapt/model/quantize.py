@@ -193,9 +193,7 @@ class _Worker:
         ]
         return Done(weights, rows)
 
-    def _gathered(
-        self, unit: str, stages: list[list[str]], walk: BlockWalk
-    ) -> Iterable[tuple[list[str], Statistics]]:
+    def _gathered(self, unit: str, stages: list[list[str]], walk: BlockWalk) -> Iterable[tuple[list[str], Statistics]]:
         """Each stage with its statistics: gathered in its turn, or all before the first if the rounding says so."""
 
         def gather(stage: list[str]) -> Statistics:
