@@ -19,7 +19,7 @@ from quadapt.calibrate import BlockWalk
 from quadapt.errors import CalibrationError
 from quadapt.hf.blocks import BlockFiles
 from quadapt.methods import method
-from quadapt.model.quantize import quantized_layers
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import find_blocks, select
 from quadapt.nn.block_ap import BlockAP
 from quadapt.nn.resident import resident
@@ -32,6 +32,8 @@ from quadapt.statistics import FISHER, MOMENT, StatisticsFiles, gather
 
 NF4 = {"format": Format(levels="nf", bits=4, group_size=64), "storage": Storage(scales="double", offsets="absent")}
 SHIFTED = {"format": Format(levels="nf", bits=4, group_size=32, zero="float"), "storage": Storage()}
+SOME = ("q_proj", "up_proj", "down_proj")
+"""Layers to quantize where all would take long."""
 LINEAR_NF = {"format": Format(levels="nf", bits=4, group_size=64), "storage": Storage(scales=LINEAR, offsets="absent")}
 
 
@@ -89,13 +91,13 @@ def test_codes_are_those_of_a_model_on_the_card(name: str) -> None:
     found = []
     for model, device in everywhere(llama(attention_bias=True)):
         home, bias = next(model.parameters()).device, model.model.layers[0].self_attn.q_proj.bias
-        done = quantized(model, device, ROUNDINGS[name])
+        done = quantized(model, device, ROUNDINGS[name], only=SOME)
         assert {each.device for each in model.parameters()} == {home}
         assert {each.device for weight in done.weights.values() for each in weight.tensors.values()} == {home}
         assert model.model.layers[0].self_attn.q_proj.bias.data_ptr() == bias.data_ptr() or home == CARD
         found.append((digests(model), [{**asdict(row), "seconds": 0} for row in done.rows]))
     assert found[0] == found[1]
-    assert len(found[0][0]) == 14
+    assert len(found[0][0]) == 6
 
 
 @pytest.mark.parametrize("home", ["card", "cpu"])
@@ -117,8 +119,6 @@ def test_finished_blocks_are_kept_and_gone_on_with(home: str, tmp_path: Path) ->
 def test_layers_outside_the_blocks_come_and_go_too() -> None:
     model = llama()
     layers = {**select(model).chosen, "lm_head": model.lm_head}
-    from quadapt.model.quantize import quantize_model
-
     ledger.reset()
     quantize_model(model, layers, plan(Nearest()), device=CARD)
     assert isinstance(model.lm_head.weight, nn.Parameter)
@@ -182,9 +182,13 @@ def test_nothing_is_written_into_the_model(tmp_path: Path) -> None:
 def test_a_block_is_what_it_was_after_a_failure() -> None:
     model = llama()
     before = state(model)
-    with pytest.raises(ValueError, match="inside"), resident(model, CARD), resident(model.model.layers[0], CARD):
+
+    def fail() -> None:
         assert {each.device for each in (*model.parameters(), *model.buffers())} == {CARD}
         raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"), resident(model, CARD), resident(model.model.layers[0], CARD):
+        fail()
     assert state(model) == before
     assert ledger.now == 0
 
@@ -224,7 +228,7 @@ def test_statistics_are_those_of_a_model_on_the_card(tmp_path: Path) -> None:
     assert len(found[0]) == 28
     for key, value in found[0].items():
         assert torch.equal(value, found[1][key]), key
-        torch.testing.assert_close(value, found[2][key], rtol=1e-4, atol=1e-9)
+        assert float((value - found[2][key]).norm() / value.norm()) < 1e-5, key
 
 
 class Framed(nn.Module):
@@ -289,12 +293,12 @@ def test_starts_are_those_of_a_model_on_the_card(start: Any, pooled: bool, tmp_p
         files = StatisticsFiles(tmp_path / str(at))
         gather(start.needs, model, select(model).chosen, text(), files, device=device)
         settings = plan(GPTQ(), start=start, rank=4, pooled=pooled)
-        done = quantized(model, device, settings, statistics=files)
+        done = quantized(model, device, settings, only=SOME, statistics=files)
         factors = {name: [each.cpu() for each in pair] for name, pair in done.factors.items()}
         found.append((digests(model), factors))
     assert found[0][0] == found[1][0]
     assert found[0][1].keys() == found[1][1].keys()
-    assert pooled or len(found[0][1]) == 14
+    assert pooled or len(found[0][1]) == 6
     for name, pair in found[0][1].items():
         assert all(torch.equal(*each) for each in zip(pair, found[1][1][name], strict=True))
 
@@ -303,7 +307,7 @@ def test_starts_are_those_of_a_model_on_the_card(start: Any, pooled: bool, tmp_p
 def test_the_table_of_errors_is_measured_on_the_card(name: str) -> None:
     chosen = method(name)
     weight, fisher = torch.randn(96, 64), torch.rand(96, 64)
-    ways = candidates(chosen)[::7]
+    ways = candidates(chosen)[:: 7 if name == "lq-lora" else 3]
     statistics = [{"fisher": fisher}, {}] if name == "lq-lora" else [{}]
     for known in statistics:
         there = {key: value.to(CARD) for key, value in known.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ def plan(rounding: Any, **settings: Any) -> Plan:
     return Plan(**{"format": Format(bits=3, group_size=32), "storage": Storage(), "rounding": rounding, **settings})
 
 
-def quantized(model: nn.Module, device: torch.device | None, plan: Plan, **settings: Any) -> Done:
-    """Quantize all its layers."""
-    return quantize_model(model, select(model).chosen, plan, batches=text(), device=device, **settings)
+def quantized(
+    model: nn.Module, device: torch.device | None, plan: Plan, *, only: Sequence[str] = (), **settings: Any
+) -> Done:
+    """Quantize its layers, all or only some."""
+    chosen = select(model, target_modules=only).chosen
+    return quantize_model(model, chosen, plan, batches=text(), device=device, **settings)

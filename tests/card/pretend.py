@@ -10,15 +10,24 @@ process of their own (`test_card.py`).
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("card")
+
+class _Module(_DummyBackendModule):
+    """What `torch.card` says of itself."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+_setup_privateuseone_for_python_backend("card", backend_module=_Module())
 CARD = torch.device("card:0")
 _ATEN = torch.ops.aten
 _CROSSING = {_ATEN._to_copy.default, _ATEN.copy_.default}
@@ -30,7 +39,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self.now = self.peak = self.waits = self.operators = 0
-        self._known: set[int] = set()
+        """Bytes held, and most of them at once; times waited for the card; operators on it. All since `reset`."""
+        self._known: dict[int, int] = {}
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor's memory once, until it is let go."""
@@ -38,18 +48,19 @@ class Ledger:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        self._known.add(key)
+        self._known[key] = size
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._forget, key)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def _forget(self, key: int) -> None:
+        self.now -= self._known.pop(key)
 
     def reset(self) -> None:
-        """Begin to count anew, from what is held now."""
-        self.peak, self.waits, self.operators = self.now, 0, 0
+        """Begin to count anew. What is held now (tables that are made once for a device, say) counts for nothing."""
+        gc.collect()
+        self._known = dict.fromkeys(self._known, 0)
+        self.now = self.peak = self.waits = self.operators = 0
 
 
 ledger = Ledger()
