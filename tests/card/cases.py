@@ -24,6 +24,7 @@ from quadapt.model.select import find_blocks, select
 from quadapt.nn.block_ap import BlockAP
 from quadapt.nn.resident import resident
 from quadapt.nn.starts import LQ, QERA, CLoQ, LoftQ, QuAILoRA
+from quadapt.objectives import RILQ, KeptTeacher, Teacher
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest
@@ -317,6 +318,23 @@ def test_the_table_of_errors_is_measured_on_the_card(name: str) -> None:
         ]
         assert [each.candidate for each in rows[0]] == [each.candidate for each in rows[1]]
         assert [each.error for each in rows[1]] == pytest.approx([each.error for each in rows[0]], rel=1e-4)
+
+
+def test_a_teacher_on_the_card_takes_batches_from_the_cpu(tmp_path: Path) -> None:
+    """Which is where batches are while its targets are put on disk; in training they are on the card."""
+    model = llama()
+    batch = {"input_ids": text(1)[0], "attention_mask": torch.tensor([[1] * 24, [1] * 20 + [0] * 4])}
+    there = {name: value.to(CARD) for name, value in batch.items()}
+    targets, student = [], copy.deepcopy(model).to(CARD)
+    for each, used in ((model, batch), (copy.deepcopy(model).to(CARD), there)):
+        kept = KeptTeacher(tmp_path / str(len(targets)))
+        kept.fill(Teacher(each), [batch])
+        targets.append(kept(used))
+    assert targets[1].device == CARD
+    torch.testing.assert_close(targets[0], targets[1].cpu())
+    objective = RILQ(student, kept)
+    loss = student(**there, labels=there["input_ids"]).loss
+    assert float(objective(loss, there)) == pytest.approx(0.5 * float(loss), rel=1e-4)
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------
