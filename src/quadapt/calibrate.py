@@ -246,8 +246,9 @@ class BackwardWalk(BlockWalk):
             for batch, gradient in zip(self._batches, gradients, strict=True):
                 with torch.enable_grad():
                     self._model(input_ids=batch.to(self.device), use_cache=False)
-                hidden = first.inputs.pop()
+                hidden = first.inputs[-1]
                 for name, recorder in recorders.items():
+                    recorder.inputs.clear()
                     _refuse_gradients(name, recorder.calls.pop())
                 if hidden.requires_grad:
                     hidden.backward(gradient.to(self.device))

@@ -331,7 +331,7 @@ def test_a_teacher_on_the_card_takes_batches_from_the_cpu(tmp_path: Path) -> Non
         kept.fill(Teacher(each), [batch])
         targets.append(kept(used))
     assert targets[1].device == CARD
-    torch.testing.assert_close(targets[0], targets[1].cpu())
+    torch.testing.assert_close(targets[0], targets[1].cpu(), rtol=1e-3, atol=1e-4)
     objective = RILQ(student, kept)
     loss = student(**there, labels=there["input_ids"]).loss
     assert float(objective(loss, there)) == pytest.approx(0.5 * float(loss), rel=1e-4)

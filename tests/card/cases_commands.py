@@ -80,6 +80,14 @@ def test_a_full_card_is_an_error_that_says_what_to_do(monkeypatch: pytest.Monkey
     quadapt(*QUANTIZE, "--device", "card", "--offload", "cpu", "--output", "new")  # goes on with the same folder
 
 
+def test_where_nothing_is_quantized_there_is_nothing_to_keep_off_the_card() -> None:
+    quadapt("quantize", "dense", "--rounding", "nearest", "--output", "q4")
+    tune = ("tune", "--data", "story.txt", "--device", "card", "--offload", "cpu", "--output", "new")
+    said = give(*tune, "dense", "--method", "l4q", code=2).error
+    assert "offload='cpu' says where the dense model is while it is quantized, and l4q trains over it" in said
+    assert "'q4' is quantized already. Leave it out" in give(*tune, "q4", code=2).error
+
+
 def test_a_plan_is_made_on_the_card_with_the_model_on_the_cpu() -> None:
     fisher = ("--fisher", "story.txt", "--calibration-length", "32", "--calibration-sequences", "9")
     least = ("plan", "dense", "--budget", "3.5", "--rank", "2", "--target-modules", "down_proj", *fisher)
