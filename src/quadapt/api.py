@@ -38,7 +38,8 @@ def prepare(
             or token ids `[sequences, length]`, batch by batch.
         target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
         skip: Layers to leave unquantized.
-        device: As in torch; auto: a GPU if there is one.
+        device: As in torch; auto: a GPU if there is one. A model in memory stays where it is; with `offload="cpu"` this
+            device quantizes it, block by block.
         dtype: auto (as stored), float32, bfloat16 or float16.
         seed: Of the adapter's initialization and of the choice of calibration text.
         settings: Further settings of `quadapt tune`: bits, group_size, levels, rounding, rank, alpha, pooling, ..
@@ -54,15 +55,14 @@ def prepare(
 
     from quadapt.config import TuneConfig, checked
     from quadapt.errors import ConfigError
-    from quadapt.hf.folder import load_model, open_folder
     from quadapt.hf.quantizer import adopt
     from quadapt.hf.start import set_start
     from quadapt.jobs.adapt import adapt
-    from quadapt.jobs.source import device_of
     from quadapt.model.quantize import quantize_model, quantized_layers
     from quadapt.model.select import select
     from quadapt.statistics import StatisticsFiles, gather
 
+    loaded = isinstance(model, str)
     name = model if isinstance(model, str) else "model"
     config = checked(
         TuneConfig,
@@ -80,9 +80,7 @@ def prepare(
         },
     )
     plan = config.quantization()
-    if isinstance(model, str):
-        open_folder(model)
-        model = load_model(model, dtype=dtype, device=device_of(config))
+    model, there = _placed(model, config)
     chosen, factors = config.chosen_method(), dict[str, tuple[Tensor, Tensor]]()
     quantized = bool(quantized_layers(model))
     if quantized and chosen.start.name != "zero":
@@ -95,13 +93,31 @@ def prepare(
         selection = select(model, skip=skip)
         with TemporaryDirectory(prefix="quadapt-") as folder:
             statistics = StatisticsFiles(Path(folder), plan.start.needs)
-            gather(plan.start.needs, model.eval(), selection.chosen, batches, statistics)
-            factors = quantize_model(model, selection.chosen, plan, batches=batches, statistics=statistics).factors
+            gather(plan.start.needs, model.eval(), selection.chosen, batches, statistics, device=there)
+            factors = quantize_model(
+                model, selection.chosen, plan, batches=batches, statistics=statistics, device=there
+            ).factors
         adopt(model, left=selection.left, made={"method": method})
     set_seed(seed)
-    adapted = adapt(model, config)
+    adapted = adapt(model.to(there) if loaded and there else model, config)
     set_start(adapted, factors)
     return adapted
+
+
+def _placed(model: str | nn.Module, config: TuneConfig) -> tuple[nn.Module, str | None]:
+    """The model, loaded if it is a name, and the device to quantize it on if that is another than it lies on."""
+    from quadapt.hf.folder import load_model, open_folder
+    from quadapt.jobs.dry import place_of
+    from quadapt.jobs.source import device_of
+    from quadapt.report.ui import UI
+
+    if not isinstance(model, str):
+        return model, device_of(config) if config.offload == "cpu" else None
+    folder, device = open_folder(model), device_of(config)
+    if folder.kind != "model" or config.chosen_method().adapter.base == "float":
+        return load_model(model, dtype=config.dtype, device=device), None
+    place = place_of(config, folder.name, device, UI())
+    return load_model(model, dtype=config.dtype, device=place.home), place.device
 
 
 def _batches(

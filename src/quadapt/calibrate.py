@@ -3,12 +3,15 @@
 The walk keeps one set of hidden states. At each block it runs the block on them as the model would, lets the caller
 quantize the block's layers stage by stage, and runs the then quantized block to get the next hidden states. So every
 layer is calibrated on what it will really see: the outputs of quantized layers before it.
+
+The model and the hidden states may lie elsewhere than the device that computes: then a block at a time is brought there
+(`nn/resident.py`), and hidden states batch by batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import CalibrationError
 from quadapt.nn.block_ap import Example
+from quadapt.nn.resident import indexed, moved, resident
 
 Batch = Tensor
 """Token ids `[sequences, length]`, without padding."""
@@ -48,21 +52,35 @@ class BlockWalk:
     """The hidden states of some batches on their way through a model's blocks.
 
     Args:
-        model: A causal language model in evaluation mode, on one device.
+        model: A causal language model in evaluation mode, on one device; hidden states are kept there too.
         blocks: Its blocks by name, in order (`model.select.find_blocks`).
         batches: Token ids to calibrate on.
+        device: Where to compute. Default: where the model is.
 
     Raises:
         CalibrationError: There are no batches, or the model does not call its blocks once each, in order.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        device: torch.device | str | None = None,
+    ) -> None:
         if not batches:
             raise CalibrationError("there is no calibration data")
+        home = next(model.parameters()).device
+        self.device = home if device is None else indexed(device)
         recorders = {name: _Recorder(block) for name, block in blocks.items()}
-        with torch.no_grad(), _replaced(model, recorders):
+        body: nn.Module = getattr(model, "base_model", model)  # without the head: nobody asks for logits
+        with torch.no_grad(), _replaced(model, recorders), resident(body, self.device):
             for batch in batches:
-                model(input_ids=batch, use_cache=False)
+                body(input_ids=batch.to(self.device), use_cache=False)
+                seen: dict[int, Tensor] = {}  # masks and the like, which all blocks of a model share
+                for recorder in recorders.values():
+                    recorder.calls[-1:] = moved(recorder.calls[-1:], home, seen)
+                    recorder.inputs[-1:] = moved(recorder.inputs[-1:], home, seen)
         counts = {len(recorder.calls) for recorder in recorders.values()}
         if counts != {len(batches)}:
             raise CalibrationError(
@@ -73,21 +91,22 @@ class BlockWalk:
         self._hidden = self._dense = next(iter(recorders.values())).inputs
 
     @torch.no_grad()
-    def _run(self, name: str, block: nn.Module, states: list[Tensor]) -> list[Tensor]:
-        """Outputs of a block for some hidden states, batch by batch."""
-        outputs = []
-        for hidden, call in zip(states, self._calls[name], strict=True):
-            output = block(hidden, *call["args"], **call["kwargs"])
-            outputs.append(output if isinstance(output, Tensor) else output[0])
-        return outputs
+    def _run(self, name: str, block: nn.Module, states: list[Tensor]) -> Iterator[Tensor]:
+        """Outputs of a block for some hidden states, batch by batch, on the device that computes."""
+        with resident(block, self.device):
+            for hidden, call in zip(states, self._calls[name], strict=True):
+                yield _output(block, *moved((hidden, call), self.device))
+
+    def _moved_past(self, name: str, block: nn.Module, states: list[Tensor]) -> list[Tensor]:
+        return [output.to(states[0].device) for output in self._run(name, block, states)]
 
     def advance(self, name: str, block: nn.Module) -> None:
         """Move the hidden states past a block, as it now is."""
-        self._hidden = self._run(name, block, self._hidden)
+        self._hidden = self._moved_past(name, block, self._hidden)
 
     def advance_dense(self, name: str, block: nn.Module) -> None:
         """Move a second set of hidden states, those of the dense model, past a block that is still dense."""
-        self._dense = self._run(name, block, self._dense)
+        self._dense = self._moved_past(name, block, self._dense)
 
     def advance_and_gather(self, name: str, block: nn.Module, layers: Mapping[str, nn.Module]) -> list[Gathered]:
         """Move the hidden states past a block, and gather the second moments of its layers' inputs on the way.
@@ -131,20 +150,133 @@ class BlockWalk:
             return hook
 
         call, count = self._calls[name][0], len(self._hidden[0])
-        args, kwargs = (_part(call[kind], slice(0, 1), count) for kind in ("args", "kwargs"))
-        with torch.no_grad(), _hooks({layers[layer]: note(layer) for layer in layers}):
-            block(self._hidden[0][:1], *args, **kwargs)
+        one = moved((self._hidden[0][:1], _part(call, slice(0, 1), count)), self.device)
+        hooks = _hooks({layers[layer]: note(layer) for layer in layers})
+        with torch.no_grad(), resident(block, self.device), hooks:
+            _output(block, *one)
         missing = set(layers) - {layer for stage in seen.values() for layer in stage}
         if missing:
             raise CalibrationError(f"{sorted(missing)[0]}: is not used when the model runs on text. List it under skip")
         return list(seen.values())
 
     def second_moment(self, name: str, block: nn.Module, layer: nn.Module) -> Tensor:
-        """Mean of `x x^T` over the inputs of a layer of a block, float64 `[in, in]`."""
+        """Mean of `x x^T` over the inputs of a layer of a block, float64 `[in, in]`, on the device that computes."""
         moment = _Moment()
         with _hooks({layer: moment}):
-            self._run(name, block, self._hidden)
+            for _ in self._run(name, block, self._hidden):
+                pass
         return moment.mean()
+
+
+Watch = Callable[[nn.Module], AbstractContextManager[None]]
+"""Is entered with a part of a model while that part is on the device and gradients reach its parameters."""
+
+
+class BackwardWalk(BlockWalk):
+    """Gradients of the loss of single sequences, part by part of the model, from its end to its beginning.
+
+    What each block receives is kept from the way forward; on the way back a block is run once more. So the device holds
+    one block, with what it computes for one sequence, and not the model.
+
+    Args:
+        model: As for `BlockWalk`.
+        blocks: Likewise.
+        sequences: Token ids `[length]`.
+        device: As for `BlockWalk`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        sequences: Sequence[Tensor],
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._model, self._blocks, self._batches = model, blocks, [sequence[None] for sequence in sequences]
+        super().__init__(model, blocks, self._batches, device)
+        self._received = dict[str, list[Tensor]]()
+        for name, block in blocks.items():
+            self._received[name] = self._hidden
+            self.advance(name, block)
+
+    def back(self, watch: Watch) -> None:
+        """Send gradients through all parts, once: what lies behind the blocks, the blocks, what lies before them.
+
+        Raises:
+            CalibrationError: Blocks are given more than hidden states that has gradients.
+        """
+        gradients = self._behind(watch)
+        for name, block in reversed(list(self._blocks.items())):
+            with resident(block, self.device), watch(block):
+                gradients = self._through(name, block, gradients)
+        self._before(gradients, watch)
+
+    def _behind(self, watch: Watch) -> list[Tensor]:
+        """Gradients of what the last block gives."""
+        stand_ins = {name: _Gives(block) for name, block in self._blocks.items()}
+        gradients = []
+        with _replaced(self._model, stand_ins), resident(self._model, self.device), watch(self._model):
+            for batch, hidden in zip(self._batches, self._hidden, strict=True):
+                ids, given = batch.to(self.device), hidden.to(self.device).detach().requires_grad_()
+                for stand_in in stand_ins.values():
+                    stand_in.value = given
+                with torch.enable_grad():
+                    self._model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                gradients.append(_gradient(given).to(hidden.device))
+        return gradients
+
+    def _through(self, name: str, block: nn.Module, gradients: list[Tensor]) -> list[Tensor]:
+        """Gradients of what a block receives, from those of what it gives."""
+        found = []
+        for each in zip(self._received.pop(name), self._calls[name], gradients, strict=True):
+            hidden, call, gradient = moved(each, self.device)
+            hidden = hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                _output(block, hidden, call).backward(gradient)
+            found.append(_gradient(hidden).to(each[0].device))
+        return found
+
+    def _before(self, gradients: list[Tensor], watch: Watch) -> None:
+        """Send gradients of what the first block receives through what lies before it, if anything there has some."""
+        recorders = {name: _Recorder(block) for name, block in self._blocks.items()}
+        first = next(iter(recorders.values()))
+        with _replaced(self._model, recorders), resident(self._model, self.device), watch(self._model):
+            if not any(parameter.requires_grad for parameter in self._model.parameters()):
+                return
+            for batch, gradient in zip(self._batches, gradients, strict=True):
+                with torch.enable_grad():
+                    self._model(input_ids=batch.to(self.device), use_cache=False)
+                hidden = first.inputs[-1]
+                for name, recorder in recorders.items():
+                    recorder.inputs.clear()
+                    _refuse_gradients(name, recorder.calls.pop())
+                if hidden.requires_grad:
+                    hidden.backward(gradient.to(self.device))
+
+
+class _Gives(_Recorder):
+    """Stands in for a block, and gives a value that is known."""
+
+    value: Tensor
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.value
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def _refuse_gradients(name: str, call: Any) -> None:
+    """Raise CalibrationError if something in a recorded call has gradients, which would be lost."""
+    if isinstance(call, Tensor) and call.requires_grad:
+        raise CalibrationError(
+            f"{name}: is given more than hidden states that depends on layers outside the blocks, whose gradients "
+            "cannot be had block by block. List these layers under skip, or gather on the CPU (--device cpu)"
+        )
+    for item in call.values() if isinstance(call, dict) else call if isinstance(call, (tuple, list)) else ():
+        _refuse_gradients(name, item)
 
 
 class _Moment:
@@ -162,6 +294,12 @@ class _Moment:
     def mean(self) -> Tensor:
         assert self._total is not None
         return self._total.div_(self._tokens)
+
+
+def _output(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """What a block gives for some hidden states, called as it was when recorded."""
+    output = block(hidden, *call["args"], **call["kwargs"])
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def _part(value: Any, rows: slice, count: int) -> Any:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quadapt.model.select import find_blocks
+from quadapt.nn.resident import moved
 
 Batch = Mapping[str, Any]
 
@@ -65,8 +66,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        """`[batch, tokens, hidden]`."""
-        self._model(**{name: value for name, value in batch.items() if name != "labels"}, logits_to_keep=1)
+        """`[batch, tokens, hidden]`, on the teacher's device, wherever the batch is."""
+        device = next(self._model.parameters()).device
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        self._model(**moved(inputs, device), logits_to_keep=1)
         return self._hidden.take()
 
 
@@ -92,7 +95,7 @@ class KeptTeacher:
             names = [self._name(batch, row) for row in range(len(batch["input_ids"]))]
             if all(name.exists() for name in names):
                 continue
-            for name, hidden, real in zip(names, teacher(batch), real_tokens(batch), strict=True):
+            for name, hidden, real in zip(names, teacher(batch).cpu(), real_tokens(batch).cpu(), strict=True):
                 making = name.with_suffix(".partial")
                 save_file({"hidden": hidden[real].contiguous()}, making)
                 os.rename(making, name)
@@ -100,10 +103,10 @@ class KeptTeacher:
     def __call__(self, batch: Batch) -> Tensor:
         """`[batch, tokens, hidden]`; zeros at padding."""
         rows = [load_file(self._name(batch, row))["hidden"] for row in range(len(batch["input_ids"]))]
-        real = real_tokens(batch)
+        real = real_tokens(batch).cpu()
         hidden = rows[0].new_zeros(*real.shape, rows[0].shape[-1])
         for row, kept in enumerate(rows):
-            hidden[row, real[row].cpu()] = kept
+            hidden[row, real[row]] = kept
         return hidden.to(batch["input_ids"].device)
 
     def _name(self, batch: Batch, row: int) -> Path:

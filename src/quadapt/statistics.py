@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quadapt.calibrate import BlockWalk
+from quadapt.calibrate import BackwardWalk, BlockWalk, Watch
 from quadapt.errors import CalibrationError
 from quadapt.model.select import find_blocks
+from quadapt.nn.resident import indexed
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
 """Wraps the names of the units to work on, like `tqdm`."""
@@ -30,6 +32,9 @@ MOMENT, FISHER = "dense_second_moment", "fisher"
 
 _SECONDS_AT_RISK = 60.0
 """An interrupted Fisher run loses at most about this much work."""
+
+_TOGETHER = 8
+"""Sequences for which each block is brought to a GPU once on the way forward, and once on the way back."""
 
 
 class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
@@ -119,12 +124,13 @@ def gather(
     batches: Sequence[Tensor],
     files: StatisticsFiles,
     over: Callable[[str, Sequence[str]], Iterable[str]] = lambda _, units: units,
+    device: torch.device | str | None = None,
 ) -> None:
     """Gather what `needs` names, as far as it is not there; `over(label, units)` shows progress."""
     if MOMENT in needs:
-        gather_second_moments(model, layers, batches, files, partial(over, "second moments"))
+        gather_second_moments(model, layers, batches, files, partial(over, "second moments"), device)
     if FISHER in needs:
-        gather_fisher(model, layers, batches, files, partial(over, "Fisher information"))
+        gather_fisher(model, layers, batches, files, partial(over, "Fisher information"), device)
 
 
 def gather_second_moments(
@@ -133,6 +139,7 @@ def gather_second_moments(
     batches: Sequence[Tensor],
     files: StatisticsFiles,
     progress: Progress = iter,
+    device: torch.device | str | None = None,
 ) -> None:
     """Second moments of the inputs of all `layers` that lie in blocks: one walk, block by block.
 
@@ -142,6 +149,7 @@ def gather_second_moments(
         batches: Token ids `[sequences, length]`, without padding.
         files: Where they go, block by block; blocks that are there are passed without gathering.
         progress: Wraps the list of blocks.
+        device: Where to compute. Default: where the model is.
 
     Raises:
         CalibrationError: There are no batches, or the model cannot be walked through.
@@ -152,7 +160,7 @@ def gather_second_moments(
     open_ = [block for block, inside in units.items() if files.missing(MOMENT, inside)]
     if not open_:
         return
-    walk = BlockWalk(model, blocks, batches)
+    walk = BlockWalk(model, blocks, batches, device)
     last = list(blocks).index(open_[-1])
     for block in progress(list(blocks)[: last + 1]):
         if block in open_:
@@ -167,18 +175,21 @@ def gather_fisher(
     batches: Sequence[Tensor],
     files: StatisticsFiles,
     progress: Progress = iter,
+    device: torch.device | str | None = None,
 ) -> None:
     """Diagonal of the empirical Fisher information of all `layers`: sum over sequences of the squared gradient.
 
     Sequences are taken one at a time whatever their batch: the square of a sum is not the sum of squares. The loss is
     the mean over a sequence's tokens. One gradient of one layer lives at a time, beside a float32 sum for each layer.
+    On a GPU it goes block by block wherever the model is, and a block's sums are brought there along with it.
 
     Args:
         model: Dense, in evaluation mode; gradients flow, parameters do not change.
         layers: By full name.
         batches: Token ids `[sequences, length]`, without padding.
         files: Where the sums go. What is done is kept there about once a minute, and gone on with.
-        progress: Wraps the list of sequences.
+        progress: Wraps the list of sequences, by their numbers; on a GPU of every eighth.
+        device: Where to compute. Default: where the model is.
 
     Source: LQ-LoRA (arXiv 2311.12023) §3.3 and its code: the sum, not the mean.
 
@@ -192,26 +203,16 @@ def gather_fisher(
         raise CalibrationError("there is no calibration data")
     unfinished = files.folder / "partial-fisher.safetensors"
     done, sums = _resumed(unfinished, layers)
-    wanted = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-    handles = []
-    try:
-        model.requires_grad_(False)
-        for name, layer in layers.items():
-            layer.weight.requires_grad_(True)
-            handles.append(layer.weight.register_post_accumulate_grad_hook(_adds(sums[name])))
-        saved = time.monotonic()
-        for at in progress([str(at) for at in range(done, len(sequences))]):
-            sequence = sequences[int(at)][None]
-            with torch.enable_grad():
-                model(input_ids=sequence, labels=sequence, use_cache=False).loss.backward()
+    there = next(model.parameters()).device if device is None else indexed(device)
+    add, together = (_whole, 1) if there.type == "cpu" else (_by_blocks, _TOGETHER)
+    saved = time.monotonic()
+    with _trainable(model, layers):
+        for at in progress([str(at) for at in range(done, len(sequences), together)]):
+            taken = sequences[int(at) : int(at) + together]
+            add(model, taken, partial(_squared, layers, sums, there), there)
             if time.monotonic() - saved > _SECONDS_AT_RISK:
-                _write(unfinished, sums, {"done": str(int(at) + 1)})
+                _write(unfinished, sums, {"done": str(int(at) + len(taken))})
                 saved = time.monotonic()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in model.parameters():
-            parameter.requires_grad_(wanted[id(parameter)])
     for name, total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise CalibrationError(f"{name}: gradients are not finite. Gather in float32 (--dtype float32)")
@@ -219,10 +220,54 @@ def gather_fisher(
     unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def _trainable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """Inside, the weights of `layers` have gradients, and nothing else has."""
+    wanted = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(wanted[id(parameter)])
+
+
+def _whole(model: nn.Module, sequences: Sequence[Tensor], watch: Watch, device: torch.device) -> None:
+    """Gradients of sequences one by one, through the model as a whole."""
+    with watch(model), torch.enable_grad():
+        for sequence in sequences:
+            ids = sequence[None].to(device)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+def _by_blocks(model: nn.Module, sequences: Sequence[Tensor], watch: Watch, device: torch.device) -> None:
+    """Gradients of sequences one by one, block by block on a device."""
+    BackwardWalk(model, find_blocks(model), sequences, device).back(watch)
+
+
+@contextmanager
+def _squared(
+    layers: Mapping[str, nn.Linear], sums: Mapping[str, Tensor], device: torch.device, part: nn.Module
+) -> Iterator[None]:
+    """Inside, squared gradients of those `layers` that lie in `part` are added to `sums`, on `device`."""
+    inside = set(part.modules())
+    totals = {name: sums[name].to(device) for name, layer in layers.items() if layer in inside}
+    handles = [layers[name].weight.register_post_accumulate_grad_hook(_adds(total)) for name, total in totals.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in totals.items():
+        sums[name].copy_(total)
+
+
 def _adds(total: Tensor) -> Callable[[Tensor], None]:
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
-        total.add_(weight.grad.float().square().to(total.device))
+        total.add_(weight.grad.float().square())
         weight.grad = None
 
     return hook

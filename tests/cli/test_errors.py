@@ -67,6 +67,11 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "too long": (tuned("--calibration-length", "5000"), ("story.txt", "too few for one block of 5000")),
     "share": (tuned("--eval-split", "2"), ("2.0", "between 0 and 1")),
     "device": (tuned("--device", "gpu"), ("device='gpu' is unknown", "cpu, cuda")),
+    "offload": (tuned("--offload", "disk"), ("offload='disk'", "'auto', 'none' or 'cpu'")),
+    "offload here": (
+        (*QUANTIZE, "--device", "cpu", "--offload", "cpu"),
+        ("offload='cpu' says where the model is while a GPU works", "device='cpu'", "Leave it out", "--device cuda"),
+    ),
     "skip": (tuned("--skip", "nope"), ("'nope' matches no layer", "down_proj")),
     "target": (tuned("--target-modules", "nope"), ("'nope' matches no quantized layer", "down_proj")),
     "quantized target": ((*QUANTIZE, "--target-modules", "nope"), ("'nope' matches no layer", "down_proj")),

@@ -12,7 +12,7 @@ from quadapt.config.commands import (
     RunConfig,
     read_job,
 )
-from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, checked
+from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, Walk, checked
 from quadapt.config.tune import TuneConfig
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Settings",
     "Target",
     "TuneConfig",
+    "Walk",
     "checked",
     "read_job",
 ]

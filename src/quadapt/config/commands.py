@@ -15,6 +15,7 @@ from quadapt.config.fields import (
     MethodName,
     Settings,
     Target,
+    Walk,
     checked,
 )
 from quadapt.errors import ConfigError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     pass
 
 
-class QuantizeConfig(Target, Grid, Machine):
+class QuantizeConfig(Target, Grid, Walk):
     """Quantize a model."""
 
     model: Annotated[str, Flag(positional=True)]

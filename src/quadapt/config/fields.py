@@ -101,6 +101,14 @@ class Machine(Settings):
     """Run code that comes with a model. Off: such models are refused."""
 
 
+class Walk(Machine):
+    """Where and how to work through a dense model."""
+
+    offload: Annotated[Literal["auto", "none", "cpu"], Flag((), "Machine")] = "auto"
+    """Where the dense model is while a GPU quantizes it. none: on the GPU. cpu: mapped from its files (what memory does
+    not hold is read again), one block at a time on the GPU. auto: on the GPU if it fits. Results are the same."""
+
+
 class Target(Settings):
     """Where results go."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from quadapt.config.fields import Flag, Grid, Machine, StartName, Target, with_planned_method
+from quadapt.config.fields import Flag, Grid, StartName, Target, Walk, with_planned_method
 from quadapt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from quadapt.model.layer import Plan
 
 
-class TuneConfig(Target, Grid, Machine):
+class TuneConfig(Target, Grid, Walk):
     """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
 
     model: Annotated[str, Flag(positional=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 from quadapt.config import Grid, QuantizeConfig, TuneConfig
 from quadapt.errors import CheckpointError, ResourceError, locate
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.context import context_of
-from quadapt.jobs.source import device_of, model_config, skeleton
+from quadapt.hf.context import MOST_CONTEXT, context_of
+from quadapt.jobs.source import Place, device_of, model_config, skeleton
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
@@ -22,6 +21,7 @@ from quadapt.quant.weight import Layout
 from quadapt.report import memory
 from quadapt.report.memory import MemoryEstimate
 from quadapt.report.ui import UI
+from quadapt.statistics import FISHER
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Sketch:
 
     largest: int
     """Weights in the largest matrix that is quantized."""
+
+    dense: int
+    """Bytes of the dense model, as it is loaded to be quantized."""
+
+    part: int
+    """Of these, bytes of the largest block, or of what lies outside the blocks."""
 
     bytes_on_disk: int
     """Of the quantized checkpoint."""
@@ -66,6 +72,10 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
     if quantized is not None:
         del about.quantization_config
     model = skeleton(about, dtype=dtype, trust_remote_code=machine.trust_remote_code)
+    wider = (
+        1.0 if machine.dtype == "float32" else (stored or torch.float32).itemsize / next(model.parameters()).itemsize
+    )
+    dense, part = (int(wider * size) for size in (memory.parameter_bytes(model), memory.largest_part(model)))
     if quantized is not None:
         kept = QuadaptConfig(**quantized) if isinstance(quantized, dict) else quantized
         layouts, left = kept.layouts, kept.left
@@ -80,40 +90,69 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
     adapter = config.chosen_method().adapter
     if quantized is None and adapter.base == "float":  # quantizes in its forward: the base stays dense
         layouts = {layer: adapter.layout(layout.out, layout.columns) for layer, layout in layouts.items()}
-        return _sketched(model, layouts, left, about)
+        return _sketched(model, layouts, left, about, (dense, part))
     for layer, layout in layouts.items():
         bias = model.get_submodule(layer).bias
         model.set_submodule(layer, QuantLinear(layout, bias=bias is not None, device="meta", dtype=dtype))
-    return _sketched(model, layouts, left, about)
+    return _sketched(model, layouts, left, about, (dense, part))
 
 
-def _sketched(model: nn.Module, layouts: Mapping[str, Layout], left: Mapping[str, str], about: Any) -> Sketch:
+def _sketched(
+    model: nn.Module, layouts: Mapping[str, Layout], left: Mapping[str, str], about: Any, dense: tuple[int, int]
+) -> Sketch:
     largest = max(layout.out * layout.columns for layout in layouts.values())
-    return Sketch(model, layouts, left, context_of(about), largest, memory.parameter_bytes(model))
+    return Sketch(model, layouts, left, context_of(about), largest, *dense, memory.parameter_bytes(model))
 
 
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     """`quantize --dry-run`."""
     found = sketch(config.model, config, target_modules=config.target_modules)
-    plan, device = config.quantization(), device_of(config)
-    work = memory.quantizing_bytes(
-        found.largest, max(layout.columns for layout in found.layouts.values()), calibrated=plan.needs_data
+    place = place_of(config, config.model, device_of(config), ui, target_modules=config.target_modules)
+    return show(found, quantizing(config, found, place), ui)
+
+
+def place_of(
+    config: QuantizeConfig | TuneConfig,
+    name: str,
+    device: str,
+    ui: UI,
+    *,
+    target_modules: Sequence[str] = (),
+    most_length: int = MOST_CONTEXT,
+) -> Place:
+    """Where the model `name` is to be while `device` quantizes it; if it does not fit there, that is said."""
+    if device == "cpu" or config.offload != "auto":
+        return Place(device, "cpu" if config.offload == "cpu" else device)
+    _, free = memory.machine_bytes(device)
+    found = sketch(name, config, target_modules=target_modules)
+    needed = quantizing(config, found, Place(device, device), most_length=most_length).total
+    if needed <= free:
+        return Place(device, device)
+    ui.say(
+        f"{device} has {free / 1e9:.1f} GB free, and about {needed / 1e9:.1f} GB are needed: the model stays on the "
+        "CPU, one block at a time goes there (as with --offload cpu)"
     )
-    hidden = 0
-    if plan.needs_data:
-        length = config.calibration_length or min(found.context, 2048)
-        hidden = memory.step_bytes(found.model, 8, length, trains=False)
-        if plan.rounding.scope == "block":
-            work = memory.block_training_bytes(found.model, found.layouts)
-    source = (
-        sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors"))
-        if Path(config.model).is_dir()
-        else 0
-    )
-    estimate = MemoryEstimate(
-        libraries=memory.library_bytes(device), weights=source + found.bytes_on_disk, adapters=0, step=work + hidden
-    )
-    return show(found, estimate, ui)
+    return Place(device, "cpu")
+
+
+def quantizing(
+    config: QuantizeConfig | TuneConfig, found: Sketch, place: Place, *, most_length: int = MOST_CONTEXT
+) -> MemoryEstimate:
+    """Memory that quantizing will take on the device that computes. Uses up the sketch's model."""
+    plan, apart = config.quantization(), place.home != place.device
+    columns = max(layout.columns for layout in found.layouts.values())
+    step = memory.quantizing_bytes(found.largest, columns, calibrated=plan.needs_text)
+    if plan.rounding.scope == "block":
+        step = memory.block_training_bytes(found.model, found.layouts)
+    if plan.needs_text:
+        length = config.calibration_length or min(found.context, most_length)
+        step += memory.step_bytes(found.model, 8, length, trains=False)
+        if FISHER in plan.start.needs:
+            step += memory.step_bytes(found.model, 1, length)
+        if not apart:
+            step += config.calibration_sequences * length * memory.hidden_bytes(found.model)
+    weights = found.part if apart else found.dense + found.bytes_on_disk
+    return MemoryEstimate(libraries=memory.library_bytes(place.device), weights=weights, adapters=0, step=step)
 
 
 def tune(config: TuneConfig, ui: UI, *, seq_len: int) -> dict[str, Any]:

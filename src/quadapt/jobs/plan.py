@@ -31,7 +31,7 @@ from quadapt.errors import CalibrationError, CheckpointError, ConfigError, locat
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load_model, load_tokenizer
 from quadapt.hf.workspace import check_disk, check_output, write_json
-from quadapt.jobs.source import dense_folder, device_of
+from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
 from quadapt.methods import Method, method
 from quadapt.model.select import select
@@ -70,7 +70,7 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
     linears = select(model, target_modules=config.target_modules, skip=config.skip).chosen
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     _check_budget(config, chosen, ways, shapes, rank)
-    fisher = _fisher(config, model, linears, ui)
+    fisher = _fisher(config, model, linears, device, ui)
     table = _Table(chosen, ways, measured, fisher, _cache(config), device)
     errors = table.fill(linears, ui)
     options = {
@@ -157,7 +157,7 @@ Fisher = Callable[[str], Mapping[str, Tensor]]
 """Fisher information of a layer, as statistics; empty if none is asked for."""
 
 
-def _fisher(config: PlanConfig, model: nn.Module, linears: Mapping[str, nn.Linear], ui: UI) -> Fisher:
+def _fisher(config: PlanConfig, model: nn.Module, linears: Mapping[str, nn.Linear], device: str, ui: UI) -> Fisher:
     """Fisher information from a file, or gathered on text."""
     if config.fisher is None:
         return lambda _: {}
@@ -168,7 +168,8 @@ def _fisher(config: PlanConfig, model: nn.Module, linears: Mapping[str, nn.Linea
     text = calibration_batches(
         read(config.fisher), tokenizer, length=length, sequences=config.calibration_sequences, seed=config.seed
     )
-    files = statistics_for({FISHER}, config.model, model, linears, text.batches, ui)
+    with within_memory(Place(device, "cpu")):
+        files = statistics_for({FISHER}, config.model, model, linears, text.batches, ui, device)
     assert files is not None
     return files.__getitem__
 

@@ -22,7 +22,7 @@ from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.start import START, write_start
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
-from quadapt.jobs.source import dense_folder, device_of, job_of
+from quadapt.jobs.source import Place, dense_folder, device_of, job_of, within_memory
 from quadapt.jobs.statistics import statistics_for
 from quadapt.model.layer import LayerRow, Plan
 from quadapt.model.quantize import bits_of, quantize_model
@@ -53,6 +53,7 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
     rows = read(config.calibration_data) if config.calibration_data and plan.needs_data else None
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
+    place = dry.place_of(config, folder.name, device, ui, target_modules=config.target_modules)
     job = job_of("quantize", config.model_dump(mode="json"), inputs)
     with (
         Workspace(Path(config.output), job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
@@ -66,7 +67,7 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
             ui,
             target_modules=config.target_modules,
             calibration_rows=rows,
-            device=device,
+            place=place,
             seed=config.seed,
         )
         summary["peak_memory"] = peak()
@@ -82,7 +83,7 @@ def quantize_into(
     *,
     target_modules: Sequence[str],
     calibration_rows: Rows | None,
-    device: str,
+    place: Place,
     seed: int,
     most_length: int = MOST_CONTEXT,
 ) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def quantize_into(
         ui: For progress and the report.
         target_modules: Quantize these layers alone.
         calibration_rows: Text, if the rounding needs some.
-        device: To calibrate and quantize on.
+        place: To calibrate and quantize in.
         seed: Of the choice of text.
         most_length: Longest default calibration sequence.
 
@@ -104,7 +105,9 @@ def quantize_into(
     name, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
     plan, dtype = config.quantization(), config.dtype  # type: ignore[attr-defined]
     # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
-    model = load_model(name, dtype="float32" if dtype == "float32" else "auto", device=device, trust_remote_code=code)
+    kept = "float32" if dtype == "float32" else "auto"
+    with within_memory(place):
+        model = load_model(name, dtype=kept, device=place.home, trust_remote_code=code)
     tokenizer = load_tokenizer(name, trust_remote_code=code)
     selection = select(model, target_modules=target_modules, skip=config.skip)
     calibration = None
@@ -115,17 +118,19 @@ def quantize_into(
             calibration_rows, tokenizer, length=length, sequences=config.calibration_sequences, seed=seed
         )
         ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration.source}")
-    batches = [batch.to(device) for batch in calibration.batches] if calibration else []
-    statistics = statistics_for(plan.start.needs, name, model, selection.chosen, batches, ui)
-    done = quantize_model(
-        model,
-        selection.chosen,
-        plan,
-        batches=batches,
-        statistics=statistics,
-        keeper=BlockFiles(path / "blocks"),
-        progress=lambda units: ui.over("quantizing", units),
-    )
+    batches = calibration.batches if calibration else []
+    with within_memory(place):
+        statistics = statistics_for(plan.start.needs, name, model, selection.chosen, batches, ui, place.device)
+        done = quantize_model(
+            model,
+            selection.chosen,
+            plan,
+            batches=batches,
+            statistics=statistics,
+            keeper=BlockFiles(path / "blocks"),
+            progress=lambda units: ui.over("quantizing", units),
+            device=place.device,
+        )
     if dtype != "auto":
         model.to(getattr(torch, dtype))
     made = {

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import quadapt
-from quadapt.config import Machine
+from quadapt.config import Machine, Walk
 from quadapt.data import Rows, read
-from quadapt.errors import CheckpointError, ConfigError
+from quadapt.errors import CheckpointError, ConfigError, ResourceError
 from quadapt.hf.folder import Folder, open_folder, reading
+
+
+class Place(NamedTuple):
+    """Where a dense model is worked through."""
+
+    device: str
+    """That computes."""
+
+    home: str
+    """That holds the model: the same, or the CPU."""
 
 
 def device_of(config: Machine) -> str:
     """The device to work on.
 
     Raises:
-        ConfigError: It does not exist here.
+        ConfigError: It does not exist here, or it is the CPU and the model is to be kept off a GPU.
     """
+    device = _device_of(config)
+    if device == "cpu" and isinstance(config, Walk) and config.offload != "auto":
+        raise ConfigError(
+            f"offload={config.offload!r} says where the model is while a GPU works, and device={config.device!r} is "
+            "the CPU here. Leave it out, or name a GPU (--device cuda)"
+        )
+    return device
+
+
+def _device_of(config: Machine) -> str:
     available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if config.device == "auto":
         return "cuda" if available is not None and available.type == "cuda" else "cpu"
@@ -32,6 +53,20 @@ def device_of(config: Machine) -> str:
     if kind != "cpu" and (available is None or available.type != kind):
         raise ConfigError(f"device={config.device!r} is not available here. Use cpu or auto")
     return config.device
+
+
+@contextmanager
+def within_memory(place: Place) -> Iterator[None]:
+    """Turn what torch raises when a GPU is full into a ResourceError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        apart = place.home != place.device
+        raise ResourceError(
+            f"{place.device} is out of memory{', though it holds one block at a time' if apart else ''}. Use "
+            f"{'' if apart else '--offload cpu, '}a smaller --calibration-length, fewer --calibration-sequences (8 go "
+            "through at once), or --device cpu. The same command goes on with the blocks that are finished"
+        ) from error
 
 
 def dense_folder(name: str) -> Folder:
@@ -94,7 +129,7 @@ def identity(*names: str | None) -> list[Any]:
 
 def job_of(command: str, settings: Mapping[str, Any], inputs: Sequence[str | None]) -> dict[str, Any]:
     """What identifies a job, so that an interrupted one is gone on with only by its own command."""
-    idle = ("output", "overwrite", "dry_run")
+    idle = ("output", "overwrite", "dry_run", "offload")
     kept = {name: value for name, value in settings.items() if name not in idle}
     return {"command": command, "version": quadapt.__version__, "settings": kept, "inputs": identity(*inputs)}
 

@@ -34,6 +34,7 @@ def statistics_for(
     layers: Mapping[str, nn.Linear],
     batches: Sequence[Tensor],
     ui: UI,
+    device: str | None = None,
 ) -> StatisticsFiles | None:
     """Statistics by layer; None if none are needed.
 
@@ -47,6 +48,7 @@ def statistics_for(
         layers: To be quantized.
         batches: Token ids to calibrate on.
         ui: For progress.
+        device: Where to compute. Default: where the model is.
 
     Raises:
         ResourceError: The cache cannot be written.
@@ -70,7 +72,7 @@ def statistics_for(
     weights = [layers[name].weight.numel() for name in missing.get(FISHER, ())]
     check_disk(folder, 2 * sum(size * size for size in columns) + 4 * sum(weights))
     ui.say(f"statistics of the full-precision model: kept in {folder}")
-    gather(needs, model, layers, batches, files, ui.over)
+    gather(needs, model, layers, batches, files, ui.over, device)
     return files
 
 

@@ -20,7 +20,7 @@ from quadapt.hf.workspace import Workspace, check_output, remove, write_json
 from quadapt.jobs import dry
 from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.quantize import quantize_into
-from quadapt.jobs.source import dense_folder, device_of, held_out, job_of, model_config, versions
+from quadapt.jobs.source import Place, dense_folder, device_of, held_out, job_of, model_config, versions
 from quadapt.methods import Recipe
 from quadapt.objectives import RILQ, KeptTeacher, Teacher
 from quadapt.report.memory import measured_peak
@@ -37,25 +37,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         QuadaptError: Input cannot be used, see the message.
     """
     folder, device, chosen = open_folder(config.model), device_of(config), config.chosen_method()
-    if folder.kind == "adapter":
-        raise CheckpointError(
-            f"{config.model!r} is an adapter. To train on, merge it first: quadapt merge {config.model} --output FOLDER"
-        )
-    if folder.kind == "quantized" and config.given():
-        raise ConfigError(
-            f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give "
-            "the dense model"
-        )
-    if folder.kind == "quantized" and chosen.adapter.base != "codes":
-        raise ConfigError(
-            f"method={config.method!r} starts from the dense model, and {config.model!r} is quantized. Give the dense "
-            "one"
-        )
-    if folder.kind == "quantized" and chosen.start.name != "zero":
-        raise ConfigError(
-            f"start={chosen.start.name!r} fits what quantization changes, and {config.model!r} is quantized already. "
-            "Give the dense model, or use --start zero"
-        )
+    _check(config, folder)
     about = model_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
     if seq_len > context_of(about):
@@ -70,6 +52,9 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     data = _encoded(config, rows, held, tokenizer, seq_len, ui)
     calibration = read(config.calibration_data) if config.calibration_data else rows
     found = dry.sketch(folder.name, config)
+    place = Place(device, device)
+    if folder.kind == "model" and chosen.adapter.base != "float":
+        place = dry.place_of(config, folder.name, device, ui, most_length=seq_len)
     needs = found.bytes_on_disk if folder.kind == "model" and chosen.adapter.base != "float" else 0
     dry.check_fits(dry.tuning(config, found, seq_len=seq_len), device, ui)
     job = job_of("tune", config.model_dump(mode="json"), inputs)
@@ -78,12 +63,45 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
             ui.say(f"going on with {space.path}")
         base = folder.path
         if folder.kind == "model" and chosen.adapter.base != "float":
-            base = _make_base(space.path, config, ui, device, calibration, seq_len)
+            base = _make_base(space.path, config, ui, place, calibration, seq_len)
         summary = _train(config, space, base, folder, tokenizer, data, ui)
         space.commit("checkpoints", "targets", START)
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return {"output": config.output, **summary}
+
+
+def _check(config: TuneConfig, folder: Folder) -> None:
+    """Raise QuadaptError if the settings do not go with what the folder holds."""
+    chosen = config.chosen_method()
+    if folder.kind == "adapter":
+        raise CheckpointError(
+            f"{config.model!r} is an adapter. To train on, merge it first: quadapt merge {config.model} --output FOLDER"
+        )
+    if folder.kind == "quantized" and config.given():
+        raise ConfigError(
+            f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give "
+            "the dense model"
+        )
+    if config.offload != "auto" and (folder.kind == "quantized" or chosen.adapter.base == "float"):
+        why = (
+            f"{config.model!r} is quantized already"
+            if folder.kind == "quantized"
+            else f"{config.method} trains over it"
+        )
+        raise ConfigError(
+            f"offload={config.offload!r} says where the dense model is while it is quantized, and {why}. Leave it out"
+        )
+    if folder.kind == "quantized" and chosen.adapter.base != "codes":
+        raise ConfigError(
+            f"method={config.method!r} starts from the dense model, and {config.model!r} is quantized. Give the dense "
+            "one"
+        )
+    if folder.kind == "quantized" and chosen.start.name != "zero":
+        raise ConfigError(
+            f"start={chosen.start.name!r} fits what quantization changes, and {config.model!r} is quantized already. "
+            "Give the dense model, or use --start zero"
+        )
 
 
 def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:
@@ -111,7 +129,7 @@ def _encoded(
     return data, kept
 
 
-def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, calibration: Rows, seq_len: int) -> Path:
+def _make_base(path: Path, config: TuneConfig, ui: UI, place: Place, calibration: Rows, seq_len: int) -> Path:
     """The quantized base, made inside the output folder unless an interrupted run has made it."""
     base = path / "base"
     if not base.exists():
@@ -123,7 +141,7 @@ def _make_base(path: Path, config: TuneConfig, ui: UI, device: str, calibration:
             ui,
             target_modules=(),
             calibration_rows=calibration,
-            device=device,
+            place=place,
             seed=config.seed,
             most_length=min(2048, seq_len),
         )

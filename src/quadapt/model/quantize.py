@@ -2,7 +2,8 @@
 
 Float weights are read where they lie (a checkpoint that is mapped into memory is paged in and out by the system), one
 layer at a time; a finished block is handed to a :class:`Keeper`, which may put it on disk and give back tensors mapped
-from there.
+from there. Where another device computes than the one that holds the model, a block at a time is brought to it, and
+codes come back.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from quadapt.calibrate import BlockWalk
@@ -21,6 +23,7 @@ from quadapt.model.layer import LayerRow, Plan, quantize_layer, row_of, widened
 from quadapt.model.select import find_blocks, matches
 from quadapt.nn.block_ap import BlockAP, BlockAPLinear
 from quadapt.nn.quant_linear import QuantLinear
+from quadapt.nn.resident import indexed, moved, resident
 from quadapt.quant.rounding import ScaleUnderflow, Statistics
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -72,6 +75,7 @@ def quantize_model(
     statistics: Mapping[str, Statistics] | None = None,
     keeper: Keeper | None = None,
     progress: Progress = iter,
+    device: torch.device | str | None = None,
 ) -> Done:
     """Replace linear layers by quantized ones, in place.
 
@@ -83,6 +87,7 @@ def quantize_model(
         statistics: Of the full-precision model, by layer; needed if the start needs some (`quadapt.statistics`).
         keeper: Where finished blocks go; by default they stay in memory alone.
         progress: Wraps the list of units (blocks, then what lies outside them), to show how far the work is.
+        device: Where to compute. Default: where the model is. It stays there; so do the quantized layers.
 
     Returns:
         All layers, with a row for each in the order of the walk.
@@ -95,8 +100,9 @@ def quantize_model(
     blocks = find_blocks(model)
     outside = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
     units = {block: [name for name in layers if name.startswith(f"{block}.")] for block in blocks}
-    worker = _Worker(model, dict(layers), plan, keeper or InMemory(), statistics or {})
-    walk = BlockWalk(model, blocks, batches) if plan.needs_data and any(units.values()) else None
+    there = next(model.parameters()).device if device is None else indexed(device)
+    worker = _Worker(model, dict(layers), plan, keeper or InMemory(), statistics or {}, there)
+    walk = BlockWalk(model, blocks, batches, there) if plan.needs_data and any(units.values()) else None
     for unit in progress([*units, *(["outside the blocks"] if outside else [])]):
         names = units.get(unit, outside)
         worker.unit(unit, names, walk if unit in units else None)
@@ -113,8 +119,10 @@ class _Worker:
         plan: Plan,
         keeper: Keeper,
         statistics: Mapping[str, Statistics],
+        device: torch.device,
     ) -> None:
         self.model, self.layers, self.plan, self.keeper, self.statistics = model, layers, plan, keeper, statistics
+        self.device = device
         self.all = Done({}, [])
 
     def unit(self, unit: str, names: list[str], walk: BlockWalk | None) -> None:
@@ -122,27 +130,43 @@ class _Worker:
         found = self.keeper.find(unit)
         if walk is not None and self.plan.rounding.scope == "block":
             walk.advance_dense(unit, self.model.get_submodule(unit))  # before anything in it is replaced
-        done = found or self.keeper.keep(unit, self._quantize(unit, names, walk))
+        done = self._home(found or self.keeper.keep(unit, self._quantize(unit, names, walk)))
         self.all.weights.update(done.weights)
         self.all.rows.extend(done.rows)
         self.all.factors.update(done.factors)
         for name, weight in done.weights.items():
             self._replace(name, weight)
 
+    def _home(self, done: Done) -> Done:
+        """A finished unit on the device that holds the model."""
+        home = {name: self.layers[name].weight.device for name in done.weights}
+        weights = {
+            name: QuantWeight(weight.layout, moved(dict(weight.tensors), home[name]))
+            for name, weight in done.weights.items()
+        }
+        return Done(weights, done.rows, {name: moved(pair, home[name]) for name, pair in done.factors.items()})
+
     def _quantize(self, unit: str, names: list[str], walk: BlockWalk | None) -> Done:
-        if names and walk is not None and isinstance(self.plan.rounding, BlockAP):
-            return self._fit(unit, names, walk, self.plan.rounding)
+        if walk is None:
+            return self._layers([(names, {})])
+        with resident(self.model.get_submodule(unit), self.device):
+            if names and isinstance(self.plan.rounding, BlockAP):
+                return self._fit(unit, names, walk, self.plan.rounding)
+            return self._layers(self._gathered(unit, self._stages(unit, names, walk), walk))
+
+    def _layers(self, stages: Iterable[tuple[list[str], Statistics]]) -> Done:
+        """Quantize layer by layer, each in its place before the next stage is asked for."""
         done = Done({}, [])
-        for stage, statistics in self._gathered(unit, self._stages(unit, names, walk), walk):
+        for stage, statistics in stages:
             for name in stage:
-                known = {**statistics, **self.statistics.get(name, {})}
-                with locate(name):
+                known = {**statistics, **moved(dict(self.statistics.get(name, {})), self.device)}
+                with locate(name), resident(self.layers[name], self.device):
                     begun, row = quantize_layer(name, self.layers[name].weight.detach(), self.plan, known)
+                    self._replace(name, begun.weight)
                 done.rows.append(row)
                 done.weights[name] = begun.weight
                 if begun.factors is not None:
                     done.factors[name] = begun.factors
-                self._replace(name, begun.weight)
         return done
 
     def _fit(self, unit: str, names: list[str], walk: BlockWalk, rounding: BlockAP) -> Done:
@@ -169,12 +193,8 @@ class _Worker:
         ]
         return Done(weights, rows)
 
-    def _gathered(
-        self, unit: str, stages: list[list[str]], walk: BlockWalk | None
-    ) -> Iterable[tuple[list[str], Statistics]]:
+    def _gathered(self, unit: str, stages: list[list[str]], walk: BlockWalk) -> Iterable[tuple[list[str], Statistics]]:
         """Each stage with its statistics: gathered in its turn, or all before the first if the rounding says so."""
-        if walk is None:
-            return [(stage, {}) for stage in stages]
 
         def gather(stage: list[str]) -> Statistics:
             block, first = self.model.get_submodule(unit), self.model.get_submodule(stage[0])
@@ -183,10 +203,8 @@ class _Worker:
         found = ((stage, gather(stage)) for stage in stages)
         return found if getattr(self.plan.rounding, "true_sequential", True) else list(found)
 
-    def _stages(self, unit: str, names: list[str], walk: BlockWalk | None) -> list[list[str]]:
+    def _stages(self, unit: str, names: list[str], walk: BlockWalk) -> list[list[str]]:
         """Layers that share their statistics, in order; each stage is calibrated on the quantized ones before it."""
-        if walk is None:
-            return [names]
         return walk.stages(unit, self.model.get_submodule(unit), {name: self.layers[name] for name in names})
 
     def _replace(self, name: str, weight: QuantWeight) -> None:

@@ -14,6 +14,7 @@ from quadapt.errors import CalibrationError, ConfigError
 from quadapt.nn.adapters.grid import Held
 from quadapt.nn.adapters.l4q import L4Q
 from quadapt.nn.quant_linear import autocast
+from quadapt.nn.resident import moved
 from quadapt.quant.rounding import Nearest, Range, Rounding, Statistics, as_float, find_grid, implied_offsets
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -32,6 +33,10 @@ class Example(NamedTuple):
 
     target: Tensor
     """What the dense block gives behind dense blocks, `[sequences, length, hidden]`."""
+
+    def on(self, device: torch.device) -> Example:
+        """The same on a device."""
+        return Example(*moved(tuple(self), device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,7 @@ class BlockAP(Rounding):
         Args:
             block: Gives hidden states, or a tuple that starts with them.
             layers: Those of its layers that are to be quantized.
-            examples: At least two.
+            examples: At least two. They are brought to the layers' device as they are used.
 
         Returns:
             Relative error of the block's output on the held-out examples, before and after: norm of the difference over
@@ -109,8 +114,8 @@ class BlockAP(Rounding):
                 "Give more text, or a smaller --calibration-length"
             )
         count = min(len(examples) - 1, max(1, round(self.held_out * len(examples))))
-        held, seen = examples[:count], examples[count:]
-        first = best = _error(block, held)
+        held, seen, device = examples[:count], examples[count:], layers[0].source.device
+        first = best = _error(block, held, device)
         if not math.isfinite(first):
             raise CalibrationError("the block's outputs are not finite. Calibrate in float32 (--dtype float32)")
         kept = [layer.state() for layer in layers]
@@ -120,11 +125,11 @@ class BlockAP(Rounding):
         generator = torch.Generator().manual_seed(0)
         for _ in range(self.epochs):
             for at in torch.randperm(len(seen), generator=generator).tolist():
-                _distance(block, seen[at]).backward(inputs=trained)
+                _distance(block, seen[at].on(device)).backward(inputs=trained)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-            error = _error(block, held)
+            error = _error(block, held, device)
             if error < best:
                 best, kept = error, [layer.state() for layer in layers]
         for layer, state in zip(layers, kept, strict=True):
@@ -203,7 +208,13 @@ def _distance(block: nn.Module, example: Example) -> Tensor:
 
 
 @torch.no_grad()
-def _error(block: nn.Module, examples: Sequence[Example]) -> float:
-    squares = sum(float((_output(block, each).double() - each.target.double()).square().sum()) for each in examples)
-    norms = sum(float(each.target.double().square().sum()) for each in examples)
+def _error(block: nn.Module, examples: Sequence[Example], device: torch.device) -> float:
+    sums = [_squares(block, each.on(device)) for each in examples]  # read in the end: a GPU need not wait for each
+    squares, norms = torch.stack(sums).sum(0).tolist()
     return math.sqrt(squares / norms) if norms else math.sqrt(squares)
+
+
+def _squares(block: nn.Module, example: Example) -> Tensor:
+    """Squared error of the block's output, and squared target; float64 `[2]`."""
+    target = example.target.double()
+    return torch.stack([(_output(block, example).double() - target).square().sum(), target.square().sum()])

@@ -24,6 +24,8 @@ from quadapt.quant.rounding import (
     Statistics,
     as_float,
     check_choice,
+    check_finite,
+    check_grid,
     check_range,
     codes_of_zero,
     find_grid,
@@ -90,6 +92,7 @@ class GPTQ(Rounding):
         if tuple(weight.shape) != (layout.out, layout.columns):
             raise ShapeError(f"the weight is {tuple(weight.shape)}, its layout {(layout.out, layout.columns)}")
         work = as_float(weight.detach()).clone()
+        check_finite(work)
         work[:, moment.diagonal() == 0] = 0  # dead inputs: what they hold must not widen their group's range
         perm = None
         if self.act_order:
@@ -112,6 +115,7 @@ class GPTQ(Rounding):
                 work[:, part] = errors
                 work[:, rest] -= errors @ upper[part, rest]
             work[:, stop:] -= work[:, start:stop] @ upper[start:stop, stop:]
+        grid.check()
         return QuantWeight.build(layout, pack(codes, bits), grid.scales, grid.offsets, perm)
 
     def _block(self, layout: Layout) -> int:
@@ -125,6 +129,7 @@ class _Grid:
 
     def __init__(self, layout: Layout, weight: Tensor, range_: str, *, static: bool) -> None:
         self.layout, self.range, self.static = layout, range_, static
+        self._chosen: list[tuple[Tensor, Tensor | None]] = []
         shape = (weight.shape[0], layout.groups)
         self.scales = weight.new_empty(shape)
         self.offsets = None if layout.format.zero == "none" else weight.new_empty(shape)
@@ -144,10 +149,19 @@ class _Grid:
         if self.static:
             scales, offsets = self._stored.scales, self._stored.offsets
             return scales[:, group], None if offsets is None else offsets[:, group]
-        scale, zero = snap(self.layout.storage, *find_grid(work[:, first:last], self.layout, self.range))
+        exact = find_grid(work[:, first:last], self.layout, self.range, check=False)
+        self._chosen.append(exact)
+        scale, zero = snap(self.layout.storage, *exact)
         self._keep(slice(group, group + 1), scale, zero)
         offset = implied_offsets(self.layout, scale, zero)
         return scale[:, 0], None if offset is None else offset[:, 0]
+
+    def check(self) -> None:
+        """Raise ShapeError if what was chosen group by group cannot be stored: in the end, since a GPU waits for it."""
+        if self._chosen:
+            offsets = [offset for _, offset in self._chosen if offset is not None]
+            scales = torch.cat([scale for scale, _ in self._chosen], 1)
+            check_grid(scales, torch.cat(offsets, 1) if offsets else None, self.layout.storage)
 
 
 def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:

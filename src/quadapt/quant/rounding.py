@@ -156,13 +156,17 @@ def as_float(weight: Tensor) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
-def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[Tensor, Tensor | None]:
+def find_grid(
+    weight: Tensor, layout: Layout, range_: str = "minmax", *, check: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Scales and offsets of some rows (or of columns that form whole groups), not yet rounded to their stored dtype.
 
     Args:
         weight: Float `[rows, in]`.
         layout: Its format decides the kind of grid.
         range_: As in :class:`Nearest`.
+        check: Whether to look at the values, for which a GPU must be waited for. Otherwise `check_finite` and
+            `check_grid` are the caller's affair.
 
     Returns:
         Scales and offsets, `[rows, groups]`. For `zero="integer"` the latter are zero-points in steps (as they are
@@ -171,16 +175,13 @@ def find_grid(weight: Tensor, layout: Layout, range_: str = "minmax") -> tuple[T
     width = layout.format.width(weight.shape[1])
     weight = as_float(weight)
     low, high = kernels_for(weight.device).group_range(weight, width)
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        count = int((~torch.isfinite(weight)).sum())
-        raise ShapeError(
-            f"{count} of {weight.numel()} weights are NaN or infinite. Repair the model before quantizing it"
-        )
+    if check:
+        check_finite(weight, low, high)
     if range_ == "icq":
         low, high = icq.shifted_range(weight, layout.format)
     scales, offsets = _grid(low, high, layout)
-    _check_underflow(scales, layout.storage)
-    _check_overflow(offsets, layout.storage)
+    if check:
+        check_grid(scales, offsets, layout.storage)
     if range_ == "mse":
         return _least_error(weight, low, high, layout)
     if range_ == "icq-scale":
@@ -278,25 +279,42 @@ SMALLEST_SCALE = 32 * 2.0**-24
 """Smallest scale that fp16 holds within 1/64."""
 
 
-def _check_underflow(scales: Tensor, storage: Storage) -> None:
-    """Raise ScaleUnderflow where fp16 changes a scale by over 1/64: under 32 of its smallest steps, or over its top.
+def check_finite(weight: Tensor, *extremes: Tensor) -> None:
+    """Raise ShapeError if a weight is not finite; `extremes` of all its groups, if these are known, tell it sooner."""
+    seen = extremes or (weight,)
+    if not bool(torch.stack([torch.isfinite(each).all() for each in seen]).all()):
+        count = int((~torch.isfinite(weight)).sum())
+        raise ShapeError(
+            f"{count} of {weight.numel()} weights are NaN or infinite. Repair the model before quantizing it"
+        )
 
-    Where fp16 holds only the constants of linear codes, it is the largest scale that it must not change so.
+
+def check_grid(scales: Tensor, offsets: Tensor | None, storage: Storage) -> None:
+    """Raise unless scales and offsets can be stored.
+
+    Raises:
+        ScaleUnderflow: fp16 changes a scale by over 1/64 (it is under 32 of the smallest steps, or over the top), or an
+            offset is over its top. Where fp16 holds only the constants of linear codes, the largest scale counts.
+        ShapeError: Some are not finite, for another reason.
     """
-    linear = stored.Linear.of(storage.scales)
+    linear, top = stored.Linear.of(storage.scales), torch.finfo(torch.float16).max
+    finite = torch.isfinite(scales)
+    ends = [scales.where(finite, torch.inf).min(), scales.where(finite, 0).max(), finite.all()]
+    if offsets is not None:
+        ends += [offsets.where(torch.isfinite(offsets), 0).abs().max(), torch.isfinite(offsets).all()]
+    least, most, *rest = torch.stack([each.to(scales.dtype) for each in ends]).tolist()  # a GPU is waited for once
     if storage.scales == "fp16" or (linear and linear.constant == "fp16"):
-        worst = [float(scales.max() if linear else scales.min()), float(scales.max())]
-        if worst[0] < SMALLEST_SCALE or worst[1] > torch.finfo(torch.float16).max:
+        worst = most if linear else least
+        if worst < SMALLEST_SCALE or most > top:
             raise ScaleUnderflow(
-                f"scales from {worst[0]:.1e} to {worst[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)"
+                f"scales from {worst:.1e} to {most:.1e} do not fit fp16. Use fp32 scales (--scales fp32)"
             )
-
-
-def _check_overflow(offsets: Tensor | None, storage: Storage) -> None:
-    if offsets is not None and storage.offsets == "fp16" and offsets.numel():
-        worst = float(offsets.abs().max())
-        if worst > torch.finfo(torch.float16).max:
-            raise ScaleUnderflow(f"offsets up to {worst:.1e} do not fit fp16. Use fp32 scales (--scales fp32)")
+    if offsets is not None and storage.offsets == "fp16" and rest[1] > top:
+        raise ScaleUnderflow(f"offsets up to {rest[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)")
+    if not all(rest[::2]):
+        raise ShapeError(
+            "rounding errors that are handed on grow beyond all bounds. Calibrate on more text, or skip it"
+        )
 
 
 def check_range(range_: str, format: Format) -> None:

@@ -88,16 +88,17 @@ def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True
         model: On the meta device, with its adapters if it has any; it is used up.
         batch: Sequences.
         length: Tokens in each.
-        trains: Forward and backward; otherwise forward alone, without gradients.
+        trains: Forward and backward; otherwise forward alone, without gradients and without the head.
     """
     model.train(trains)
     with FakeTensorMode():
         _fake(model)
         with _LiveBytes() as live, torch.set_grad_enabled(trains):
             ids = torch.zeros(batch, length, dtype=torch.long)
-            output = model(input_ids=ids, labels=ids if trains else None, use_cache=False)
             if trains:
-                output.loss.backward()
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            else:
+                getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
     return live.peak
 
 
@@ -152,6 +153,18 @@ def block_training_bytes(model: nn.Module, layouts: Mapping[str, Layout]) -> int
         for block in sizes:
             sizes[block] += layout.out * layout.columns * name.startswith(f"{block}.")
     return 16 * max(sizes.values(), default=0)
+
+
+def largest_part(model: nn.Module) -> int:
+    """Bytes of the largest block, or of what lies outside the blocks (but for the head), if that is more."""
+    blocks = [parameter_bytes(block) for block in find_blocks(model).values()]
+    return max(*blocks, parameter_bytes(getattr(model, "base_model", model)) - sum(blocks))
+
+
+def hidden_bytes(model: nn.Module) -> int:
+    """Bytes of one token's hidden state between blocks."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight.shape[-1] * weight.itemsize
 
 
 def machine_bytes(device: str) -> tuple[int, int]:
