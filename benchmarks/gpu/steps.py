@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,10 @@ def ids_on(device: torch.device, tokens: int = 24) -> Tensor:
     return torch.arange(2, 2 + 2 * tokens, device=device).view(2, tokens)
 
 
-def gradients(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Loss and gradients of all that trains, on the CPU; under autocast if a dtype is given."""
-    device = next(model.parameters()).device
-    ids = ids_on(device)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Loss and gradients of all that trains, as float32 on the CPU."""
+    ids = ids_on(next(model.parameters()).device)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     found = {name: each.grad.float().cpu() for name, each in model.named_parameters() if each.grad is not None}
     model.zero_grad()
@@ -104,9 +103,7 @@ def rounding(levels: str, device: torch.device) -> float:
 
 def compiled(method: str, device: torch.device, backend: str = "inductor") -> float:
     """`torch.compile` traces a step and a token as one graph each, and computes the same."""
-    model = moved(adapted(llama(device), method, rank=4)) if device.type != "cpu" else None
-    if model is None:
-        model = moved(adapted(llama(CPU), method, rank=4))
+    model = moved(adapted(llama(CPU), method, rank=4)).to(device)
     with triton_on(device):
         want = gradients(model.train())
         torch._dynamo.reset()
@@ -125,10 +122,10 @@ def compiled(method: str, device: torch.device, backend: str = "inductor") -> fl
 
 
 def checkpointed(method: str, device: torch.device) -> float:
-    """bfloat16 with gradient checkpointing: the same gradients as without it, bit for bit."""
-    model = moved(adapted(llama(CPU, num_hidden_layers=2), method, rank=4)).to(device)
+    """A bfloat16 model with gradient checkpointing: the same gradients as without it, bit for bit."""
+    model = moved(adapted(llama(CPU, torch.bfloat16, num_hidden_layers=2), method, rank=4)).to(device)
     with triton_on(device):
-        plain = gradients(model.eval(), dtype=torch.bfloat16)
+        plain = gradients(model.eval())
         model.train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -137,7 +134,21 @@ def checkpointed(method: str, device: torch.device) -> float:
         model.gradient_checkpointing_enable(  # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-        return compare(gradients(model, dtype=torch.bfloat16), plain, limit=0.0)
+        return compare(gradients(model), plain, limit=0.0)
+
+
+def generated(method: str, device: torch.device) -> float:
+    """Greedy decoding over a static cache, which transformers compiles on a card: the CPU's tokens."""
+    model: Any = moved(adapted(llama(CPU), method, rank=4)).eval()
+    ids = ids_on(CPU, tokens=4)[:1]
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = model.generate(input_ids=ids, **settings)
+    with triton_on(device):
+        there = copy.deepcopy(model).to(device)
+        found = there.generate(input_ids=ids.to(device), cache_implementation="static", **settings)
+    if not torch.equal(found.cpu(), want):
+        raise DifferenceError(f"tokens are {found.tolist()}, on the CPU {want.tolist()}")
+    return 0.0
 
 
 def graphed(method: str, device: torch.device) -> float:
@@ -173,6 +184,7 @@ CHECKS: dict[str, Callable[[str, torch.device], float]] = {
     "rounding": rounding,
     "compiled": compiled,
     "checkpointed": checkpointed,
+    "generated": generated,
     "graphed": graphed,
 }
 ON_CARD_ALONE = ("compiled", "graphed")
@@ -182,6 +194,7 @@ def named(device: torch.device) -> list[tuple[str, str]]:
     """Checks to run on a device, and on what."""
     few = ("qlora", "qa-lora", "l4q", "lr-qat")
     found = [("step", name) for name in METHODS] + [("rounding", levels) for levels in ("int", "nf")]
+    found += [("generated", name) for name in ("qlora", "l4q")]
     for check in ("decoding", "checkpointed", *(ON_CARD_ALONE if device.type == "cuda" else ())):
         found += [(check, name) for name in few]
     return found

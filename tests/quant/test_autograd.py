@@ -13,6 +13,7 @@ from torch import Tensor
 from quadapt.nn.adapters import Pooled
 from quadapt.nn.adapters.base import MergedForm
 from quadapt.nn.quant_linear import QuantLinear
+from quadapt.quant import autograd
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -223,10 +224,28 @@ def test_training_offsets_keeps_pooled_inputs_alone(dtype: torch.dtype, permuted
     saved = Saved(*weight.tensors.values(), A, B)
     with saved():
         y = merged_form(x, weight, A, B, Pooled(), 1.0)
-    assert [tuple(tensor.shape) for tensor in saved.tensors] == [(4, 8, 16)]
+    assert [tuple(tensor.shape) for tensor in saved.tensors] == [(32, 16)]
     assert sum(tensor.nbytes for tensor in saved.tensors) == 4 * 8 * 512 // 32 * 4  # float32
     y.sum().backward()
     assert A.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_accelerators_pool_in_the_dtype_of_the_inputs(
+    dtype: torch.dtype, quant_weight: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not to float16, which a sum of its numbers may leave."""
+    weight = quant_weight(Format(bits=4, group_size=32), 24, 128)
+    A, B = torch.randn(4, 4, requires_grad=True), torch.randn(24, 4, requires_grad=True)
+    x, dy = torch.randn(8, 128, dtype=dtype), torch.randn(8, 24, dtype=dtype)
+    want = torch.autograd.grad(merged_form(x, weight, A, B, Pooled(), 1.0), (A, B), dy)
+    monkeypatch.setattr(autograd, "operand_dtype", lambda like, _: like.dtype)
+    saved = Saved(*weight.tensors.values(), A, B)
+    with saved():
+        y = merged_form(x, weight, A, B, Pooled(), 1.0)
+    assert [tensor.dtype for tensor in saved.tensors] == [torch.float32 if dtype == torch.float16 else dtype]
+    for mine, other in zip(torch.autograd.grad(y, (A, B), dy), want, strict=True):
+        assert float((mine - other).norm() / other.norm()) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_the_dense_product_would_be_noticed(quant_weight: Make) -> None:

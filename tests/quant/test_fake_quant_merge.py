@@ -189,7 +189,7 @@ def test_accelerators_multiply_in_the_dtype_of_the_inputs(
     each = case(domain).to(torch.float32, x=dtype)
     dy = torch.randn(2, 5, OUT).to(dtype)
     want = gradients(each, dy)
-    monkeypatch.setattr(fake_quant, "_fast", lambda dy, _: dy.dtype)
+    monkeypatch.setattr(fake_quant, "operand_dtype", lambda dy, _: dy.dtype)
     monkeypatch.setattr(fake_quant, "_TOKENS", {"cpu": 3})
     monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 7 * IN})
     for mine, other in zip(gradients(each, dy), want, strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import few, pool, product
+from quadapt.quant.products import add_product, operand_dtype
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -41,7 +42,7 @@ class QuantMatmul(torch.autograd.Function):
         x = weight.stored_order(x)
         trains = move is not None and any(param.requires_grad for param in params)
         ctx.layout, ctx.move, ctx.trains = layout, move, trains
-        ctx.save_for_backward(*tensors, *([pool(x, layout.format.width(layout.columns))] if trains else []))
+        ctx.save_for_backward(*tensors, *([_pooled(x, layout)] if trains else []))
         return torch.nn.functional.linear(x, _dense(weight, move, params, x.dtype))
 
     @staticmethod
@@ -54,9 +55,25 @@ class QuantMatmul(torch.autograd.Function):
             dx = weight.layer_order(dy @ _dense(weight, move, params, dy.dtype))
         moved: tuple[Tensor | None, ...] = (None,) * len(params)
         if ctx.trains:
-            pooled = saved[-1].reshape(-1, layout.groups)
-            moved = move.gradients(weight, params, dy.reshape(-1, layout.out).to(pooled.dtype).T @ pooled)
+            moved = move.gradients(weight, params, _offset_gradient(dy.reshape(-1, layout.out), saved[-1]))
         return dx, None, None, *((None,) * len(layout.shapes)), *moved
+
+
+def _pooled(x: Tensor, layout: Layout) -> Tensor:
+    """Inputs summed over groups, `[tokens, groups]`, as the product of backward takes them.
+
+    In float32 for float16, whose range a sum may leave.
+    """
+    pooled = pool(x, layout.format.width(layout.columns)).reshape(-1, layout.groups)
+    return pooled if x.dtype == torch.float16 else pooled.to(operand_dtype(x, pooled.dtype))
+
+
+def _offset_gradient(dy: Tensor, pooled: Tensor) -> Tensor:
+    """Gradient of the offsets, float32 `[out, groups]`, given `dy [tokens, out]` (float64 for float64)."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    gradient = dy.new_empty(dy.shape[1], pooled.shape[1], dtype=wide)
+    add_product(gradient, dy.to(pooled.dtype).T, pooled, first=True)
+    return gradient
 
 
 def _split(layout: Layout, tensors: tuple[Tensor, ...]) -> tuple[QuantWeight, tuple[Tensor, ...]]:

@@ -27,6 +27,7 @@ from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import unpack
 from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
+from quadapt.quant.products import add_product, operand_dtype
 from quadapt.quant.storage import FLOATS
 
 _TILE = {"cpu": 1 << 20}
@@ -180,7 +181,7 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
     """
     base, A, B, scales, offsets, levels, grid = operands
     step = max(1, _TILE.get(dy.device.type, 1 << 24) // grid.columns)
-    work = _fast(dy, scales.dtype)
+    work = operand_dtype(dy, scales.dtype)
     tile = scales.new_empty(min(step, len(base)), grid.columns)
     weights = None if wanted.x is None else torch.empty_like(tile, dtype=work)
     size = _TOKENS.get(dy.device.type, max(1, len(x)))
@@ -189,7 +190,7 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
         rows = slice(start, start + step)
         G = tile[: len(base) - start]
         for some in parts:
-            _add_product(G, dy[some, rows].to(work).T, x[some].to(work), first=some is parts[0])
+            add_product(G, dy[some, rows].to(work).T, x[some].to(work), first=some is parts[0])
         factor = None if B is None else B[rows]
         dense = None if weights is None else weights[: len(base) - start]
         wanted.scales[rows], wanted.offsets[rows] = fake_gradients(
@@ -197,32 +198,13 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
         )
         if wanted.x is not None and dense is not None:
             for some in parts:
-                _add_product(wanted.x[some], dy[some, rows].to(work), dense, first=not start)
+                add_product(wanted.x[some], dy[some, rows].to(work), dense, first=not start)
         if wanted.base is not None:
             wanted.base[rows] = G
         if wanted.A is not None and factor is not None:
             wanted.A.addmm_(factor.T, G)
         if wanted.B is not None and A is not None:
             torch.mm(G, A.T, out=wanted.B[rows])
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """Add `left @ right` to `total`, or put it there; summed in the dtype of `total`."""
-    if left.dtype == total.dtype:
-        if first:
-            torch.mm(left, right, out=total)
-        else:
-            total.addmm_(left, right)
-    elif first and left.is_cuda:  # matrix units sum in float32: asked for, the sum is not rounded
-        torch.mm(left, right, out_dtype=total.dtype, out=total)
-    else:
-        product = torch.mm(left, right, out_dtype=total.dtype) if left.is_cuda else left @ right
-        total.copy_(product) if first else total.add_(product)
-
-
-def _fast(dy: Tensor, wide: torch.dtype) -> torch.dtype:
-    """What backward multiplies in: `wide` on the CPU, where it is faster too without matrix units for short floats."""
-    return wide if dy.device.type == "cpu" else dy.dtype
 
 
 def fake_quant_matmul(
