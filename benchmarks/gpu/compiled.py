@@ -54,7 +54,10 @@ def compiling(capability: int) -> Iterator[list[Any]]:
 
 
 def needs(kernel: Any) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack (spills and arrays that did not fit in them), shared memory."""
+    """Registers of a thread, bytes of its stack (spills and arrays that did not fit in them), shared memory.
+
+    And how many operations do not round as the CPU does: fused multiply-adds, approximate divisions, denormals lost.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -62,7 +65,12 @@ def needs(kernel: Any) -> dict[str, int]:
             [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    return {"registers": numbers["REG"], "stack": numbers["STACK"] + numbers["LOCAL"], "shared": kernel.metadata.shared}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "inexact": len(re.findall(r"\bfma\.|\.(?:full|approx|ftz)\.", kernel.asm["ptx"])),
+    }
 
 
 def compiled_for(capability: int, every: int = 1) -> list[dict[str, Any]]:
