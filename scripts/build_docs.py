@@ -198,8 +198,8 @@ def on_a_gpu() -> list[str]:
     found = stored("gpu") or {"rows": {}}
     parts = [
         "## On a GPU\n",
-        "`make gpu` checks every Triton kernel and every method's step against the CPU, and times them on the card that "
-        "it finds. What is asked is asked of an H200 (copies at 4.3 TB/s, bf16 products at 790 TFLOP/s).\n",
+        "`make gpu` checks every Triton kernel and every method's step against the CPU, and times them on the card "
+        "that it finds. What is asked is asked of an H200 (copies at 4.3 TB/s, bf16 products at 790 TFLOP/s).\n",
         table(("what", "measured", "asked", ""), shown(found["rows"])),
     ]
     if "card" in found:
