@@ -192,9 +192,9 @@ ON_CARD_ALONE = ("compiled", "graphed")
 
 def named(device: torch.device) -> list[tuple[str, str]]:
     """Checks to run on a device, and on what."""
-    few = ("qlora", "qa-lora", "l4q", "lr-qat")
     found = [("step", name) for name in METHODS] + [("rounding", levels) for levels in ("int", "nf")]
+    for check in ("decoding", "checkpointed"):
+        found += [(check, name) for name in ("qlora", "qa-lora", "l4q", "lr-qat")]
     found += [("generated", name) for name in ("qlora", "l4q")]
-    for check in ("decoding", "checkpointed", *(ON_CARD_ALONE if device.type == "cuda" else ())):
-        found += [(check, name) for name in few]
-    return found
+    alone = ON_CARD_ALONE if device.type == "cuda" else ()
+    return found + [(check, name) for check in alone for name in ("qlora", "qa-lora", "l4q")]
