@@ -17,9 +17,13 @@ from collections import Counter
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+NEEDED = ("torch", "triton", "transformers", "peft", "numba", "scipy")
+"""Packages that must be there; the others that quadapt uses need not be."""
 
 DEADLINE = 420.0
 """Seconds after which no further section begins: all is to fit in eight minutes."""
@@ -32,8 +36,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="with --compile: each Nth case")
     parser.add_argument("--output", type=Path, help="the JSON file (default: benchmarks/results/gpu.json)")
     chosen = parser.parse_args()
-    if find_spec("triton") is None:
-        sys.exit("make gpu: triton is not installed. It comes with torch's CUDA builds; else: pip install triton")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        sys.exit(f"make gpu: {', '.join(missing)}: not installed for {sys.executable}. Install it, or run make install")
+    import torch
+
     if chosen.compile:
         compile_for(chosen.compile, chosen.every)
     elif torch.cuda.is_available():
@@ -55,6 +62,8 @@ def compile_for(capability: int, every: int) -> None:
 
 def interpreted() -> None:
     """All checks through the interpreter, on the CPU."""
+    import torch
+
     counts, failed = checks(torch.device("cpu"))
     for line in failed:
         print(line)
@@ -93,6 +102,8 @@ def _told(error: Exception) -> str:
 
 def on_card(output: Path | None) -> None:
     """Checks and times; a table, and JSON."""
+    import torch
+
     from benchmarks.gpu.rows import shown
     from benchmarks.gpu.speed import sections
     from benchmarks.measure import RESULTS, environment, table
@@ -130,6 +141,8 @@ def on_card(output: Path | None) -> None:
 
 def card() -> dict[str, Any]:
     """The card, and what drives it."""
+    import torch
+
     about = torch.cuda.get_device_properties(0)
     asked = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -16,6 +16,7 @@ from quadapt.kernels import reference
 from quadapt.kernels.reference import group_range
 from quadapt.kernels.tiles import (
     DOUBLE,
+    grid_of,
     held,
     launch,
     level_of,
@@ -148,10 +149,7 @@ def _group_error(
 ):
     row, g = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     start, there = row.to(tl.int64), row < rows
-    scale = tl.load(scales + start * groups + g, mask=there, other=1)[:, None]
-    shift = tl.zeros([ROWS, 1], tl.float32)
-    if SHIFTED:
-        shift = tl.load(offsets + start * groups + g, mask=there, other=0)[:, None]
+    scale, shift = grid_of(scales, offsets, start * groups + g, there, SHIFTED)
     total = tl.zeros([ROWS], tl.float32)
     last = tl.minimum(columns, (g + 1) * group)
     for first in range(g * group, last, CHUNK):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quadapt.kernels import entropy_reference
 from quadapt.kernels.entropy_reference import crowding_table
-from quadapt.kernels.tiles import launch, nearest_code, parts, power
+from quadapt.kernels.tiles import grid_of, launch, nearest_code, parts, power
 
 _GROUPS = 128
 """Groups of a program: one for each thread."""
@@ -87,10 +87,7 @@ def _group_crowding(
 ):
     row, g = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     start, there = row.to(tl.int64), row < rows
-    scale = tl.load(scales + start * groups + g, mask=there, other=1)[:, None]
-    shift = tl.zeros([ROWS, 1], tl.float32)
-    if SHIFTED:
-        shift = tl.load(offsets + start * groups + g, mask=there, other=0)[:, None]
+    scale, shift = grid_of(scales, offsets, start * groups + g, there, SHIFTED)
     last = tl.minimum(columns, (g + 1) * group)
     level = tl.arange(0, 1 << BITS)
     counts = tl.zeros([ROWS, 1 << BITS], tl.int32)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quadapt.kernels import fake_reference
 from quadapt.kernels.fake_reference import Grid
-from quadapt.kernels.tiles import launch, narrowed, parts, power, rounded
+from quadapt.kernels.tiles import grid_of, launch, narrowed, parts, power, rounded
 
 _CHUNK = 256
 """Most columns of a group that a program takes at once."""
@@ -107,8 +107,7 @@ def _quantize(
 ):
     row, g = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     start, there = row.to(tl.int64), row < rows
-    scale = tl.load(scales + start * groups + g, mask=there, other=1)[:, None]
-    shift = tl.load(offsets + start * groups + g, mask=there, other=0)[:, None]
+    scale, shift = grid_of(scales, offsets, start * groups + g, there, SHIFTED=True)
     last = tl.minimum(columns, (g + 1) * group)
     for first in range(g * group, last, CHUNK):
         column = first + tl.arange(0, CHUNK)
@@ -155,8 +154,7 @@ def _gradients(
 ):
     row, g = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     start, there = row.to(tl.int64), row < rows
-    scale = tl.load(scales + start * groups + g, mask=there, other=1)[:, None]
-    shift = tl.load(offsets + start * groups + g, mask=there, other=0)[:, None]
+    scale, shift = grid_of(scales, offsets, start * groups + g, there, SHIFTED=True)
     dscale, doffset = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     last = tl.minimum(columns, (g + 1) * group)
     for first in range(g * group, last, CHUNK):

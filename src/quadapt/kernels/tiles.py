@@ -27,7 +27,7 @@ FLOATS, DOUBLE, INTEGER, IMPLIED = (tl.constexpr(kind) for kind in range(4))
 offset is `-scale * zero`); or not at all (zero for a table of levels, the middle for integers)."""
 
 SUPER = tl.constexpr(256)
-"""Doubly quantized values that share a constant (`quant.storage.SUPER`)."""
+"""Doubly quantized values that share a constant (`reference.SUPER`)."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fuse: bool = False, **constants: Any) -> None:
@@ -94,6 +94,16 @@ def held(values, absmax, mean, unit, at, inside, KIND: tl.constexpr):
         return scaled + tl.load(mean)
     else:
         return tl.load(values + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def grid_of(scales, offsets, at, there, SHIFTED: tl.constexpr):
+    """Scale and offset of some rows' groups at the flat positions `at`, float32 `[rows, 1]`."""
+    scale = tl.load(scales + at, mask=there, other=1)[:, None]
+    shift = tl.zeros_like(scale)
+    if SHIFTED:
+        shift = tl.load(offsets + at, mask=there, other=0)[:, None]
+    return scale, shift
 
 
 @triton.jit
