@@ -337,61 +337,6 @@ def test_metadata_of_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     assert len(have["tokenizer.ggml.scores"]) == len(have["tokenizer.ggml.tokens"]) == 512
 
 
-REFUSED = [
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}, "rope_type default or linear"),
-]
-
-
-@pytest.mark.parametrize(("changes", "why"), REFUSED, ids=[why for _, why in REFUSED])
-def test_refuses_what_llama_cpp_would_compute_otherwise(
-    changes: dict[str, Any], why: str, tokenizer: Any, tmp_path: Path
-) -> None:
-    with pytest.raises(ExportError, match=why):
-        export_gguf(quantized(tiny(**changes)), tokenizer, tmp_path / "model.gguf")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_refuses_other_families(tokenizer: Any, tmp_path: Path) -> None:
-    model = tiny("Gemma", head_dim=16, pad_token_id=0)
-    with pytest.raises(ExportError, match=r"GemmaForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
-        export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf")
-
-
-def test_refuses_llama3_frequencies_where_llama_cpp_reads_none(tokenizer: Any, tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    with pytest.raises(ExportError, match="Qwen2ForCausalLM rope_type default or linear"):
-        export_gguf(quantized(tiny("Qwen2", rope_parameters=rope)), tokenizer, tmp_path / "model.gguf")
-
-
-def test_refuses_adapters(tokenizer: Any, tmp_path: Path) -> None:
-    model = with_adapter(quantized(tiny()), Pooled())
-    with pytest.raises(ExportError, match=r"q_proj: carries an adapter.*merge_and_unload"):
-        export_gguf(model, tokenizer, tmp_path / "model.gguf")
-
-
-def test_refuses_unknown_tensors(tokenizer: Any, tmp_path: Path) -> None:
-    model = tiny()
-    model.extra = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(ExportError, match=r"extra: llama.cpp's llama has no such tensor"):
-        export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf")
-
-
-def test_refuses_a_folder_and_an_unknown_type(tokenizer: Any, tmp_path: Path) -> None:
-    model = quantized(tiny())
-    with pytest.raises(ExportError, match="is a folder"):
-        export_gguf(model, tokenizer, tmp_path)
-    with pytest.raises(ExportError, match="Use f32 or f16"):
-        export_gguf(model, tokenizer, tmp_path / "model.gguf", dense="q8_0")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("before", [None, b"the file of yesterday"], ids=["new", "replaced"])
 def test_a_failure_midway_leaves_things_as_they_were(before: bytes | None, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"

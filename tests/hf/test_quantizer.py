@@ -379,8 +379,7 @@ def test_a_model_that_is_not_quantized_has_no_such_config(tiny_llama: Make) -> N
 def test_a_dequantized_model_computes_the_same(kind: str, bias: bool, quantized_llama: Make, tmp_path: Path) -> None:
     format, storage = KINDS[kind]
     model = quantized_llama(format, storage=storage, attention_bias=bias)
-    want = logits(model)
-    dense = model.dequantize()
+    want, dense = logits(model), model.dequantize()
     assert not any(isinstance(module, QuantLinear) for module in dense.modules())
     assert torch.equal(logits(dense), want)
     dense.save_pretrained(tmp_path)
@@ -391,8 +390,7 @@ def test_a_dequantized_model_computes_the_same(kind: str, bias: bool, quantized_
 def test_a_dequantized_bfloat16_model_stays_bfloat16(quantized_llama: Make, tmp_path: Path) -> None:
     quantized_llama(Format(bits=4)).save_pretrained(tmp_path)
     model = load(tmp_path, dtype=torch.bfloat16)
-    want = logits(model)
-    dense = model.dequantize()
+    want, dense = logits(model), model.dequantize()
     assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(dense), want)
 
