@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -143,19 +144,15 @@ def card() -> dict[str, Any]:
     """The card, and what drives it."""
     import torch
 
-    about = torch.cuda.get_device_properties(0)
-    asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    about, tool = torch.cuda.get_device_properties(0), shutil.which("nvidia-smi")
+    asked = [tool or "", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() if tool else None
     return {
         "name": about.name,
         "capability": f"{about.major}.{about.minor}",
         "memory": about.total_memory,
         "multiprocessors": about.multi_processor_count,
-        "driver": asked.stdout.strip() or None,
+        "driver": driver,
         "cuda": torch.version.cuda,
     }
 
