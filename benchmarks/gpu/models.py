@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quadapt.hf.peft_layer import lora_config
+from quadapt.hf.quantizer import adopt
 from quadapt.methods import METHODS
 from quadapt.model.layer import Plan
 from quadapt.model.quantize import quantize_model
@@ -47,11 +48,13 @@ def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None
     chosen = METHODS[method]
     if bits is not None:
         chosen = chosen.with_format(replace(chosen.format, bits=bits))
-    names = list(select(model).chosen)
+    selection = select(model)
+    names = list(selection.chosen)
     if chosen.adapter.base != "float":
         format, storage, rounding = chosen.base()
         plan = Plan(format=format, storage=storage, rounding=Nearest() if rounding.needs else rounding)
-        quantize_model(model, select(model).chosen, plan)
+        quantize_model(model, selection.chosen, plan)
+        adopt(model, left=selection.left, made={"method": method})
     config = lora_config(chosen.adapter, rank=rank, alpha=rank, target_modules=names)
     return get_peft_model(model, config)  # type: ignore[arg-type]
 

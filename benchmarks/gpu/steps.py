@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.models import adapted, llama, triton_on
+from quadapt.hf.merge import merge
 from quadapt.methods import METHODS
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
@@ -87,6 +88,17 @@ def decoding(method: str, device: torch.device) -> float:
         with triton_on(device):
             mine = copy.deepcopy(model).to(device)(input_ids=token.to(device)).logits
     return compare({"logits": mine.cpu()}, {"logits": want})
+
+
+def merged(method: str, device: torch.device) -> float:
+    """One token of the trained model on a device, and of the model that the CPU merged: the same bits."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = moved(adapted(llama(CPU, **sizes), method, rank=4)).eval()
+    token = torch.tensor([[5]], device=device)
+    trained, (whole, _) = copy.deepcopy(model).to(device), merge(model)
+    with torch.no_grad(), triton_on(device):
+        found = [{"logits": each(input_ids=token).logits.cpu()} for each in (trained, whole.to(device))]
+    return compare(*found, limit=0.0)
 
 
 def rounding(levels: str, device: torch.device) -> float:
@@ -181,6 +193,7 @@ def graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 CHECKS: dict[str, Callable[[str, torch.device], float]] = {
     "step": step,
     "decoding": decoding,
+    "merged": merged,
     "rounding": rounding,
     "compiled": compiled,
     "checkpointed": checkpointed,
@@ -195,6 +208,7 @@ def named(device: torch.device) -> list[tuple[str, str]]:
     found = [("step", name) for name in METHODS] + [("rounding", levels) for levels in ("int", "nf")]
     for check in ("decoding", "checkpointed"):
         found += [(check, name) for name in ("qlora", "qa-lora", "l4q", "lr-qat")]
+    found += [("merged", name) for name, method in METHODS.items() if method.adapter.exactness == "exact"]
     found += [("generated", name) for name in ("qlora", "l4q")]
     alone = ON_CARD_ALONE if device.type == "cuda" else ()
     return found + [(check, name) for check in alone for name in ("qlora", "qa-lora", "l4q")]

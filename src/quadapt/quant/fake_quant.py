@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quadapt.errors import ConfigError, ShapeError
-from quadapt.kernels import unpack
+from quadapt.kernels import few, pack, product, unpack
 from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
 from quadapt.quant.products import add_product, operand_dtype
@@ -232,7 +232,30 @@ def fake_quant_matmul(
         scaling: Factor of `B @ A`.
     """
     how.check(base, scales, offsets, A, B)
+    tensors = (x, base, scales, offsets, A, B)
+    trains = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    if not trains and scales.dtype == torch.float32 and few(x, how.grid.group_size, how.columns):
+        return _few(x, how, scaling, base, scales, offsets, A, B)
     return FakeQuantMatmul.apply(x, how, scaling, base, scales, offsets, A, B)
+
+
+def _few(
+    x: Tensor,
+    how: FakeQuant,
+    scaling: float,
+    base: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+) -> Tensor:
+    """The product of few tokens as the merged model computes it, bit for bit (`autograd.quant_matmul`)."""
+    _, _, group_size, columns = how.grid
+    bits = how.format.bits
+    packed = pack(fake_quant_codes(base, scales, offsets, how=how, A=A, B=B, scaling=scaling), bits)
+    rows = x.reshape(-1, columns)
+    y = product(rows, packed, [scales], [offsets], how.format.table(x), bits, group_size, columns)
+    return y.view(*x.shape[:-1], len(base))
 
 
 @torch.no_grad()
