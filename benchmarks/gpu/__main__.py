@@ -114,7 +114,8 @@ def on_card(output: Path | None) -> None:
     print(f"{sum(counts.values()) - len(failed)} of {sum(counts.values())} checks agree with the CPU", flush=True)
     for line in failed:
         print(f"  {line}", flush=True)
-    rows: dict[str, Any] = {}
+    path, rows = output or RESULTS / "gpu.json", dict[str, Any]()
+    path.parent.mkdir(parents=True, exist_ok=True)
     for name, section in sections():
         if time.monotonic() - begun > DEADLINE:
             print(f"{name}: not begun, out of time", flush=True)
@@ -124,18 +125,12 @@ def on_card(output: Path | None) -> None:
         except Exception:  # the other sections are measured all the same
             failed.append(f"{name}: {traceback.format_exc().strip().splitlines()[-1]}")
             traceback.print_exc()
-        print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
+        seconds = time.monotonic() - begun
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        about = {"environment": environment(), "card": card(), "seconds": seconds}
+        run = {"run": sum(counts.values()), "failed": failed}
+        path.write_text(json.dumps({**about, "checks": run, "rows": rows}, indent=1) + "\n")  # so far
     table(f"{torch.cuda.get_device_name()}", ("what", "measured", "asked", ""), list(shown(rows)))
-    found = {
-        "environment": environment(),
-        "card": card(),
-        "checks": {"run": sum(counts.values()), "failed": failed},
-        "rows": rows,
-        "seconds": time.monotonic() - begun,
-    }
-    path = output or RESULTS / "gpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
     if failed:
         sys.exit(f"{len(failed)} failed, see above")
 
