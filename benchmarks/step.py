@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import quadapt
 from benchmarks.fake import plain
 from benchmarks.measure import THREADS, in_turn, ratio, store, table
+from benchmarks.peers import bitsandbytes
 
 CONFIG = LlamaConfig(
     vocab_size=1024,
@@ -41,22 +42,6 @@ def dense() -> nn.Module:
     return LlamaForCausalLM(CONFIG).to(torch.bfloat16)
 
 
-def bitsandbytes() -> nn.Module:
-    """PEFT LoRA over bitsandbytes NF4 with double quantization."""
-    import bitsandbytes as bnb
-
-    model = dense()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            kind = {"quant_type": "nf4", "compress_statistics": True}
-            packed = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, **kind
-            )
-            packed.weight = bnb.nn.Params4bit(layer.weight.data.float(), requires_grad=False, module=packed, **kind)
-            model.set_submodule(name, packed.to("cpu"))
-    return get_peft_model(model, STOCK)
-
-
 CANDIDATES: dict[str, Callable[[], nn.Module]] = {
     "PEFT LoRA, bf16": lambda: get_peft_model(dense(), STOCK),
     "PEFT LoRA, bf16, bf16 adapters": lambda: get_peft_model(dense(), STOCK, autocast_adapter_dtype=False),
@@ -73,7 +58,7 @@ CANDIDATES: dict[str, Callable[[], nn.Module]] = {
     "LR-QAT int4": lambda: quadapt.prepare(dense(), method="lr-qat", rank=RANK, alpha=RANK),
     "E2E-QP int4": lambda: quadapt.prepare(dense(), method="e2e-qp"),
     "PEQA int4": lambda: quadapt.prepare(dense(), method="peqa"),
-    "PEFT + bitsandbytes nf4": bitsandbytes,
+    "PEFT + bitsandbytes nf4": lambda: bitsandbytes(dense(), STOCK, "cpu"),
 }
 BASE = "PEFT LoRA, bf16"
 PLAIN = ("L4Q int4", "LR-QAT int4", "E2E-QP int4", "PEQA int4")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 import torch
@@ -59,10 +58,9 @@ def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
-def stock(model: nn.Module, *, rank: int, **settings: Any) -> nn.Module:
+def stock(rank: int) -> LoraConfig:
     """PEFT's own LoRA."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config, **settings)  # type: ignore[arg-type]
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _cuda(_: torch.device) -> str:

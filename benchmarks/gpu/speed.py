@@ -8,10 +8,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.gpu.models import adapted, llama, stock
 from benchmarks.gpu.steps import graph
+from benchmarks.peers import bitsandbytes
 from quadapt.budget import candidates, measure
 from quadapt.kernels import few
 from quadapt.methods import METHODS
@@ -44,7 +46,6 @@ BLOCKS = {
 }
 RANK, TABLE_RANK = 16, 64
 INT4, NF4 = Format(bits=4, group_size=64, zero="float"), Format(levels="nf", bits=4, group_size=64)
-DOUBLE = Storage(scales="double", offsets="absent")
 
 Measured = dict[str, Any]
 
@@ -90,10 +91,10 @@ def ceilings() -> Measured:
     return {"copy": 2 * source.nbytes / best["copy"] / 1e12, "matmul": 2 * SIDE**3 / best["matmul"] / 1e12}
 
 
-def quantized(format: Format, storage: Storage | None = None, out: int = OUT, columns: int = IN) -> QuantWeight:
+def quantized(format: Format, out: int | None = None, columns: int | None = None) -> QuantWeight:
     """A random matrix, rounded to nearest on the card."""
-    layout = Layout(format=format, storage=storage or Storage.default(format), out=out, columns=columns)
-    return Nearest()(torch.randn(out, columns, device=CARD), layout)
+    layout = Layout(format=format, storage=Storage.default(format), out=out or OUT, columns=columns or IN)
+    return Nearest()(torch.randn(layout.out, layout.columns, device=CARD), layout)
 
 
 def decoding_weights() -> Measured:
@@ -114,26 +115,10 @@ def dense(**changes: int) -> nn.Module:
     return llama(CARD, torch.bfloat16, **(BLOCKS | changes))
 
 
-def bitsandbytes() -> nn.Module:
-    """PEFT LoRA over bitsandbytes NF4 with double quantization."""
-    import bitsandbytes as bnb
-
-    model = dense()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            kind = {"quant_type": "nf4", "compress_statistics": True}
-            packed = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, **kind
-            )
-            packed.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, module=packed, **kind)
-            model.set_submodule(name, packed.to(CARD))
-    return stock(model, rank=RANK)
-
-
 def steps() -> Measured:
     """Training steps in turn, and the peak memory of each alone."""
     builds: dict[str, Callable[[], nn.Module]] = {
-        "bf16": lambda: stock(dense(), rank=RANK),
+        "bf16": lambda: get_peft_model(dense(), stock(RANK)),
         "qlora": lambda: adapted(dense(), "qlora", rank=RANK),
         "gptq_lora": lambda: adapted(dense(), "gptq-lora", rank=RANK),
         "qa_lora": lambda: adapted(dense(), "qa-lora", rank=RANK),
@@ -142,13 +127,13 @@ def steps() -> Measured:
         "e2e_qp": lambda: adapted(dense(), "e2e-qp", rank=RANK),
     }
     if find_spec("bitsandbytes"):
-        builds["bnb"] = bitsandbytes
+        builds["bnb"] = lambda: bitsandbytes(dense(), stock(RANK), "cuda")
     ids = torch.randint(0, BLOCKS["vocab_size"], BATCH, device=CARD)
     works, peaks = {}, {}
     for name, build in builds.items():
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-        work = _step(_without_dropout(build()), ids)
+        work = _step(build().train(), ids)
         work()
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -162,13 +147,6 @@ def steps() -> Measured:
         found[f"bnb_{name}"] = of(times, name, "bnb") if "bnb" in builds else missing
         found[f"memory_{name}"] = peaks[name] / peaks["bnb"] if "bnb" in builds else missing
     return found
-
-
-def _without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
 
 
 def _step(model: nn.Module, ids: Tensor) -> Callable[[], None]:

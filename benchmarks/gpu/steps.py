@@ -71,9 +71,6 @@ def moved(model: nn.Module) -> nn.Module:
 def step(method: str, device: torch.device) -> float:
     """A step of a method: loss and gradients, as on the CPU."""
     model = moved(adapted(llama(CPU), method, rank=4)).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):  # another device draws other numbers
-            module.p = 0.0
     want = gradients(model)
     with triton_on(device):
         return compare(gradients(copy.deepcopy(model).to(device)), want)
@@ -83,11 +80,9 @@ def decoding(method: str, device: torch.device) -> float:
     """One token, which takes the product of few tokens: logits as on the CPU."""
     model = moved(adapted(llama(CPU), method, rank=4)).eval()
     token = torch.tensor([[5]])
-    with torch.no_grad():
-        want = model(input_ids=token).logits
-        with triton_on(device):
-            mine = copy.deepcopy(model).to(device)(input_ids=token.to(device)).logits
-    return compare({"logits": mine.cpu()}, {"logits": want})
+    want = {"logits": _logits(model, token)}
+    with triton_on(device):
+        return compare({"logits": _logits(copy.deepcopy(model).to(device), token.to(device))}, want)
 
 
 def merged(method: str, device: torch.device) -> float:
@@ -96,8 +91,8 @@ def merged(method: str, device: torch.device) -> float:
     model = moved(adapted(llama(CPU, **sizes), method, rank=4)).eval()
     token = torch.tensor([[5]], device=device)
     trained, (whole, _) = copy.deepcopy(model).to(device), merge(model)
-    with torch.no_grad(), triton_on(device):
-        found = [{"logits": each(input_ids=token).logits.cpu()} for each in (trained, whole.to(device))]
+    with triton_on(device):
+        found = [{"logits": _logits(each, token)} for each in (trained, whole.to(device))]
     return compare(*found, limit=0.0)
 
 
@@ -116,21 +111,18 @@ def rounding(levels: str, device: torch.device) -> float:
 def compiled(method: str, device: torch.device, backend: str = "inductor") -> float:
     """`torch.compile` traces a step and a token as one graph each, and computes the same."""
     model = moved(adapted(llama(CPU), method, rank=4)).to(device)
+    token = ids_on(device)[:1, :1]
     with triton_on(device):
-        want = gradients(model.train())
+        want = {**gradients(model.train()), "logits": _logits(model, token)}
         torch._dynamo.reset()
-        faster = torch.compile(model, fullgraph=True, backend=backend)
-        ids = ids_on(device)
-        loss = faster(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        mine = {name: each.grad.float().cpu() for name, each in model.named_parameters() if each.grad is not None}
-        model.zero_grad()
-        worst = compare({"loss": loss.detach().float().cpu(), **mine}, want)
-        with torch.no_grad():
-            token = ids[:1, :1]
-            logits = model.eval()(input_ids=token, use_cache=False).logits
-            found = torch.compile(model, fullgraph=True, backend=backend)(input_ids=token, use_cache=False).logits
-    return max(worst, compare({"logits": found.cpu()}, {"logits": logits.cpu()}))
+        model.compile(fullgraph=True, backend=backend)
+        return compare({**gradients(model.train()), "logits": _logits(model, token)}, want)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Without gradients, on the CPU."""
+    return model.eval()(input_ids=ids, use_cache=False).logits.cpu()
 
 
 def checkpointed(method: str, device: torch.device) -> float:
@@ -139,9 +131,6 @@ def checkpointed(method: str, device: torch.device) -> float:
     with triton_on(device):
         plain = gradients(model.eval())
         model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
         model.enable_input_require_grads()  # type: ignore[operator]
         model.gradient_checkpointing_enable(  # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False}

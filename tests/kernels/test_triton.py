@@ -12,15 +12,16 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
 
 from benchmarks.gpu import steps
 from benchmarks.gpu.cases import Case, cases
-from benchmarks.gpu.models import triton_on
+from benchmarks.gpu.models import adapted, llama, triton_on
 
-from quadapt.kernels import cuda, dispatch, fake_cuda, fake_reference, few, product_cuda, reference, tiles
+from quadapt.kernels import cuda, dispatch, fake_cuda, fake_reference, few, product, product_cuda, reference, tiles
 from quadapt.kernels.fake_reference import Grid
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.format import Format
@@ -117,7 +118,9 @@ def test_a_step_that_differs_is_found() -> None:
 
 @pytest.mark.parametrize("method", ["qa-lora", "l4q"])
 def test_a_step_and_a_token_are_one_graph(method: str, launched: list[str]) -> None:
+    counters.clear()
     steps.compiled(method, CPU, backend="aot_eager")
+    assert counters["stats"]["unique_graphs"] == 2
     assert "_product" in launched
 
 
@@ -165,6 +168,7 @@ class TestFewTokens:
         held = weight.held("scales"), weight.held("offsets")
         arguments = (torch.randn(2, 80), weight.packed, *held, table, 4, 16, 80)
         torch.library.opcheck(torch.ops.quadapt.product.default, arguments)
+        torch.testing.assert_close(product(*arguments), arguments[0] @ weight.dequantize().T)
 
 
 def test_weight_is_never_made_whole(quant_weight: Callable[..., QuantWeight], launched: list[str]) -> None:
@@ -207,10 +211,9 @@ def test_without_triton_the_reason_is_said(tmp_path: Path) -> None:
     assert done.stderr.startswith("make gpu: triton: not installed for ")
 
 
-def test_a_layer_without_dropout_is_left_alone() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    before = model[0].weight.clone()
-    assert not torch.equal(steps.moved(model)[0].weight, before)  # type: ignore[index]
+def test_steps_begin_away_from_zero() -> None:
+    model = adapted(llama(CPU), "qlora", rank=4)
+    assert all(float(each.norm()) > 0 for each in steps.moved(model).parameters() if each.requires_grad)
 
 
 def test_the_interpreter_is_on() -> None:
