@@ -7,8 +7,6 @@ of them.
 
 from __future__ import annotations
 
-import resource
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -172,11 +171,8 @@ def machine_bytes(device: str) -> tuple[int, int]:
     if device.startswith("cuda"):
         free, total = torch.get_device_module(device).mem_get_info(device)
         return total, free
-    with suppress(OSError, KeyError):
-        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        sizes = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
-        return sizes["MemTotal"] + sizes.get("SwapTotal", 0), sizes["MemAvailable"] + sizes.get("SwapFree", 0)
-    return sys.maxsize, sys.maxsize
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    return memory.total + swap.total, memory.available + swap.free
 
 
 def parameter_bytes(model: nn.Module, wanted: Callable[[nn.Parameter], bool] = lambda _: True) -> int:
@@ -186,19 +182,21 @@ def parameter_bytes(model: nn.Module, wanted: Callable[[nn.Parameter], bool] = l
 
 def resident_bytes() -> int:
     """Bytes of this process in memory now."""
-    with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return peak_resident_bytes()
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
     """Most bytes of this process in memory since it started, or since `measured_peak` was entered."""
-    with suppress(OSError):
+    with suppress(OSError):  # Linux: psutil has no peak there, and getrusage has none that can be reset
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if peak is not None:  # Windows
+        return int(peak)
+    import resource  # macOS, which counts in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager
