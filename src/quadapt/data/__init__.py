@@ -2,7 +2,8 @@
 
 from quadapt.data.calibration import Calibration, calibration_batches
 from quadapt.data.collate import Collator, pad_token_id
-from quadapt.data.encode import DataReport, Encoded, check_loss, encode
+from quadapt.data.encode import DataReport, Encoded, check_loss, encode, form_of
+from quadapt.data.prompt import PromptForm
 from quadapt.data.read import Rows, read, split_rows
 
 __all__ = [
@@ -10,10 +11,12 @@ __all__ = [
     "Collator",
     "DataReport",
     "Encoded",
+    "PromptForm",
     "Rows",
     "calibration_batches",
     "check_loss",
     "encode",
+    "form_of",
     "pad_token_id",
     "read",
     "split_rows",

@@ -20,6 +20,7 @@ from datasets import Dataset, Features, List, Value
 
 from quadapt.data.collate import NO_LOSS, pad_token_id
 from quadapt.data.examples import Example, examples
+from quadapt.data.prompt import PromptForm, template_digest
 from quadapt.data.read import Kind, Rows
 from quadapt.errors import ConfigError, DataError
 
@@ -99,6 +100,9 @@ class Encoded:
     report: DataReport
     """What became of the data."""
 
+    form: PromptForm
+    """In which form the prompts are, so that the model can be asked likewise."""
+
 
 def encode(
     rows: Rows,
@@ -141,7 +145,14 @@ def encode(
         {name: [columns[name] for columns in sequences] for name in names},
         features=Features(dict.fromkeys(names, List(Value("int32")))),
     )
-    return Encoded(data, _report(rows, tokenizer, sequences, tally, seq_len, packing))
+    return Encoded(data, _report(rows, tokenizer, sequences, tally, seq_len, packing), form_of(rows, tokenizer))
+
+
+def form_of(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """In which form the prompts of rows are when they are tokenized."""
+    if rows.kind == "messages":
+        return PromptForm("chat", template_digest(tokenizer))
+    return PromptForm("text" if rows.kind == "text" else "alpaca" if rows.alpaca else "prompt")
 
 
 def check_loss(report: DataReport) -> None:

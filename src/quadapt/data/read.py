@@ -23,35 +23,12 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, Value
 
+from quadapt.data.prompt import alpaca
 from quadapt.data.source import Source, file_rows, hub_rows, listing
 from quadapt.errors import ConfigError, DataError
 
 Kind = Literal["text", "prompt-completion", "messages"]
 Row = dict[str, Any]
-
-ALPACA = """\
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
-
-### Instruction:
-{instruction}
-
-### Response:
-"""
-"""Stanford Alpaca's template for an instruction alone, with Alpaca-LoRA's line end after it, at which a token ends."""
-
-ALPACA_INPUT = """\
-Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-{instruction}
-
-### Input:
-{input}
-
-### Response:
-"""
-"""The same for an instruction with an input."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +46,9 @@ class Rows:
 
     notes: tuple[str, ...] = ()
     """What was left out of the source: columns and files."""
+
+    alpaca: bool = False
+    """Whether the prompts are in Stanford Alpaca's template."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -139,8 +119,7 @@ def _cut_document(rows: Rows, eval_fraction: float) -> tuple[Rows, Rows]:
 
 
 def _alpaca(row: Row) -> Row:
-    template = ALPACA_INPUT if row["input"] else ALPACA
-    return {"prompt": template.format_map(row), "completion": row["output"]}
+    return {"prompt": alpaca(row["instruction"], row["input"] or ""), "completion": row["output"]}
 
 
 @dataclass(frozen=True)
@@ -191,7 +170,7 @@ def _collect(rows: Source, source: str, notes: Sequence[str] = ()) -> Rows:
     if layout is None:
         raise DataError(f"{source}: has no rows")
     notes = [*notes, *([f"columns not used: {listing(unused)}"] if unused else [])]
-    return Rows(layout.kind, _dataset(kept, layout.kind), source, tuple(notes))
+    return Rows(layout.kind, _dataset(kept, layout.kind), source, tuple(notes), layout.convert is _alpaca)
 
 
 def _dataset(rows: list[Row], kind: Kind) -> Dataset:
