@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quadapt.errors import CheckpointError, QuadaptError, locate
+from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors, weight_files
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.quantizer import base_config, fingerprint_of
@@ -85,7 +86,10 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(f"{name!r} does not exist.{hint}")
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        path = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(path.glob("*.safetensors")):  # older models have pickles alone
+            path = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin", "adapter_model.bin"]))
+        return path
     except (OSError, ValueError, HFValidationError) as error:
         reason = type(error).__name__
         raise CheckpointError(f"{name!r} is neither a folder here nor a model on the hub ({reason}).{hint}") from error
@@ -123,11 +127,14 @@ def _check_files(path: Path) -> None:
             raise CheckpointError(
                 f"{file}: is damaged or truncated ({error}). Copy it again from its source"
             ) from error
-    index = path / "model.safetensors.index.json"
-    if index.exists():
+    for index in path.glob("*.index.json"):
         for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
             if not (path / shard).exists():
                 raise CheckpointError(f"{path}: {shard} is missing, though the index names it. Copy it from its source")
+    if (path / "config.json").exists() and not (path / "adapter_config.json").exists() and not weight_files(path):
+        raise CheckpointError(
+            f"{str(path)!r} has no weights (model.safetensors or pytorch_model.bin). Copy them from the model's source"
+        )
 
 
 def find_base(folder: Folder, given: str | None = None) -> str:
@@ -157,26 +164,51 @@ def find_base(folder: Folder, given: str | None = None) -> str:
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
     """Load a model, dense or quantized, in evaluation mode with nothing trainable.
 
-    Weights stay mapped from their file where they need no cast.
+    Weights stay mapped from their file where they need no cast. On the device "meta" all is checked and nothing read.
 
     Raises:
-        CheckpointError: It cannot be loaded; the message says why.
+        CheckpointError: It is no causal language model, or cannot be loaded, or a tensor is missing, too many, or has
+            another shape or dtype than the model; the message says which.
     """
-    from transformers import AutoModelForCausalLM
-
+    config = read_config(name, trust_remote_code=trust_remote_code)
+    held = {} if _foreign(config) else reading(name, held_tensors, open_folder(name).path)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = reading(
+    model, info = reading(
         name,
-        AutoModelForCausalLM.from_pretrained,
+        auto_class(config).from_pretrained,
         name,
         dtype=wanted,
         device_map=None if device == "cpu" else device,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the check below names them
     )
+    with locate(name):
+        check_loaded(model, info, held)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Transformers' configuration of a model.
+
+    Raises:
+        CheckpointError: There is none, or it is of a model that is not a causal language model, or comes with code.
+    """
+    from transformers import AutoConfig
+
+    config = reading(name, AutoConfig.from_pretrained, name, trust_remote_code=trust_remote_code)
+    with locate(name):
+        auto_class(config)
+    return config
+
+
+def _foreign(config: Any) -> bool:
+    """Whether a model is quantized by something else, in whose files other dtypes stand."""
+    about = getattr(config, "quantization_config", None) or {}
+    return bool(about) and isinstance(about, dict) and about.get("quant_method") != "quadapt"
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -270,9 +302,17 @@ def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r} does not exist.{_near(path)}")
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    model = reading(
-        str(path), AutoModelForCausalLM.from_pretrained, str(path.parent), gguf_file=path.name, dtype=wanted
+    model, info = reading(
+        str(path),
+        AutoModelForCausalLM.from_pretrained,
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=wanted,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    with locate(str(path)):
+        check_loaded(model, info, {})
     return model.eval().to(device), reading(
         str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name
     )

@@ -89,8 +89,9 @@ class QuadaptQuantizer(HfQuantizer):
             for tensor_name in layer.layout.shapes:
                 if not getattr(layer.get_parameter(tensor_name), "_is_hf_initialized", False):
                     raise CheckpointError(
-                        f"{name}.{tensor_name}: is not in the checkpoint. The download is incomplete, "
-                        "or config.json belongs to another model"
+                        f"{name}.{tensor_name}: is not in the checkpoint, or has another shape there than "
+                        f"{' x '.join(map(str, layer.layout.shapes[tensor_name]))}. The download is incomplete, or "
+                        "config.json belongs to another model"
                     )
             for parameter in layer.parameters():
                 parameter.requires_grad_(False)  # the loader makes float tensors trainable

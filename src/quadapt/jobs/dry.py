@@ -13,7 +13,8 @@ from quadapt.config import Grid, QuantizeConfig, TuneConfig
 from quadapt.errors import CheckpointError, ResourceError, locate
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.jobs.source import Place, device_of, model_config, skeleton
+from quadapt.hf.folder import load_model, read_config
+from quadapt.jobs.source import Place, device_of, skeleton
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
@@ -57,16 +58,18 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
     """The model that `config` would make of `name`, or the one that lies there, if it is quantized.
 
     Raises:
+        CheckpointError: It is no causal language model, or its files lack a tensor, or have one too many.
         ConfigError: No layer would be quantized, or a name matches none.
         ShapeError: Some matrix cannot be quantized; the message names it.
     """
     machine: Any = config
-    about = model_config(name, trust_remote_code=machine.trust_remote_code)
+    about = read_config(name, trust_remote_code=machine.trust_remote_code)
     quantized = getattr(about, "quantization_config", None)
     if isinstance(quantized, dict) and quantized.get("quant_method") != "quadapt":
         raise CheckpointError(
             f"{name!r} is quantized already, by {quantized.get('quant_method')}. Give the dense model"
         )
+    load_model(name, device="meta", trust_remote_code=machine.trust_remote_code)  # are all tensors there?
     stored = getattr(about, "dtype", None)
     dtype = stored if machine.dtype == "auto" else getattr(torch, machine.dtype)
     if quantized is not None:

@@ -14,6 +14,7 @@ import quadapt
 from quadapt.config import Machine, Walk
 from quadapt.data import Rows, read
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
+from quadapt.hf.checkpoint import auto_class
 from quadapt.hf.folder import Folder, open_folder, reading
 
 
@@ -85,24 +86,11 @@ def dense_folder(name: str) -> Folder:
     return folder
 
 
-def model_config(name: str, *, trust_remote_code: bool) -> Any:
-    """Transformers' configuration of a model.
-
-    Raises:
-        CheckpointError: There is none, or it is of a model that is not a causal language model, or comes with code.
-    """
-    from transformers import AutoConfig
-
-    return reading(name, AutoConfig.from_pretrained, name, trust_remote_code=trust_remote_code)
-
-
 def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The model without its weights, on the meta device."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         model = reading(
-            "model", AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
+            "model", auto_class(config).from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     return model.eval()
 

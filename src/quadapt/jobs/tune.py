@@ -12,7 +12,7 @@ from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, Rows, check_loss, encode, pad_token_id, read, split_rows
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.context import context_of
-from quadapt.hf.folder import NOTE, Folder, load_model, load_tokenizer, open_folder
+from quadapt.hf.folder import NOTE, Folder, load_model, load_tokenizer, open_folder, read_config
 from quadapt.hf.peft_layer import identity_of
 from quadapt.hf.quantizer import fingerprint_of
 from quadapt.hf.start import START, read_start, set_start
@@ -20,7 +20,7 @@ from quadapt.hf.workspace import Workspace, check_output, remove, write_json
 from quadapt.jobs import dry
 from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.quantize import quantize_into
-from quadapt.jobs.source import Place, dense_folder, device_of, held_out, job_of, model_config, versions
+from quadapt.jobs.source import Place, dense_folder, device_of, held_out, job_of, versions
 from quadapt.methods import Recipe
 from quadapt.objectives import RILQ, KeptTeacher, Teacher
 from quadapt.report.memory import measured_peak
@@ -38,7 +38,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     """
     folder, device, chosen = open_folder(config.model), device_of(config), config.chosen_method()
     _check(config, folder)
-    about = model_config(folder.name, trust_remote_code=config.trust_remote_code)
+    about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
     if seq_len > context_of(about):
         ui.say(f"warning: seq_len={seq_len} is beyond the {context_of(about)} positions that the model was made for")
