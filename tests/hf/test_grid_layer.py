@@ -180,7 +180,7 @@ def test_before_the_first_step_l4q_is_the_rounded_model(tiny_llama: Make) -> Non
 
 
 def test_l4q_starts_with_nothing_clipped(tiny_llama: Make) -> None:
-    """So offsets have no gradient at first (methods reference 1.2), whatever scales are rounded to."""
+    """So offsets have no gradient at first (it is the sum over clamped weights), whatever scales are rounded to."""
     for scales in ("fp16", "fp32"):
         method = at("l4q", 4)
         model = adapted(replace(method.adapter, scales=scales), tiny_llama())  # type: ignore[call-arg]

@@ -250,6 +250,41 @@ def test_without_wide_registers_the_lookup_gives_the_same(run_python: Callable[.
     assert run_python(AGREES, NUMBA_CACHE_DIR=str(tmp_path / "cache")).strip() == "equal"
 
 
+HALVES = """
+import torch
+from quadapt.kernels import fake_cpu, lanes
+assert not lanes._HAS_FP16 and not lanes._HAS_AVX512, "what numba compiles for counts, not this processor"
+
+
+def converted(source, have, want, dtype):
+    found = torch.empty(len(source), dtype=dtype)
+    fake_cpu._convert(have, want, source.data_ptr(), len(source), found.data_ptr())
+    return found
+
+
+def same(found, want):
+    nan, kind = want.isnan(), torch.int32 if want.dtype == torch.float32 else torch.int16
+    return torch.equal(found.isnan(), nan) and torch.equal(found[~nan].view(kind), want[~nan].view(kind))
+
+
+halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+floats = halves.float()
+assert same(converted(halves, lanes.FP16, lanes.FP32, torch.float32), floats)
+bits = floats[floats.isfinite()].view(torch.int32)
+near = [bits + step for middle in (0, 0x1000, 0x2000) for step in (middle - 1, middle, middle + 1)]
+values = torch.cat([*near, torch.randint(-(2**31), 2**31, (2**18,)).int()]).view(torch.float32)
+values = values[: len(values) // 16 * 16].contiguous()
+assert same(converted(values, lanes.FP32, lanes.FP16, torch.float16), values.half())
+print("equal")
+"""
+
+
+def test_without_instructions_for_float16_it_is_converted_alike(run_python: Callable[..., str], tmp_path: Path) -> None:
+    """All of float16, and floats at, beside and between each two of them. LLVM would call a function that is not there."""
+    printed = run_python(HALVES, NUMBA_CPU_NAME="generic", NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert printed.strip() == "equal"
+
+
 UNCACHED = """
 import torch
 from quadapt.kernels import cpu, reference

@@ -85,7 +85,7 @@ def test_crowding_of_integer_codes_is_the_references(bits: int, dtype: torch.dty
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("columns", "group"), [(64, 64), (70, 32), (5, 16), (1, 1)])
 def test_entropy_is_that_of_the_histogram(columns: int, group: int, bits: int) -> None:
-    """Invariant 16: it equals brute force and lies within its bounds; a constant group has none."""
+    """It equals brute force and lies between 0 and `bits`; a constant group has none."""
     codes = torch.randint(0, 2**bits, (6, columns), dtype=torch.uint8)
     codes[2] = 1
     found = group_entropy(codes, bits, group)

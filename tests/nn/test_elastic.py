@@ -42,7 +42,7 @@ def trained(inputs: int, rank: int, out: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @shapes
 def test_merged_factors_do_what_the_equations_do(inputs: int, rank: int, out: int) -> None:
-    """Invariant 19: to 1e-12, for any dimensions."""
+    """To 1e-12, for any dimensions."""
     A, B, beta = trained(inputs, rank, out)
     x = torch.randn(5, inputs).double()
     want = iec_numpy.branch(x.numpy(), A.numpy(), B.numpy(), (0.7, -0.4))
@@ -100,7 +100,7 @@ def test_the_side_branch_is_the_equations(columns: int, permuted: bool, quant_we
 def test_pooled_connections_start_from_pooled_inputs(
     columns: int, rank: int, permuted: bool, pooling: str, quant_weight: Make
 ) -> None:
-    """Invariant 20: as a side branch, and merged into fp32 offsets, at every shape."""
+    """As a side branch, and merged into fp32 offsets, at every shape."""
     weight = quant_weight(Format(bits=4), 24, columns, permuted=permuted)
     adapter = ElasticPooled(form="side", pooling=pooling, offsets="fp32")
     A, B, beta = trained(weight.layout.groups, rank, 24)
@@ -135,7 +135,7 @@ def test_the_merged_form_is_the_merged_matrix_bit_for_bit(
 @pytest.mark.parametrize("adapter", [Elastic(), ElasticPooled(form="side")], ids=["elastic", "elastic-pooled"])
 @pytest.mark.parametrize("columns", [48, 44])
 def test_gradients_of_inputs_factors_and_betas(columns: int, adapter: CodesAdapter, quant_weight: Make) -> None:
-    """Invariant 5, and against autograd over the dense equations."""
+    """By finite differences (gradcheck), and against autograd over the dense equations."""
     weight = quant_weight(Format(bits=4, group_size=16), 6, columns)
     inputs = adapter.inputs(weight.layout)
     given = (torch.randn(3, columns).double(), *trained(inputs, 4, 6))

@@ -1,7 +1,4 @@
-"""The product that trains its quantizer: gradients in float64 and the identities of the mathematics.
-
-Tests named after the ten of the methods reference §1.10 say so.
-"""
+"""The product that trains its quantizer: gradients in float64 and the identities of the mathematics."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backward_equals_autograd_of_the_straight_through_reference(
     domain: str, order: str, bits: int, scaling: float
 ) -> None:
-    """§1.10 test 1."""
+    """In the base's domain and in that of codes, for both orders of rounding and clamping, in any tiling."""
     for group_size, base_bits in ((32, None), (-1, 8 if domain == "codes" else None)):
         each = case(domain, order, bits, group_size=group_size, base_bits=base_bits, scaling=scaling)
         v = unrounded(each)
@@ -141,7 +138,7 @@ def test_peqa_and_e2e_qp_are_the_engine_without_factors(bits: int, levels: str, 
 
 @pytest.mark.parametrize("domain", ["weight", "codes"])
 def test_frozen_factors_of_zero_are_no_factors(domain: str) -> None:
-    """§1.10 test 6: LSQ+ with a frozen weight; PEQA."""
+    """Then what trains is LSQ+ over a frozen weight, or PEQA: the same gradients as without a low-rank term."""
     each = case(domain)
     without, dy = replace(each, A=None, B=None), torch.randn(2, 5, OUT, dtype=torch.float64)
     want = gradients(without, dy)
@@ -157,7 +154,7 @@ def test_frozen_factors_of_zero_are_no_factors(domain: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradcheck_fails_on_steps_and_holds_for_the_line_through_them(order: str) -> None:
-    """§1.10 test 1: with the rounding errors held fixed, the true gradient is the straight-through one."""
+    """With the rounding errors held fixed, the true gradient is the straight-through one."""
     each = case("weight", order, columns=16, group_size=16, rank=2, lead=(3,))
     with torch.no_grad():
         v, top = unrounded(each), each.how.grid.top
@@ -196,14 +193,17 @@ def test_there_is_no_second_derivative_to_be_wrong() -> None:
         first.sum().backward()
 
 
-# --- identities (methods reference §0 and §1.10) ----------------------------------------------------------------------
+# --- identities -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bits", BITS)
 def test_euler_and_translation_hold_for_each_weight(bits: int, order: str, dtype: torch.dtype) -> None:
-    """§1.10 test 2: one weight a group, so that every derivative is seen by itself. float32: the compiled kernel."""
+    """Scaling weight, scale and offset scales the result (Euler), and shifting weight and offset shifts it.
+
+    One weight a group, so that every derivative is seen by itself. float32: the compiled kernel.
+    """
     count, top, slack = 4000, 2**bits - 1, 1e-4 if order == "clamp-round" else None
     weight, scale = torch.randn(count, 1, dtype=dtype), torch.rand(count, 1, dtype=dtype) * 3 / 2**bits + 0.5 / 2**bits
     offset = -scale * 2 ** (bits - 1) + 0.1 * torch.randn(count, 1, dtype=dtype)
@@ -222,7 +222,7 @@ def test_euler_and_translation_hold_for_each_weight(bits: int, order: str, dtype
 
 @pytest.mark.parametrize("domain", ["weight", "codes"])
 def test_without_clamping_the_factors_have_loras_gradients(domain: str) -> None:
-    """§1.10 test 3."""
+    """`dA = scaling B^T G` and `dB = scaling G A^T`, with `G` the gradient of the dense weight."""
     each = case(domain, bits=8, spread=0.01, scaling=2.0)
     if domain == "codes":
         inner = torch.randint(60, 190, (OUT, IN), dtype=torch.uint8)
@@ -240,7 +240,7 @@ def test_without_clamping_the_factors_have_loras_gradients(domain: str) -> None:
 
 
 def test_gradients_add_over_a_batch_and_do_not_see_the_order_of_tokens() -> None:
-    """§1.10 test 5."""
+    """A gradient is a sum over tokens."""
     each, dy = case(lead=(3, 4)), torch.randn(3, 4, OUT, dtype=torch.float64)
     whole = gradients(each, dy)
     parts = [torch.autograd.grad(each(x=each.x[i]), each.leaves[1:], dy[i]) for i in range(3)]
@@ -252,7 +252,7 @@ def test_gradients_add_over_a_batch_and_do_not_see_the_order_of_tokens() -> None
 
 
 def test_scaling_all_of_a_weight_scales_its_product() -> None:
-    """§1.10 test 7."""
+    """`c W0`, `c B`, `c s`, `c b` give `c y`: gradients of `x` and `A` grow by `c`, the others stay."""
     each, dy, c = case(), torch.randn(2, 5, OUT, dtype=torch.float64), 4.0  # a power of two: codes stay exactly
     large = replace(
         each,
@@ -268,7 +268,7 @@ def test_scaling_all_of_a_weight_scales_its_product() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_l4qs_start_clamps_nothing(bits: int) -> None:
-    """§1.10 test 8: its scales put the largest weight of each group on the border, give or take a rounding error."""
+    """Its scales put the largest weight of each group on the border, give or take a rounding error."""
     weight, half = torch.randn(256, 512), 2 ** (bits - 1)
     grouped = weight.unflatten(1, (-1, 32))
     scales = torch.maximum(-grouped.amin(-1) / half, grouped.amax(-1) / (half - 1)).requires_grad_()

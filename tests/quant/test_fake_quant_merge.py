@@ -45,7 +45,7 @@ def merged(each: Case) -> QuantWeight:
 def test_codes_scales_and_offsets_are_the_weight_of_forward_bit_for_bit(
     domain: str, bits: int, dtype: torch.dtype
 ) -> None:
-    """§1.10 test 9, for one layer."""
+    """Of one layer: what a merge stores is what forward multiplied with."""
     kind = "weight" if domain == "weight" else "codes"
     base_bits, rank = (8 if domain == "fixed" else None), 0 if domain == "plain" else 5
     for group_size, columns in ((32, 80), (-1, 77), (16, 33)):
@@ -71,7 +71,7 @@ def test_tables_merge_with_the_codes_that_they_have() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("domain", ["weight", "codes"])
 def test_training_ends_in_a_merge_that_computes_the_same(domain: str, dtype: torch.dtype) -> None:
-    """§1.10 tests 9 and 10: scales stay positive, the loss falls, and the merged layer is the trained one."""
+    """Scales stay positive, the loss falls, and the merged layer is the trained one."""
     each = case(domain, "round-clamp", bits=2, lead=(64,)).to(torch.float32, x=dtype)
     start, rho, shift = each.scales.detach(), torch.zeros_like(each.scales), torch.zeros_like(each.scales)
     target = torch.nn.functional.linear(each.x.detach(), torch.randn(OUT, IN).to(dtype))
@@ -116,7 +116,7 @@ def saved_by(work: Callable[[], Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("domain", ["weight", "codes"])
 def test_backward_keeps_nothing_but_what_exists(domain: str, dtype: torch.dtype) -> None:
-    """§1.10 test 4."""
+    """Inputs, base, grid and factors exist anyway; nothing else is kept, and inputs only where factors train."""
     each = case(domain, columns=512).to(torch.float32, x=dtype)
     if domain == "weight":
         each = replace(each, base=each.base.to(torch.bfloat16))

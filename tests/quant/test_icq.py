@@ -47,7 +47,7 @@ def entropies(rounded: QuantWeight) -> Tensor:
 
 
 def test_candidates_are_as_many_as_published_and_hold_the_median() -> None:
-    """Invariant 14."""
+    """201 shifts (none at all, which leaves the median, among them) and 101 factors (1 among them)."""
     assert len(icq.fractions()) == 201
     assert float(icq.fractions()[100]) == 0
     assert float(icq.fractions()[-1]) == pytest.approx(0.1 * 0.541087, rel=1e-6)
@@ -82,7 +82,7 @@ def test_the_scaling_is_the_one_that_trying_all_of_them_finds(bits: int) -> None
 
 
 def test_the_entropy_of_normal_weights_rises_as_published() -> None:
-    """Invariant 15: 3.69 to 3.76 bits (the paper has 3.67 to 3.74 for a Llama), at 4.254 bits a weight."""
+    """From 3.69 to 3.76 bits (the paper has 3.67 to 3.74 for a Llama), at 4.254 bits a weight."""
     weight = torch.randn(8192, 64)
     plain = Nearest(code_against="exact")(
         weight, layout_of(Format(levels="nf", group_size=64), (8192, 64), Storage(offsets="absent"))
@@ -103,7 +103,7 @@ def test_the_entropy_of_normal_weights_rises_as_published() -> None:
 @free
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
 def test_no_group_has_less_entropy_than_about_its_median_or_about_zero(kind: str, levels: str, bits: int) -> None:
-    """Invariant 15, with zero among the candidates. (Between symmetric levels the median is a tie.)"""
+    """The median and zero are among the candidates. (Between symmetric levels the median is a tie.)"""
     rows = 2 if bits == 8 else 16
     weight = torch.randn(rows, 80) if kind == "normal" else torch.distributions.StudentT(3.0).sample((rows, 80))
     format = Format(levels=levels, bits=bits, group_size=32, zero="float")
@@ -121,7 +121,7 @@ def test_no_group_has_less_entropy_than_about_its_median_or_about_zero(kind: str
 
 @free
 def test_adding_a_constant_to_a_group_moves_the_shift_and_no_code(levels: str, bits: int) -> None:
-    """Invariant 18. Far from zero, where zero is no rival: it would leave most codes unused."""
+    """Far from zero, where zero is no rival: it would leave most codes unused."""
     format = Format(levels=levels, bits=bits, group_size=32, zero="float")
     layout, weight = layout_of(format, (20, 64)), torch.randn(20, 64, dtype=torch.float64) + 10
     taus = [shifts(each, format)[0] for each in (weight, weight + 3)]
@@ -170,7 +170,7 @@ def test_codes_are_made_against_the_shift_that_is_stored() -> None:
 
 
 def test_double_quantized_shifts_are_as_near_as_their_map() -> None:
-    """Invariant 17: the error of a shift is at most half the local gap of the map times the constant of its 256."""
+    """The error of a shift is at most half the local gap of the map times the constant of its 256."""
     weight = 0.02 * torch.randn(64, 1024)
     layout = layout_of(
         Format(levels="nf", group_size=64, zero="float"), (64, 1024), Storage(scales="double", offsets="double")
@@ -186,7 +186,7 @@ def test_double_quantized_shifts_are_as_near_as_their_map() -> None:
 
 @free
 def test_constant_groups_and_superblocks_of_zeros_are_kept(levels: str, bits: int) -> None:
-    """Invariants 16 and 17: no entropy, no NaN."""
+    """Such a group has no entropy to raise, and its scale no extent: nothing may become NaN."""
     weight = torch.zeros(32, 512)
     weight[16:, 32:64] = 0.25
     storage = Storage(scales="double", offsets="double")

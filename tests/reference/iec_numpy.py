@@ -1,4 +1,4 @@
-"""Information elastic connections (IR-QLoRA, section 3.3, equations E7), matrix by matrix, in float64."""
+"""Information elastic connections (IR-QLoRA, section 3.3), matrix by matrix, in float64."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import numpy as np
 def grid(group: np.ndarray, bits: int, levels: list[float] | None, zero: str, stored: type) -> tuple[float, float]:
     """Scale and additive offset that the weights of one group get, as they are stored (`stored`: a NumPy float type).
 
-    Integers: QA-LoRA's textbook form (E1) for `zero="float"`, GPTQ's (E2) for "integer", two's complement for "none".
+    Integers: QA-LoRA's form (the offset is the smallest weight) for `zero="float"`; GPTQ's (zero is a level) for
+    "integer"; two's complement for "none".
     """
     low, high, top = group.min(), group.max(), 2**bits - 1
     if levels is not None:

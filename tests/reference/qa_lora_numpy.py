@@ -17,7 +17,7 @@ def pooling(columns: int, group_size: int, kind: str = "sum") -> np.ndarray:
 def forward(
     x: np.ndarray, weight: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: float, P: np.ndarray
 ) -> np.ndarray:
-    """`x W^T + scaling ((x P^T) A^T) B^T` (E3)."""
+    """`x W^T + scaling ((x P^T) A^T) B^T`: the quantized matrix and, beside it, the adapter over pooled inputs."""
     return x @ weight.T + scaling * ((x @ P.T) @ A.T) @ B.T
 
 
@@ -27,10 +27,10 @@ def update(A: np.ndarray, B: np.ndarray, scaling: float, group_size: int, kind: 
 
 
 def merge_offsets(offsets: np.ndarray, D: np.ndarray) -> np.ndarray:
-    """E5, for `w = scale * code + offset`."""
+    """Offsets after a merge, for `w = scale * code + offset`."""
     return offsets + D
 
 
 def merge_zero_points(points: np.ndarray, scales: np.ndarray, D: np.ndarray) -> np.ndarray:
-    """E4, for `w = scale * (code - point)`."""
+    """Zero-points after a merge (in units of codes), for `w = scale * (code - point)`."""
     return points - D / scales

@@ -7,16 +7,16 @@ for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from torch import Tensor
 
 from quadapt.kernels import reference
+from quadapt.kernels.compiled import jit
 from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, decode16, pointer
 from quadapt.kernels.reference import widen
 from quadapt.kernels.threads import over_rows
@@ -27,15 +27,7 @@ _KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _u8, _f32 = pointer(types.uint8), pointer(types.float32)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compile on first use, and keep the machine code on disk where some cache folder can be written."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no folder to write to
-        return njit(nogil=True)(function)
-
-
-@_jit
+@jit
 def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):
     """Decode `runs` runs of 16 codes that share one scale and offset."""
     size = 4 if kind == FP32 else 2
@@ -57,7 +49,7 @@ def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):
         target += LANES * size
 
 
-@_jit
+@jit
 def _decode_rows(
     kind, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group
 ):
@@ -101,7 +93,7 @@ def _decode_rows(
                     bytes_out[row, (start + i) * size + j] = spare_out[j]
 
 
-@_jit
+@jit
 def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last, group):
     """Eight-bit tables have too many levels for one register: look up one by one."""
     columns = weight.shape[1]
@@ -113,7 +105,7 @@ def _decode_bytes(packed, scales, offsets, shifted, levels, weight, first, last,
                 weight[row, i] = levels[codes[row, i]] * scale + offset
 
 
-@_jit
+@jit
 def _below(value, mids):
     """How many thresholds lie below `value`: all are compared at once, but of the 255 of eight bits, eight."""
     code = 0
@@ -128,7 +120,7 @@ def _below(value, mids):
     return code
 
 
-@_jit
+@jit
 def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, first, last):
     """Nearest code of each weight, then eight codes into `bits` bytes. No thresholds: levels 0 .. 2**bits - 1."""
     columns = weight.shape[1]
@@ -161,7 +153,7 @@ def _encode_rows(weight, scales, offsets, shifted, mids, bits, group, packed, fi
                 packed[row, j * bits + b] = np.uint8((word >> np.uint64(8 * b)) & np.uint64(255))
 
 
-@_jit
+@jit
 def _range_rows(weight, group, low, high, first, last):
     columns = weight.shape[1]
     for row in range(first, last):
@@ -177,7 +169,7 @@ def _range_rows(weight, group, low, high, first, last):
             high[row, start // group] = largest + bad
 
 
-@_jit
+@jit
 def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, error, first, last):
     columns = weight.shape[1]
     top = np.float32(2**bits - 1)
@@ -196,7 +188,7 @@ def _error_rows(weight, scales, offsets, shifted, mids, levels, bits, group, err
             error[row, start // group] = total
 
 
-@_jit
+@jit
 def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits, codes, first, last):
     """GPTQ's inner loop over a few columns: round one, hand its error on. Leaves the errors in `weight`."""
     columns = weight.shape[1]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import entropy_reference
-from quadapt.kernels.cpu import _jit, _numpy
+from quadapt.kernels.compiled import jit
+from quadapt.kernels.cpu import _numpy
 from quadapt.kernels.threads import over_rows
 
 
-@_jit
+@jit
 def _sort(weights):
     """In place. By insertion, where a group is short: three times faster than the library's sort there."""
     if len(weights) > 128:
@@ -30,7 +31,7 @@ def _sort(weights):
         weights[j] = value
 
 
-@_jit
+@jit
 def _count(weights, mids, table, tau, reach, slack, crowding, threshold, cut, before):
     """Crowding of each candidate (`tau` ascending, `reach`), all of them at once: the inner loops are vectors.
 
@@ -62,7 +63,7 @@ def _count(weights, mids, table, tau, reach, slack, crowding, threshold, cut, be
         crowding[k] += table[count - before[k]]
 
 
-@_jit
+@jit
 def _best_shift(weights, mids, fractions, table, floats, cuts, crowding, epsilon):
     """`tau` and `reach` of one sorted group. Scratch, one number a candidate: `floats` `[3, ..]`, `cuts` `[2, ..]`."""
     candidates, n = len(fractions), len(fractions) // 2
@@ -83,7 +84,7 @@ def _best_shift(weights, mids, fractions, table, floats, cuts, crowding, epsilon
     return (tau[0], reach[0]) if crowding[0] < least else (shift, extent)
 
 
-@_jit
+@jit
 def _shift_rows(weight, mids, fractions, table, group, epsilon, tau, reach, first, last):
     columns, candidates = weight.shape[1], len(fractions)
     weights, floats = np.empty(group, weight.dtype), np.empty((3, candidates), weight.dtype)
@@ -97,7 +98,7 @@ def _shift_rows(weight, mids, fractions, table, group, epsilon, tau, reach, firs
             tau[row, k], reach[row, k] = _best_shift(part, mids, fractions, table, floats, cuts, crowding, epsilon)
 
 
-@_jit
+@jit
 def _crowding_rows(weight, scales, offsets, shifted, bits, group, table, crowding, first, last):
     columns, levels = weight.shape[1], 2**bits
     top = np.float32(levels - 1)

@@ -75,8 +75,8 @@ def fake_gradients(
 ) -> Tensor:
     """Turn the gradient of some rows' weights into those of their quantizer. Other arguments as :func:`fake_quantize`.
 
-    With the mask `m` of codes that were not clamped, over a float base (methods reference §0, unsigned codes):
-    `dbase = G m`, `dscales = sum G (u - v if m else u)`, `doffsets = sum G (1 - m)`; over a base of codes (§6):
+    With the mask `m` of codes that were not clamped, over a float base (LSQ+, Bhalgat et al. 2020, for unsigned codes):
+    `dbase = G m`, `dscales = sum G (u - v if m else u)`, `doffsets = sum G (1 - m)`; over a base of codes:
     `dv = G scales m`, `dscales = sum G u`, `doffsets = sum G`.
 
     Args:

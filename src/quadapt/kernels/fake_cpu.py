@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import fake_reference
-from quadapt.kernels.cpu import _KINDS, _decode_run, _f32, _jit, _u8
+from quadapt.kernels.compiled import jit
+from quadapt.kernels.cpu import _KINDS, _decode_run, _f32, _u8
 from quadapt.kernels.fake_lanes import CODES, LEVELS, WEIGHTS, add_low_rank16, gradient16, quantize16, sum16
 from quadapt.kernels.fake_reference import Grid
 from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, convert16
@@ -25,7 +26,7 @@ _BYTES = 3
 """A fourth kind of row, beside those of `lanes.py`: packed codes where it is read, a byte each where it is written."""
 
 
-@_jit
+@jit
 def _copy(source, target, nbytes):
     """Bytes, a vector at a time: left alone, the compiler copies one by one."""
     for _ in range(nbytes // 64):
@@ -36,7 +37,7 @@ def _copy(source, target, nbytes):
         numba.carray(_u8(target), 64)[i] = numba.carray(_u8(source), 64)[i]
 
 
-@_jit
+@jit
 def _convert(have, want, source, count, target):
     """At least `count` numbers of one kind into another; one of the two kinds is float32."""
     for _ in range(0, count, LANES):
@@ -54,7 +55,7 @@ def _convert(have, want, source, count, target):
         target += LANES * (4 if want == FP32 else 2)
 
 
-@_jit
+@jit
 def _read(row, base, spare, value, runs):
     """One row of the base as float32: weights, real codes (multiples of `unit`), or the levels of codes."""
     kind, _, nbytes, bits, unit, lookup, table = base
@@ -73,7 +74,7 @@ def _read(row, base, spare, value, runs):
         _decode_run(FP32, lookup, spare, runs, bits, unit, np.float32(0), table, value)
 
 
-@_jit
+@jit
 def _write(kind, value, done, row, columns):
     """One row of float32 as weights, or as codes of a byte each."""
     if kind == _BYTES:
@@ -85,7 +86,7 @@ def _write(kind, value, done, row, columns):
     _copy(done, row, columns * (4 if kind == FP32 else (1 if kind == _BYTES else 2)))
 
 
-@_jit
+@jit
 def _quantize_run(mode, dense, runs, value, scale, offset, top):
     """Runs of 16 that share one scale."""
     for _ in range(runs):
@@ -102,7 +103,7 @@ def _quantize_run(mode, dense, runs, value, scale, offset, top):
         value += 4 * LANES
 
 
-@_jit
+@jit
 def _gradient_run(mode, runs, value, G, sums, scale, offset, top, mask):
     rounds, low, high = mask
     for _ in range(runs):
@@ -116,7 +117,7 @@ def _gradient_run(mode, runs, value, G, sums, scale, offset, top, mask):
         G += 4 * LANES
 
 
-@_jit
+@jit
 def _rows(shape, base, factors, grid, mode, top, target, mask, G, sums, first, last):
     """Rows `first` to `last`: their weights or codes to `target`; with `G`, gradients as in `fake.fake_gradients`."""
     rows, columns, group, rank = shape

@@ -7,11 +7,13 @@ word, spread over eight lanes by a shift per lane, and masked. That holds for ev
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 LANES = 16
@@ -19,7 +21,12 @@ BF16, FP16, FP32 = 0, 1, 2
 """Output kinds of :func:`decode16`."""
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f", False))
+_FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
+"""Of the processor that numba compiles for, which need not be this one (NUMBA_CPU_NAME)."""
+
+_HAS_AVX512 = "+avx512f" in _FEATURES
+_HAS_FP16 = "+f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
+"""Whether float16 can be converted at all: elsewhere LLVM calls a function that is not there, and aborts."""
 
 
 def _vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
@@ -79,13 +86,48 @@ def _lookup(builder: Any, table: Any, codes: Any) -> Any:
 def _narrow(builder: Any, value: Any, kind: int) -> Any:
     """Round `<16 x float>` to the output kind, halves to even."""
     if kind == FP16:
-        return builder.fptrunc(value, _vector(ir.HalfType()))
+        return builder.fptrunc(value, _vector(ir.HalfType())) if _HAS_FP16 else _half_of(builder, value)
     if kind == BF16:
         bits = builder.bitcast(value, _vector(_I32))
         odd = builder.and_(builder.lshr(bits, _all(_I32, 16)), _all(_I32, 1))
         rounded = builder.add(builder.add(bits, _all(_I32, 0x7FFF)), odd)
         return builder.trunc(builder.lshr(rounded, _all(_I32, 16)), _vector(_I16))
     return value
+
+
+def _half_of(builder: Any, value: Any) -> Any:
+    """Bits of `<16 x float>` rounded to float16, by whole numbers alone.
+
+    A normal result: halves of the 13 bits that go are rounded by an addition, and a carry may end in infinity, as it
+    should. A smaller one is shifted into place by adding 0.5, whose last bit is the smallest float16.
+    """
+    bits = builder.bitcast(value, _vector(_I32))
+    size = builder.and_(bits, _all(_I32, 0x7FFFFFFF))
+    sign = builder.lshr(builder.xor(bits, size), _all(_I32, 16))
+    odd = builder.and_(builder.lshr(size, _all(_I32, 13)), _all(_I32, 1))
+    normal = builder.lshr(builder.add(builder.sub(size, _all(_I32, (112 << 23) - 0xFFF)), odd), _all(_I32, 13))
+    half = ir.Constant(_vector(_F32), [0.5] * LANES)
+    moved = builder.fadd(builder.bitcast(size, _vector(_F32)), half)
+    small = builder.sub(builder.bitcast(moved, _vector(_I32)), _all(_I32, 126 << 23))
+    nan = builder.or_(builder.and_(builder.lshr(size, _all(_I32, 13)), _all(_I32, 0x3FF)), _all(_I32, 0x7E00))
+    found = builder.select(builder.icmp_unsigned("<", size, _all(_I32, 113 << 23)), small, normal)
+    found = builder.select(builder.icmp_unsigned(">=", size, _all(_I32, 143 << 23)), _all(_I32, 0x7C00), found)
+    found = builder.select(builder.icmp_unsigned(">", size, _all(_I32, 255 << 23)), nan, found)
+    return builder.trunc(builder.or_(found, sign), _vector(_I16))
+
+
+def _float_of(builder: Any, bits: Any) -> Any:
+    """`<16 x float>` of the bits of float16: exponents are 112 apart, but for infinity, NaN and the smallest."""
+    bits = builder.zext(bits, _vector(_I32))
+    size = builder.shl(builder.and_(bits, _all(_I32, 0x7FFF)), _all(_I32, 13))
+    sign = builder.shl(builder.and_(bits, _all(_I32, 0x8000)), _all(_I32, 16))
+    normal = builder.add(size, _all(_I32, 112 << 23))
+    endless = builder.add(size, _all(_I32, 224 << 23))
+    one = builder.bitcast(builder.add(size, _all(_I32, 113 << 23)), _vector(_F32))
+    small = builder.bitcast(builder.fsub(one, ir.Constant(_vector(_F32), [2.0**-14] * LANES)), _vector(_I32))
+    found = builder.select(builder.icmp_unsigned("<", size, _all(_I32, 1 << 23)), small, normal)
+    found = builder.select(builder.icmp_unsigned(">=", size, _all(_I32, 31 << 23)), endless, found)
+    return builder.bitcast(builder.or_(found, sign), _vector(_F32))
 
 
 @intrinsic(prefer_literal=True)
@@ -122,7 +164,9 @@ def convert16(typingctx: Any, have: Any, want: Any, source: Any, target: Any) ->
             bits = builder.zext(_load(builder, args[2], _vector(_I16)), _vector(_I32))
             value = builder.bitcast(builder.shl(bits, _all(_I32, 16)), _vector(_F32))
         elif have == FP16:
-            value = builder.fpext(_load(builder, args[2], _vector(ir.HalfType())), _vector(_F32))
+            half = _vector(ir.HalfType()) if _HAS_FP16 else _vector(_I16)
+            loaded = _load(builder, args[2], half)
+            value = builder.fpext(loaded, _vector(_F32)) if _HAS_FP16 else _float_of(builder, loaded)
         else:
             value = _load(builder, args[2], _vector(_F32))
         _store(builder, _narrow(builder, value, want), args[3])

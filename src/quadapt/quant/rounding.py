@@ -241,9 +241,9 @@ def _grid(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | N
     if layout.format.levels != "int":
         middle = (high + low) / 2 if zero == "float" else torch.zeros_like(low)
         return _positive(torch.maximum(high - middle, middle - low)), middle if zero == "float" else None
-    if zero == "float":  # QA-LoRA's textbook form (methods reference E1): the offset is the smallest weight
+    if zero == "float":  # QA-LoRA's form: the offset is the smallest weight
         return _positive((high - low) / (2**bits - 1)), low
-    if zero == "integer":  # GPTQ's form (E2): the range contains zero, and zero is a level
+    if zero == "integer":  # GPTQ's form: the range contains zero, and zero is a level
         low, high = low.clamp(max=0), high.clamp(min=0)
         scales = _positive((high - low) / (2**bits - 1))
         return scales, (-low / scales).round().clamp(0, 2**bits - 1)
