@@ -16,7 +16,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed package
 
@@ -40,6 +40,7 @@ def choices(annotation: Any) -> str:
     kind = kinds[0]
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     return "names" if get_origin(annotation) is tuple else getattr(kind, "__name__", str(kind))
 
 

@@ -68,8 +68,7 @@ def prepare(
         TuneConfig,
         {
             "model": name,
-            "data": "",
-            "output": "",
+            "data": "none: a trainer brings it",
             "method": method,
             "skip": tuple(skip),
             "device": device,

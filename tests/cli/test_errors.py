@@ -60,12 +60,12 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "grid": (tuned("--levels", "nf", "--zero", "integer"), ("zero",)),
     "pooling": (tuned("--method", "qlora", "--pooling", "mean"), ("pooling", "qa-lora", "Leave it out")),
     "dropout": (tuned("--dropout", "0.1"), ("q_proj: dropout=0.1", "Use dropout=0, or form='side'")),
-    "rank": (tuned("--rank", "0"), ("rank=0: must be above 0",)),
-    "learning rate": (tuned("--lr", "-1"), ("learning_rate=-1.0: must be above 0",)),
-    "steps": (tuned("--max-steps", "-1"), ("max_steps=-1: must be 0 or more",)),
-    "calibration": (tuned("--calibration-length", "0"), ("calibration_length=0: must be above 0",)),
+    "rank": (tuned("--rank", "0"), ("rank=0: must be a whole number, at least 1",)),
+    "learning rate": (tuned("--lr", "-1"), ("learning_rate=-1.0: must be a number, above 0",)),
+    "steps": (tuned("--max-steps", "-1"), ("max_steps=-1: must be a whole number, at least 0",)),
+    "calibration": (tuned("--calibration-length", "0"), ("calibration_length=0: must be a whole number, at least 1",)),
     "too long": (tuned("--calibration-length", "5000"), ("story.txt", "too few for one block of 5000")),
-    "share": (tuned("--eval-split", "2"), ("2.0", "between 0 and 1")),
+    "share": (tuned("--eval-split", "2"), ("eval_split=2.0", "at least 0 and below 1")),
     "device": (tuned("--device", "gpu"), ("device='gpu' is unknown", "cpu, cuda")),
     "offload": (tuned("--offload", "disk"), ("offload='disk'", "'auto', 'none' or 'cpu'")),
     "offload here": (
@@ -80,10 +80,16 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("tune", "q4", *TUNE[2:], "--bits", "3"),
         ("bits has no meaning here: 'q4' is quantized already", "Leave it out"),
     ),
-    "temperature": (("chat", "q4", "-p", "a", "--temperature", "-1"), ("temperature=-1.0: must be 0 or more",)),
+    "temperature": (
+        ("chat", "q4", "-p", "a", "--temperature", "-1"),
+        ("temperature=-1.0: must be a number, at least 0",),
+    ),
     "no room": (("chat", "q4", "-p", "a" * 200), ("200 tokens", "context 128", "Shorten it")),
     "no prompt": (("chat", "q4", "-p", ""), ("the prompt is empty",)),
-    "batch": (("eval", "q4", "--data", "story.txt", "--batch-size", "0"), ("batch_size=0: must be above 0",)),
+    "batch": (
+        ("eval", "q4", "--data", "story.txt", "--batch-size", "0"),
+        ("batch_size=0: must be a whole number, at least 1",),
+    ),
     # models
     "no model": (("tune", "dnse", *TUNE[2:]), ("'dnse'", "Did you mean 'dense'?")),
     "no path": (("quantize", "./dnse", *QUANTIZE[2:]), ("'./dnse' does not exist", "Did you mean 'dense'?")),
@@ -235,7 +241,8 @@ def test_a_disk_that_fills_up_midway_leaves_no_output(away: Path, monkeypatch: p
     monkeypatch.setattr("quadapt.jobs.quantize.save_quantized", full)
     said = give(*QUANTIZE, code=2)
     assert said.error == (
-        "quadapt: model.safetensors: No space left on device. Free some space, or use --output on another disk"
+        "quadapt: model.safetensors: no space left on the disk. Free some space, or use --output on another disk. The "
+        "same command goes on where it stopped"
     )
     assert not (away / "new").exists()
 
@@ -255,7 +262,7 @@ def test_running_out_of_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate: Out of memory")
 
     monkeypatch.setattr("quadapt.jobs.quantize.device_of", fail)
-    assert "out of memory. Use a smaller --batch-size" in give(*QUANTIZE, code=1).error
+    assert "out of memory. Use a smaller --batch-size" in give(*QUANTIZE, code=2).error
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

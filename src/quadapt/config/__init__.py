@@ -1,5 +1,6 @@
 """Every setting of every command, typed once: flags, YAML and Python all pass through here."""
 
+from quadapt.config.check import checked
 from quadapt.config.commands import (
     ChatConfig,
     DemoConfig,
@@ -10,9 +11,9 @@ from quadapt.config.commands import (
     PlanConfig,
     QuantizeConfig,
     RunConfig,
-    read_job,
 )
-from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, Walk, checked
+from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, Walk
+from quadapt.config.job import read_job
 from quadapt.config.tune import TuneConfig
 
 __all__ = [

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import Field
 
-from quadapt.config.fields import (
-    Flag,
-    Grid,
-    Machine,
-    MethodName,
-    Settings,
-    Target,
-    Walk,
-    checked,
-)
-from quadapt.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
+from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, Walk
+from quadapt.config.values import Count, Location, NotNegative, Positive, Seed, Whole
 
 
 class QuantizeConfig(Target, Grid, Walk):
     """Quantize a model."""
 
-    model: Annotated[str, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True)]
     """Folder or hub name of a causal language model."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Quantize only these layers, by name or a part of it. Default: all linear layers but the head."""
 
-    seed: Annotated[int, Flag((), "Machine")] = 0
+    seed: Annotated[Seed, Flag((), "Machine")] = 0
     """Of the choice of calibration text."""
 
     dry_run: Annotated[bool, Flag((), "Output")] = False
@@ -43,13 +29,13 @@ class QuantizeConfig(Target, Grid, Walk):
 class PlanConfig(Machine):
     """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
 
-    model: Annotated[str, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True)]
     """Folder or hub name of a dense causal language model."""
 
-    budget: Annotated[float, Flag((), "Plan")]
+    budget: Annotated[Positive, Flag((), "Plan")]
     """True bits per weight that the quantized layers may take on average: 2.75, say."""
 
-    output: Annotated[str, Flag(("-o",), "Output")] = "plan.json"
+    output: Annotated[Location, Flag(("-o",), "Output")] = "plan.json"
     """File to write; a figure goes beside it."""
 
     overwrite: Annotated[bool, Flag((), "Output")] = False
@@ -58,24 +44,24 @@ class PlanConfig(Machine):
     method: Annotated[MethodName, Flag((), "Plan")] = "lq-lora"
     """For which method: its kind of levels decides among which grids there is a choice. Must train over codes."""
 
-    rank: Annotated[int | None, Flag(("--r", "--lora-r"), "Plan")] = None
+    rank: Annotated[Count | None, Flag(("--r", "--lora-r"), "Plan")] = None
     """Of the adapters; lq-lora's errors depend on it. Default: the paper's, 64."""
 
     count_adapters: Annotated[Literal["fp16", "nf8"] | None, Flag((), "Plan")] = None
     """Also count adapters in the budget, held as 16-bit floats or as nf8 (8.127 bits). Default: they do not count, as
     in the paper."""
 
-    fisher: Annotated[str | None, Flag((), "Plan")] = None
+    fisher: Annotated[Location | None, Flag((), "Plan")] = None
     """Weight errors by diagonal Fisher information: text to gather it on, of the kinds that tune takes, or a
     safetensors file that holds it, a tensor of the weight's shape for each layer. Default: all weights count alike."""
 
-    calibration_sequences: Annotated[int, Flag((), "Plan")] = 128
+    calibration_sequences: Annotated[Count, Flag((), "Plan")] = 128
     """Sequences of the text, at most."""
 
-    calibration_length: Annotated[int | None, Flag((), "Plan")] = None
+    calibration_length: Annotated[Count | None, Flag((), "Plan")] = None
     """Their length in tokens. Default: the model's context, at most 2048."""
 
-    seed: Annotated[int, Flag((), "Machine")] = 0
+    seed: Annotated[Seed, Flag((), "Machine")] = 0
     """Of the choice of text."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
@@ -84,7 +70,7 @@ class PlanConfig(Machine):
     skip: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
     """Layers to leave unquantized, by name or a part of it (comma separated, or repeated)."""
 
-    cache: Annotated[str | None, Flag((), "Output")] = None
+    cache: Annotated[Location | None, Flag((), "Output")] = None
     """Folder that keeps the measured errors: an interrupted run goes on there, another budget takes seconds. Default:
     plan-errors beside the output."""
 
@@ -92,13 +78,13 @@ class PlanConfig(Machine):
 class MergeConfig(Target, Machine):
     """Merge an adapter into its quantized base."""
 
-    adapter: Annotated[str, Flag(positional=True)]
+    adapter: Annotated[Location, Flag(positional=True)]
     """Folder of the adapter (what tune wrote)."""
 
-    base: Annotated[str | None, Flag()] = None
+    base: Annotated[Location | None, Flag()] = None
     """Where its base is, if it is not where it was."""
 
-    data: Annotated[str | None, Flag()] = None
+    data: Annotated[Location | None, Flag()] = None
     """Text to compare the merged with the adapted model on. Default: the training data if it is still there, else
     random tokens."""
 
@@ -116,44 +102,44 @@ class MergeConfig(Target, Machine):
 class EvalConfig(Machine):
     """Measure a model on held-out data."""
 
-    model: Annotated[str, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True)]
     """Folder, hub name or GGUF file: anything that quadapt has written, or a dense model."""
 
-    data: Annotated[str, Flag((), "Data")]
+    data: Annotated[Location, Flag((), "Data")]
     """Data to measure on, of the kinds that tune takes."""
 
-    base: Annotated[str | None, Flag()] = None
+    base: Annotated[Location | None, Flag()] = None
     """Where an adapter's base is, if it is not where it was."""
 
-    context: Annotated[int | None, Flag(("--seq-len", "--max-length"), "Data")] = None
+    context: Annotated[Count | None, Flag(("--seq-len", "--max-length"), "Data")] = None
     """Tokens that the model sees at once. Default: its context, at most 2048."""
 
-    stride: Annotated[int | None, Flag((), "Data")] = None
+    stride: Annotated[Count | None, Flag((), "Data")] = None
     """Tokens from one window to the next. Default: the context (windows do not overlap)."""
 
-    limit: Annotated[int | None, Flag((), "Data")] = None
+    limit: Annotated[Count | None, Flag((), "Data")] = None
     """Use only the first so many rows."""
 
-    max_new_tokens: Annotated[int, Flag((), "Data")] = 32
+    max_new_tokens: Annotated[Count, Flag((), "Data")] = 32
     """Longest answer, on prompt/completion data."""
 
-    samples: Annotated[int, Flag((), "Output")] = 3
+    samples: Annotated[Whole, Flag((), "Output")] = 3
     """Continuations or answers to print."""
 
-    batch_size: Annotated[int, Flag((), "Machine")] = 8
+    batch_size: Annotated[Count, Flag((), "Machine")] = 8
     """Sequences in one forward pass."""
 
-    output: Annotated[str | None, Flag(("-o",), "Output")] = None
+    output: Annotated[Location | None, Flag(("-o",), "Output")] = None
     """Also write the figures to this JSON file."""
 
 
 class ExportConfig(Machine):
     """Write a model in a format that others serve."""
 
-    model: Annotated[str, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True)]
     """Folder of a quantized model or of an adapter (it is merged first, if it merges exactly)."""
 
-    output: Annotated[str, Flag(("-o",), "Output")]
+    output: Annotated[Location, Flag(("-o",), "Output")]
     """File (gguf) or folder (hf, lora) to write."""
 
     format: Annotated[Literal["gguf", "hf", "lora", "nf8", "compressed-tensors"], Flag((), "Output")] = "gguf"
@@ -161,7 +147,7 @@ class ExportConfig(Machine):
     weights, for any server. lora: a standard PEFT adapter. nf8: the adapter in 8 bits, for quadapt alone.
     compressed-tensors: for vLLM, codes as they are, of integers with whole zero-points or none."""
 
-    base: Annotated[str | None, Flag()] = None
+    base: Annotated[Location | None, Flag()] = None
     """Where an adapter's base is, if it is not where it was."""
 
     dense: Annotated[Literal["f32", "f16"], Flag((), "Output")] = "f32"
@@ -174,7 +160,7 @@ class ExportConfig(Machine):
 class InspectConfig(Settings):
     """Say what a folder holds."""
 
-    model: Annotated[str, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True)]
     """Folder of a quantized model or an adapter."""
 
     verify: Annotated[bool, Flag()] = False
@@ -187,45 +173,45 @@ class InspectConfig(Settings):
 class ChatConfig(Machine):
     """Talk to a model."""
 
-    model: Annotated[str, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True)]
     """Anything that eval takes."""
 
-    base: Annotated[str | None, Flag()] = None
+    base: Annotated[Location | None, Flag()] = None
     """Where an adapter's base is, if it is not where it was."""
 
     prompt: Annotated[str | None, Flag(("-p",))] = None
     """Answer this and stop, instead of asking for input."""
 
-    max_new_tokens: Annotated[int, Flag()] = 128
+    max_new_tokens: Annotated[Count, Flag()] = 128
     """Longest answer."""
 
-    temperature: Annotated[float, Flag()] = 0.0
+    temperature: Annotated[NotNegative, Flag()] = 0.0
     """0: always the likeliest token."""
 
-    seed: Annotated[int, Flag()] = 0
+    seed: Annotated[Seed, Flag()] = 0
     """Of sampling."""
 
 
 class DemoConfig(Settings):
     """Tune the embedded model by every method at 4, 3 and 2 bits, and compare."""
 
-    output: Annotated[str, Flag(("-o",), "Output")] = "report"
+    output: Annotated[Location, Flag(("-o",), "Output")] = "report"
     """Folder for the report, the merged model and the GGUF file."""
 
     overwrite: Annotated[bool, Flag((), "Output")] = True
     """Replace the report if it exists."""
 
-    bits: Annotated[tuple[int, ...], Flag()] = (4, 3, 2)
-    """Bit widths to compare."""
+    bits: Annotated[tuple[Literal[2, 3, 4, 8], ...], Field(min_length=1), Flag()] = (4, 3, 2)
+    """Bit widths to compare, of 2, 3, 4 and 8."""
 
-    seed: Annotated[int, Flag()] = 0
+    seed: Annotated[Seed, Flag()] = 0
     """Of stories, initialization and data order."""
 
 
 class RunConfig(Settings):
     """A whole job: tune, then merge, eval and export as far as they are listed."""
 
-    output: str
+    output: Location
     """Folder of the job; each stage writes into it."""
 
     tune: dict[str, Any]
@@ -242,25 +228,3 @@ class RunConfig(Settings):
 
     overwrite: bool = False
     """Start over if the job has been done."""
-
-
-def read_job(path: str) -> RunConfig:
-    """Read a job file.
-
-    Raises:
-        ConfigError: It is missing, not YAML, or has a wrong setting (named with its section).
-    """
-    file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(
-            file.name, [item.name for item in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        )
-        raise ConfigError(f"{path!r} does not exist." + (f" Did you mean {near[0]!r}?" if near else ""))
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no settings. It needs at least output and tune")
-    stages: dict[str, Any] = {name: {} for name in ("merge", "eval", "export") if values.get(name, ...) is None}
-    return checked(RunConfig, {**values, **stages}, f"{path}: ")

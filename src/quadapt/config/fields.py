@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
-from quadapt.errors import CheckpointError, ConfigError, locate
+from quadapt.config.values import Count, GroupSize, Location, check_plain
+from quadapt.errors import ConfigError, locate
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from quadapt.budget import BudgetPlan
@@ -57,35 +59,26 @@ class Flag:
     """Whether it is an argument rather than an option."""
 
 
-_POSITIVE = (
-    *("rank", "budget", "learning_rate", "epochs", "batch_size", "gradient_accumulation", "seq_len", "context"),
-    *("stride", "limit", "max_new_tokens", "calibration_length", "calibration_sequences", "calibration_epochs"),
-)
-_NOT_NEGATIVE = (
-    *("dropout", "warmup_ratio", "weight_decay", "max_grad_norm", "max_steps", "save_steps", "eval_steps", "samples"),
-    *("temperature", "seed"),
-)
-"""Fields that must be above 0, and those that must be 0 or more, in whichever settings they stand."""
-
-
 class Settings(BaseModel):
     """Base of all settings: unknown names are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @field_validator("target_modules", "skip", mode="before", check_fields=False)
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         """`a,b` and repeated flags are the same."""
-        parts = [value] if isinstance(value, str) else value or ()
-        return tuple(name for part in parts for name in str(part).split(",") if name)
+        parts = [value] if isinstance(value, str) else () if value is None else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise ValueError("must be a name, or a list of names. Put numbers in quotes")
+        return tuple(name for part in parts for name in part.split(",") if name)
 
-    @field_validator(*_POSITIVE, *_NOT_NEGATIVE, check_fields=False)
+    @field_validator("*", mode="before")
     @classmethod
-    def _in_range(cls, value: float | None, field: ValidationInfo) -> float | None:
-        if value is not None and (value < 0 or (value == 0 and field.field_name in _POSITIVE)):
-            raise ValueError(f"must be {'above 0' if field.field_name in _POSITIVE else '0 or more'}, is {value}")
-        return value
+    def _as_given(cls, value: Any, info: ValidationInfo) -> Any:
+        return check_plain(value, cls.model_fields[str(info.field_name)])
 
 
 class Machine(Settings):
@@ -112,7 +105,7 @@ class Walk(Machine):
 class Target(Settings):
     """Where results go."""
 
-    output: Annotated[str, Flag(("-o", "--output-dir"), "Output")]
+    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output")]
     """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on."""
 
     overwrite: Annotated[bool, Flag((), "Output")] = False
@@ -122,8 +115,8 @@ class Target(Settings):
 def with_planned_method(values: Any) -> Any:
     """Settings with the method of their plan, if none is given. What is wrong with the file is said when it is read."""
     if isinstance(values, dict) and isinstance(values.get("plan"), str) and not values.get("method"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found = json.loads(Path(values["plan"]).expanduser().read_text(encoding="utf-8")).get("method")
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            found = json.loads(Path(os.path.expanduser(values["plan"])).read_text(encoding="utf-8")).get("method")
             return {**values, "method": found} if found in get_args(MethodName) else values
     return values
 
@@ -135,14 +128,14 @@ class Grid(Settings):
     """Preset of all that follows. Merge exactly: qa-lora, ir-qa-lora, qa-lora-scales, peqa, e2e-qp, efficientqat, l4q,
     lr-qat. Do not: qlora, loftq, quailora, cloq, lq-lora, ir-qlora, gptq-lora, qat-lora."""
 
-    plan: Annotated[str | None, Flag((), "Quantization")] = None
+    plan: Annotated[Location | None, Flag((), "Quantization")] = None
     """Plan of the bits of every layer: a file that quadapt plan has written. It decides the grid, and the method if
     none is given."""
 
     bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
     """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
 
-    group_size: Annotated[int | None, Flag((), "Quantization")] = None
+    group_size: Annotated[GroupSize | None, Flag((), "Quantization")] = None
     """Inputs that share a scale: 16 to 256 in steps of 16, or -1 for whole rows. Default: the method's."""
 
     levels: Annotated[Literal["int", "nf", "nf-sym"] | None, Flag(("--quant-type",), "Quantization")] = None
@@ -166,17 +159,17 @@ class Grid(Settings):
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
 
-    calibration_data: Annotated[str | None, Flag((), "Quantization")] = None
+    calibration_data: Annotated[Location | None, Flag((), "Quantization")] = None
     """Text to calibrate gptq and block-ap on: a file or hub name, read as --data is. Default for tune: the training
     data."""
 
-    calibration_sequences: Annotated[int, Flag((), "Quantization")] = 128
+    calibration_sequences: Annotated[Count, Flag((), "Quantization")] = 128
     """Sequences to calibrate on, at most."""
 
-    calibration_length: Annotated[int | None, Flag((), "Quantization")] = None
+    calibration_length: Annotated[Count | None, Flag((), "Quantization")] = None
     """Their length in tokens. Default: the model's context, at most 2048."""
 
-    calibration_epochs: Annotated[int | None, Flag((), "Quantization")] = None
+    calibration_epochs: Annotated[Count | None, Flag((), "Quantization")] = None
     """block-ap: passes over them. Default: 2."""
 
     def chosen_method(self) -> Method:
@@ -240,23 +233,21 @@ class Grid(Settings):
         """
         from quadapt.budget import BudgetPlan
         from quadapt.budget.candidates import check_plannable
+        from quadapt.hf.reading import read_json
 
         if self.plan is None:
             return None
         for name in ("bits", "group_size", "levels", "zero", "scales"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name}={getattr(self, name)!r} contradicts the plan {self.plan!r}. Leave one out")
-        path = Path(self.plan).expanduser()
+        path = Path(self.plan)
         if not path.is_file():
             beside = [item.name for item in path.parent.glob("*.json")] if path.parent.is_dir() else []
             near = difflib.get_close_matches(path.name, beside)
             hint = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Make one: quadapt plan MODEL"
             raise ConfigError(f"plan={self.plan!r} does not exist. {hint}")
+        value = read_json(path)
         with locate(self.plan):
-            try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"is damaged ({error}). Make it anew: quadapt plan") from error
             found = BudgetPlan.from_json(value)
         chosen = self.chosen_method()
         check_plannable(chosen)
@@ -295,35 +286,3 @@ class Grid(Settings):
     def given(self) -> list[str]:
         """Names of the grid settings that were set explicitly."""
         return [name for name in Grid.model_fields if name in self.model_fields_set and name not in ("method", "skip")]
-
-
-S = TypeVar("S", bound=BaseModel)
-
-
-def checked(kind: type[S], values: dict[str, Any], where: str = "") -> S:
-    """Validate settings.
-
-    Args:
-        kind: Of which command.
-        values: By name.
-        where: What to put before the name of a wrong one: `job.yaml: tune.`, say.
-
-    Raises:
-        ConfigError: With the first thing that is wrong, what is allowed, and what may have been meant.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        # A name with a typo explains why the right one is missing: it goes first.
-        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-        name = str(first["loc"][0]) if first["loc"] else kind.__name__
-        prefix = f"{where}{name}"
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, kind.model_fields)
-            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(kind.model_fields)}"
-            raise ConfigError(f"{prefix} is not a setting. {hint}") from None
-        if first["type"] == "missing":
-            words = " ".join((kind.model_fields[name].description or "").split())
-            raise ConfigError(f"{prefix} is missing. {words}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{prefix}={first['input']!r}: {message[0].lower()}{message[1:]}") from None

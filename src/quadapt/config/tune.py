@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import model_validator
 
 from quadapt.config.fields import Flag, Grid, StartName, Target, Walk, with_planned_method
+from quadapt.config.values import Count, Location, NotNegative, Positive, Ratio, Seed, Share, Whole
 from quadapt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,24 +22,24 @@ if TYPE_CHECKING:
 class TuneConfig(Target, Grid, Walk):
     """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
 
-    model: Annotated[str, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True)]
     """Folder or hub name: a dense model (it is quantized first), or one that quadapt has quantized."""
 
-    data: Annotated[str, Flag((), "Data")]
+    data: Annotated[Location, Flag((), "Data")]
     """Training data: text, JSON lines, CSV, Parquet, or a hub name. Columns: text; prompt and completion; instruction,
     input and output; or messages."""
 
-    output: Annotated[str, Flag(("-o", "--output-dir"), "Output")] = ""
+    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output")] = ""
     """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
     here, named after model, method and bits."""
 
-    eval_data: Annotated[str | None, Flag((), "Data")] = None
+    eval_data: Annotated[Location | None, Flag((), "Data")] = None
     """Held-out data, of the same kinds."""
 
-    eval_split: Annotated[float, Flag((), "Data")] = 0.0
+    eval_split: Annotated[Share, Flag((), "Data")] = 0.0
     """Share of the training data to hold out, if there is no --eval-data."""
 
-    seq_len: Annotated[int | None, Flag(("--max-length", "--max-seq-length"), "Data")] = None
+    seq_len: Annotated[Count | None, Flag(("--max-length", "--max-seq-length"), "Data")] = None
     """Tokens in a sequence; longer examples are truncated, and counted. Default: the model's context, at most 1024."""
 
     packing: Annotated[bool, Flag((), "Data")] = False
@@ -48,13 +51,13 @@ class TuneConfig(Target, Grid, Walk):
     target_modules: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
     """Layers that get adapters, by name or a part of it. Default: all quantized layers."""
 
-    rank: Annotated[int | None, Flag(("--r", "--lora-r"), "Adapter")] = None
+    rank: Annotated[Count | None, Flag(("--r", "--lora-r"), "Adapter")] = None
     """Rank of the adapters. Default: the paper's, 64."""
 
-    alpha: Annotated[float | None, Flag(("--lora-alpha",), "Adapter")] = None
+    alpha: Annotated[Positive | None, Flag(("--lora-alpha",), "Adapter")] = None
     """The adapter is multiplied by alpha / rank. Default: the paper's, 16."""
 
-    dropout: Annotated[float | None, Flag(("--lora-dropout",), "Adapter")] = None
+    dropout: Annotated[Share | None, Flag(("--lora-dropout",), "Adapter")] = None
     """Dropout on the adapter's input. Default: the paper's."""
 
     pooling: Annotated[Literal["sum", "mean"] | None, Flag((), "Adapter")] = None
@@ -64,7 +67,7 @@ class TuneConfig(Target, Grid, Walk):
     init: Annotated[Literal["l4q", "lsq+", "symmetric", "asymmetric"] | None, Flag((), "Adapter")] = None
     """l4q, qat-lora: first scales. l4q clips nothing, the others are its paper's ablation. Default: l4q."""
 
-    dense_steps: Annotated[int | None, Flag((), "Adapter")] = None
+    dense_steps: Annotated[Whole | None, Flag((), "Adapter")] = None
     """l4q: first steps that train A and B without quantization (the paper's first version). Default: 0."""
 
     form: Annotated[Literal["merged", "side"] | None, Flag((), "Adapter")] = None
@@ -82,16 +85,16 @@ class TuneConfig(Target, Grid, Walk):
     objective: Annotated[Literal["cross-entropy", "rilq"], Flag((), "Training")] = "cross-entropy"
     """rilq: half of the objective is the distance of the last hidden state to the full-precision model's."""
 
-    teacher: Annotated[str | None, Flag((), "Training")] = None
+    teacher: Annotated[Location | None, Flag((), "Training")] = None
     """rilq: folder or hub name of the full-precision model. Default: the dense model, or what the base was made of."""
 
     keep_targets: Annotated[bool, Flag((), "Training")] = True
     """rilq: compute the teacher's targets once and keep them on disk, rather than the teacher in memory."""
 
-    learning_rate: Annotated[float | None, Flag(("--lr",), "Training")] = None
+    learning_rate: Annotated[Positive | None, Flag(("--lr",), "Training")] = None
     """Peak learning rate of AdamW. Default: the paper's."""
 
-    grid_learning_rate: Annotated[float | None, Flag(("--scale-lr",), "Training")] = None
+    grid_learning_rate: Annotated[Positive | None, Flag(("--scale-lr",), "Training")] = None
     """Peak learning rate of scales and offsets, relative to the scale, where these train. Default: the method's."""
 
     schedule: Annotated[Literal["constant", "cosine", "linear"] | None, Flag(("--lr-scheduler-type",), "Training")] = (
@@ -99,37 +102,37 @@ class TuneConfig(Target, Grid, Walk):
     )
     """Learning rate after the warm-up. Default: the paper's."""
 
-    warmup_ratio: Annotated[float | None, Flag((), "Training")] = None
+    warmup_ratio: Annotated[Ratio | None, Flag((), "Training")] = None
     """Share of the steps over which the learning rate rises. Default: the paper's."""
 
-    weight_decay: Annotated[float | None, Flag((), "Training")] = None
+    weight_decay: Annotated[NotNegative | None, Flag((), "Training")] = None
     """AdamW's weight decay. Default: the paper's."""
 
-    max_grad_norm: Annotated[float | None, Flag((), "Training")] = None
+    max_grad_norm: Annotated[NotNegative | None, Flag((), "Training")] = None
     """Gradients are scaled down to this norm. Default: the paper's."""
 
-    max_steps: Annotated[int, Flag((), "Training")] = 0
+    max_steps: Annotated[Whole, Flag((), "Training")] = 0
     """Optimizer steps; 0 to go by --epochs."""
 
-    epochs: Annotated[float, Flag(("--num-train-epochs",), "Training")] = 1.0
+    epochs: Annotated[Positive, Flag(("--num-train-epochs",), "Training")] = 1.0
     """Passes over the data."""
 
-    batch_size: Annotated[int, Flag(("--per-device-train-batch-size",), "Training")] = 8
+    batch_size: Annotated[Count, Flag(("--per-device-train-batch-size",), "Training")] = 8
     """Sequences in one forward pass."""
 
-    gradient_accumulation: Annotated[int, Flag(("--gradient-accumulation-steps",), "Training")] = 2
+    gradient_accumulation: Annotated[Count, Flag(("--gradient-accumulation-steps",), "Training")] = 2
     """Forward passes per optimizer step. The default makes the papers' batch of 16."""
 
     gradient_checkpointing: Annotated[bool, Flag((), "Training")] = False
     """Recompute activations in backward: less memory, about a third more time."""
 
-    seed: Annotated[int, Flag((), "Training")] = 0
+    seed: Annotated[Seed, Flag((), "Training")] = 0
     """Of initialization, data order, dropout and calibration."""
 
-    save_steps: Annotated[int, Flag((), "Training")] = 0
+    save_steps: Annotated[Whole, Flag((), "Training")] = 0
     """Steps between checkpoints to resume from. Default: a tenth of the run, at most 500."""
 
-    eval_steps: Annotated[int, Flag((), "Training")] = 0
+    eval_steps: Annotated[Whole, Flag((), "Training")] = 0
     """Steps between evaluations. Default: only at the end."""
 
     report_to: Annotated[str, Flag((), "Training")] = "none"
@@ -143,10 +146,11 @@ class TuneConfig(Target, Grid, Walk):
     def _named(cls, values: Any) -> Any:
         """Name the output, if the user has not."""
         values = with_planned_method(values)
-        if isinstance(values, dict) and values.get("model") and not values.get("output"):
+        if isinstance(values, dict) and isinstance(values.get("model"), str) and values.get("output") is None:
             bits = f"-{values['bits']}bit" if values.get("bits") else ""
-            name = Path(str(values["model"])).expanduser().resolve().name
-            return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
+            with contextlib.suppress(OSError, ValueError):  # such a path is refused by the checks of the fields
+                name = Path(os.path.expanduser(values["model"])).resolve().name
+                return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
         return values
 
     def chosen_method(self) -> Method:

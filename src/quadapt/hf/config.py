@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import NoneType
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -55,6 +56,7 @@ class QuadaptConfig(QuantizationConfigMixin):
         version: int = VERSION,
         quant_method: str = "quadapt",
     ) -> None:
+        _check_fields(version, schemes, left, made, fingerprint)
         if version > VERSION:
             raise CheckpointError(
                 f"the checkpoint has version {version} of the stored form, this quadapt reads up to {VERSION}. "
@@ -129,5 +131,19 @@ class QuadaptConfig(QuantizationConfigMixin):
                 for scheme in self.schemes
                 for name, (out, columns) in scheme["layers"].items()
             }
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error}). Restore config.json") from error
+
+
+def _check_fields(*values: Any) -> None:
+    """Raise CheckpointError if a field has not the type that was written."""
+    wanted: dict[str, tuple[type, ...]] = {
+        "version": (int,),
+        "schemes": (list, tuple),
+        "left": (Mapping, NoneType),
+        "made": (Mapping, NoneType),
+        "fingerprint": (str,),
+    }
+    for (name, types), value in zip(wanted.items(), values, strict=True):
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise CheckpointError(f"quantization_config is damaged ({name} is {value!r:.80}). Restore config.json")

@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from quadapt.errors import CheckpointError, QuadaptError, locate
+from quadapt.errors import CheckpointError, locate
 from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors, weight_files
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.quantizer import base_config, fingerprint_of
+from quadapt.hf.reading import read_json, read_note, reading, reason_of
 from quadapt.hf.verify import other_digests
 from quadapt.hf.workspace import write_json
 from quadapt.model.quantize import quantized_layers
@@ -57,8 +58,12 @@ def open_folder(name: str) -> Folder:
     Raises:
         CheckpointError: It does not exist, holds no model, or has a damaged file.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(name))
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{name!r} cannot be read ({reason_of(error)})") from error
+    if not there:
         path = _from_hub(name)
     if path.is_file():
         raise CheckpointError(f"{name!r} is a file. Give the folder that holds config.json or adapter_config.json")
@@ -70,9 +75,11 @@ def open_folder(name: str) -> Folder:
             f"{name!r} has neither config.json nor adapter_config.json: it is not a model folder.{hint}"
         )
     _check_files(path)
-    note = read_json(path / NOTE) if (path / NOTE).exists() else {}
-    config = read_json(path / "config.json") if model and not adapter else {}
-    quantized = (config.get("quantization_config") or {}).get("quant_method") == "quadapt"
+    note = read_note(path / NOTE) if (path / NOTE).exists() else {}
+    about = read_json(path / "config.json").get("quantization_config") if model and not adapter else None
+    if about is not None and not isinstance(about, dict):
+        raise CheckpointError(f"{path / 'config.json'}: is damaged (quantization_config is no object). Copy it again")
+    quantized = about is not None and about.get("quant_method") == "quadapt"
     return Folder(str(path), "adapter" if adapter else "quantized" if quantized else "model", note)
 
 
@@ -102,21 +109,6 @@ def _near(path: Path) -> str:
     return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error}). Copy it again from its source") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object. It is foreign, or damaged")
-    return value
-
-
 def _check_files(path: Path) -> None:
     """Raise CheckpointError if a weight file is truncated, or a shard of the index is missing."""
     for file in sorted(path.glob("*.safetensors")):
@@ -125,10 +117,15 @@ def _check_files(path: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file}: is damaged or truncated ({error}). Copy it again from its source"
+                f"{file}: is damaged or truncated ({reason_of(error)}). Copy it again from its source"
             ) from error
     for index in path.glob("*.index.json"):
-        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise CheckpointError(f"{index}: is damaged (weight_map names no files). Copy it again from its source")
+        for shard in sorted(set(shards.values())):
+            if Path(shard).name != shard or "\0" in shard:
+                raise CheckpointError(f"{index}: names {shard!r}, which is no file of this folder. It is damaged")
             if not (path / shard).exists():
                 raise CheckpointError(f"{path}: {shard} is missing, though the index names it. Copy it from its source")
     if (path / "config.json").exists() and not (path / "adapter_config.json").exists() and not weight_files(path):
@@ -153,6 +150,10 @@ def find_base(folder: Folder, given: str | None = None) -> str:
         if candidate:
             tried.append(str(candidate))
     named = base.get("hub") or read_json(folder.path / "adapter_config.json").get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise CheckpointError(
+            f"{folder.name}: base_model_name_or_path in adapter_config.json is no text. It is damaged"
+        )
     if named and (Path(named).exists() or (not tried and named.count("/") <= 1 and not named.startswith("/"))):
         return str(named)
     raise CheckpointError(
@@ -226,18 +227,6 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         )
 
     return reading(name, AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
-
-
-def reading(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call one of transformers' loaders; what it raises for bad input becomes a CheckpointError."""
-    try:
-        return load(*args, **kwargs)
-    except QuadaptError as error:
-        with locate(name):
-            raise error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{name!r} cannot be loaded: {reason[:500]}") from error
 
 
 def load(

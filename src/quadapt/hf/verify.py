@@ -47,7 +47,7 @@ def verify(folder: Path, digests: Mapping[str, Mapping[str, str]], config: Quada
         else:
             seen[name] = _digest(tensor)
     seen |= {name: _layer_digest(layouts[name], parts) for name, parts in weights.items()}
-    wanted = {**digests["layers"], **digests["tensors"]}
+    wanted = {**digests.get("layers", {}), **digests.get("tensors", {})}
     return [name for name in {**wanted, **seen} if wanted.get(name) != seen.get(name)]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from quadapt.config import InspectConfig
 from quadapt.errors import CheckpointError
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.folder import Folder, find_base, open_folder, read_json
+from quadapt.hf.folder import Folder, find_base, open_folder
+from quadapt.hf.reading import read_json, reading
 from quadapt.hf.verify import verify
 from quadapt.jobs.quantize import show_layers, show_left
 from quadapt.model.layer import LayerRow
@@ -28,7 +29,8 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
         raise CheckpointError(
             f"{config.model!r} is a dense model, not written by quadapt. Give what quantize, tune or merge wrote"
         )
-    found = QuadaptConfig(**read_json(folder.path / "config.json")["quantization_config"])
+    about = read_json(folder.path / "config.json")["quantization_config"]
+    found = reading(folder.name, lambda: QuadaptConfig(**about))
     layouts = found.layouts
     ui.show(
         f"{folder.name}: {len(layouts)} quantized layers, {bits_of(list(layouts.values())):.3f} true bits per weight, "
@@ -36,7 +38,8 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
     )
     for name, value in found.made.items():
         ui.show(f"{name}: {value}")
-    rows = [LayerRow(**row) for row in folder.note.get("rows", [])]
+    known = LayerRow.__dataclass_fields__
+    rows = [LayerRow(**{key: row[key] for key in row if key in known}) for row in folder.note.get("rows", [])]
     show_layers(layouts, ui, rows=rows, every=config.layers)
     show_left(found.left, ui)
     _show_certificate(folder, ui)

@@ -20,12 +20,12 @@ from quadapt.hf.folder import (
     load_model,
     load_tokenizer,
     open_folder,
-    reading,
     save_quantized,
 )
 from quadapt.hf.merge import Certificate
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.quantizer import base_config
+from quadapt.hf.reading import reading
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs.adapt import true_bits
 from quadapt.jobs.source import device_of, job_of

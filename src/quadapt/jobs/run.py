@@ -10,7 +10,7 @@ from typing import Any
 
 from quadapt.config import EvalConfig, ExportConfig, MergeConfig, RunConfig, Settings, TuneConfig, checked
 from quadapt.errors import ConfigError
-from quadapt.hf.folder import read_json
+from quadapt.hf.reading import read_json
 from quadapt.hf.workspace import remove, write_json
 from quadapt.jobs.evaluate import evaluate
 from quadapt.jobs.export import export

@@ -15,7 +15,8 @@ from quadapt.config import Machine, Walk
 from quadapt.data import Rows, read
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
 from quadapt.hf.checkpoint import auto_class
-from quadapt.hf.folder import Folder, open_folder, reading
+from quadapt.hf.folder import Folder, open_folder
+from quadapt.hf.reading import reading
 
 
 class Place(NamedTuple):

@@ -52,13 +52,14 @@ class Format:
     def __post_init__(self) -> None:
         if self.zero == "default":
             object.__setattr__(self, "zero", "float" if self.levels == "int" else "none")
-        if self.bits not in (2, 3, 4, 8):
+        if type(self.bits) is not int or self.bits not in (2, 3, 4, 8):
             raise ConfigError(f"bits={self.bits} is not supported. Use 2, 3, 4 or 8")
         if self.levels not in ("int", "nf", "nf-sym"):
             raise ConfigError(f"levels={self.levels!r} is unknown. Use int, nf or nf-sym")
         if self.levels == "nf-sym" and self.bits != 2:
             raise ConfigError(f"levels='nf-sym' is defined for bits=2 alone, not bits={self.bits}. Use levels='nf'")
-        if self.group_size != WHOLE_ROW and (self.group_size % 16 or not 16 <= self.group_size <= 256):
+        whole = type(self.group_size) is int
+        if not whole or (self.group_size != WHOLE_ROW and (self.group_size % 16 or not 16 <= self.group_size <= 256)):
             raise ConfigError(
                 f"group_size={self.group_size} is not a multiple of 16 from 16 to 256. Use 32, 64 or 128, "
                 "or -1 for the whole row"

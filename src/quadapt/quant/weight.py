@@ -50,7 +50,7 @@ class Layout:
     """Whether an input permutation is stored (imported act-order models)."""
 
     def __post_init__(self) -> None:
-        if self.out < 1 or self.columns < 1:
+        if not all(type(size) is int and size > 0 for size in (self.out, self.columns)):
             raise ShapeError(
                 f"a weight of {self.out} rows and {self.columns} columns cannot be quantized. Skip the layer"
             )

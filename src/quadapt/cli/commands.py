@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from quadapt import cli
 from quadapt.config import (
     ChatConfig,
     DemoConfig,
@@ -32,6 +33,7 @@ from quadapt.config import (
     read_job,
 )
 from quadapt.errors import QuadaptError
+from quadapt.limits import limit_of
 from quadapt.report.ui import UI
 
 COMMANDS: dict[str, tuple[type[Settings], str]] = {
@@ -68,7 +70,12 @@ def _command(kind: type[Settings], where: str) -> Callable[..., None]:
     def command(**given: Any) -> None:
         as_json, debug = given.pop("json"), given.pop("debug")
         values = {name: value for name, value in given.items() if value is not None and value != []}
-        guarded(lambda ui: _load(where)(checked(kind, values), ui), as_json=as_json, debug=debug)
+
+        def work(ui: UI) -> dict[str, Any]:
+            settings = checked(kind, values)  # before torch is imported: what is wrong is said at once
+            return _load(where)(settings, ui)
+
+        guarded(work, as_json=as_json, debug=debug)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -114,8 +121,11 @@ def _plain(annotation: Any) -> Any:
         else [annotation]
     )
     kind = kinds[0]
-    if getattr(kind, "__origin__", None) is tuple:
-        return list[get_args(kind)[0]]  # type: ignore[misc]
+    if get_origin(kind) is Annotated:  # a range: `checked` says what is allowed
+        return _plain(get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        item = _plain(get_args(kind)[0])
+        return list[type(get_args(item)[0]) if get_origin(item) is Literal else item]  # type: ignore[misc]
     return kind
 
 
@@ -135,36 +145,39 @@ def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool)
     _quiet(debug)
     try:
         ui.result(work(ui))
+        sys.stdout.flush()  # a full disk behind it is noticed here
     except KeyboardInterrupt:
-        _fail("interrupted. Give the same command again to go on", 130, as_json=as_json, debug=debug)
-    except QuadaptError as error:
-        _fail(str(error), error.exit_code, as_json=as_json, debug=debug)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        _fail(
-            (f"{error.filename or 'the disk'}: {error.strerror}" if error.strerror else str(error))
-            + (". Free some space, or use --output on another disk" if full else ""),
-            2 if full or isinstance(error, _PATH_ERRORS) else 1,
-            as_json=as_json,
-            debug=debug,
-        )
-    except MemoryError:
-        _fail(_OUT_OF_MEMORY, 1, as_json=as_json, debug=debug)
-    except Exception as error:
-        text = (
-            _OUT_OF_MEMORY
-            if "out of memory" in str(error).lower()
-            else (f"{type(error).__name__}: {error}\nThis is a bug, or unforeseen. --debug shows where it happened")
-        )
-        _fail(text, 1, as_json=as_json, debug=debug)
+        _fail(_INTERRUPTED, 130, as_json=as_json, debug=debug)
+    except BrokenPipeError:  # nobody reads any more, as in `| head`: typer ends quietly
+        raise
+    except BaseException as error:  # what Rust panics with is no Exception
+        if isinstance(error, (SystemExit, typer.Exit, GeneratorExit)):
+            raise
+        _fail(*_said(error), as_json=as_json, debug=debug)
 
 
-_PATH_ERRORS = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+def _said(error: BaseException) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if cli.interrupted:
+        return _INTERRUPTED, 130
+    limit = limit_of(error)
+    if limit is not None and not isinstance(error, QuadaptError):
+        return str(limit), limit.exit_code
+    if isinstance(error, QuadaptError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and (error.strerror or str(error)):
+        text = f"{error.filename or 'the disk'}: {error.strerror}" if error.strerror else str(error)
+        return text, 2 if error.errno in _PATH_ERRORS else 1
+    words = f"{type(error).__name__}: {error}"
+    return f"{words[:1000]}\nThis is a bug, or unforeseen. --debug shows where it happened", 1
 
-_OUT_OF_MEMORY = (
-    "out of memory. Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits; --dry-run "
-    "estimates what is needed"
+
+_INTERRUPTED = "interrupted. Give the same command again to go on"
+_PATH_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV),
 )
+"""Of a path that cannot be what is asked of it: the user can mend it."""
 
 
 def _fail(text: str, code: int, *, as_json: bool, debug: bool) -> None:
@@ -226,8 +239,3 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Entry point of the `quadapt` command."""
-    app()

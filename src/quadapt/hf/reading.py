@@ -1,0 +1,176 @@
+"""Files that others wrote, or that were damaged on the way: whatever is wrong with one becomes a CheckpointError.
+
+What a library raises over a damaged file is hardly foreseeable: any error of Python's own may come out of transformers.
+So the rule is by origin: an error raised in another library's code while it reads is the file's fault; one raised in
+our code is a bug of ours, and stays what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+
+from quadapt.errors import CheckpointError, QuadaptError, locate
+from quadapt.limits import limit_of
+from quadapt.model.layer import LayerRow
+
+_HERE = str(Path(__file__).parents[1])
+_FORESEEN = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError)
+"""What the loaders raise on purpose, wherever."""
+
+
+def reading(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call one of the libraries' loaders; what it raises for bad input becomes a CheckpointError.
+
+    Raises:
+        CheckpointError: It cannot be loaded; the message says why.
+        ResourceError: The machine lacks memory, disk or threads for it.
+    """
+    try:
+        return load(*args, **kwargs)
+    except QuadaptError as error:
+        with locate(name):
+            raise error
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # what Rust panics with is no Exception
+        limit = limit_of(error)
+        if limit is not None:
+            raise limit from error
+        if not isinstance(error, _FORESEEN) and _raised_here(error):
+            raise
+        raise CheckpointError(f"{name!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether our own code raised it, rather than a library that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_HERE)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line; with its kind, where the words alone say little."""
+    words = " ".join(str(error).split())[:500]
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    plain = isinstance(error, OSError | ValueError | RuntimeError | SafetensorError) and " " in words
+    return words if plain else f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    return _object(path, _text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged ({reason_of(error)}). Copy it again from its source") from error
+
+
+def _object(path: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged ({reason_of(error)}). Copy it again from its source") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object. It is foreign, or damaged")
+    return value
+
+
+# --- the note ---------------------------------------------------------------------------------------------------------
+
+
+class _Part(BaseModel):
+    """Part of `quadapt.json`: what is read has the type that was written; what a later version added is let be."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class _Base(_Part):
+    relative: str | None = None
+    absolute: str | None = None
+    hub: str | None = None
+    fingerprint: str | None = None
+
+
+class _Settings(_Part):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    data: str | list[str] | None = None
+
+
+class _MergedLayer(_Part):
+    name: str
+    difference: float
+    codes_changed: int
+
+
+class _Certificate(_Part):
+    verdict: Literal["exact", "equivalent", "lossy"]
+    dtype: str
+    probe: str
+    effect_lost: float
+    kl: float
+    layers: Annotated[list[_MergedLayer], Field(min_length=1)]
+
+
+class _Adapter(_Part):
+    kind: Annotated[str, Field(min_length=1)] = "PEFT"
+
+
+class _Digests(_Part):
+    layers: dict[str, str] = {}
+    tensors: dict[str, str] = {}
+
+
+class Note(_Part):
+    """`quadapt.json`: what a folder is, where its base is, how it was made, what was measured."""
+
+    kind: str | None = None
+    made: dict[str, Any] = {}
+    left: dict[str, str] = {}
+    bits_per_weight: float | None = None
+    bits: dict[str, float] = {}
+    rows: list[LayerRow] = []
+    digests: _Digests = _Digests()
+    certificate: _Certificate | None = None
+    base: _Base = _Base()
+    settings: _Settings | None = None
+    adapter: _Adapter = _Adapter()
+    method: str | None = None
+    recipe: dict[str, Any] | None = None
+    steps: int | None = None
+    final_loss: float | None = None
+    eval_loss: float | None = None
+    trainable_parameters: int | None = None
+    losses: list[Any] = []
+    trained: dict[str, Any] = {}
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """`quadapt.json`, as it was written.
+
+    Raises:
+        CheckpointError: It is damaged: no JSON, or something in it is not of the kind that quadapt writes.
+    """
+    text = _text(path)
+    value = _object(path, text)
+    try:
+        Note.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise CheckpointError(
+            f"{path}: is damaged ({where}: {first['msg'][0].lower()}{first['msg'][1:]}). Copy it again from its source"
+        ) from error
+    return value
