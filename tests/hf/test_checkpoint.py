@@ -26,7 +26,7 @@ LAYER = "model.layers.1.self_attn.v_proj"
 def written(tmp_path: Path) -> Callable[..., Path]:
     """`written(model, change)`: its folder, with the tensors of the file changed."""
 
-    def write(model: nn.Module, change: Change = lambda tensors: None) -> Path:
+    def write(model: nn.Module, change: Change = lambda _: None) -> Path:
         model.save_pretrained(tmp_path / "m")  # type: ignore[operator]
         file = tmp_path / "m" / "model.safetensors"
         tensors = load_file(file)
@@ -245,7 +245,7 @@ def test_of_the_hub_pickles_are_fetched_only_where_there_is_no_safetensors(tmp_p
 
             save({"a": torch.ones(1)}, folder / "model.safetensors")
 
-        def fetch(name: str, allow_patterns: list[str], at: Path = folder) -> str:
+        def fetch(_: str, allow_patterns: list[str], at: Path = folder) -> str:
             asked.append(allow_patterns)
             return str(at)
 
