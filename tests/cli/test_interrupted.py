@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from commands import SHORT, digests, give
 
-from quadapt import train
 from quadapt.hf import blocks
 from quadapt.jobs import quantize
 from quadapt.report import memory
+from quadapt.train import loop as train
 
 COMMANDS = {
     "quantize": ("quantize", "dense", "--calibration-data", "story.txt", "--calibration-length", "32"),
@@ -255,7 +255,7 @@ def slow(owner, name):  # so that there is time to send the signal
     setattr(owner, name, call)
 
 slow(quadapt.hf.blocks.BlockFiles, "keep")
-slow(quadapt.train._Watcher, "on_save")
+slow(quadapt.train.loop._Watcher, "on_save")
 found = []
 for name, arguments, sign, reached in json.loads(sys.argv[1]):
     child = os.fork()

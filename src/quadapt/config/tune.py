@@ -133,7 +133,14 @@ class TuneConfig(Target, Grid, Walk):
     """Steps between checkpoints to resume from. Default: a tenth of the run, at most 500."""
 
     eval_steps: Annotated[Whole, Flag((), "Training")] = 0
-    """Steps between evaluations. Default: only at the end."""
+    """Steps between evaluations on held-out data. Default: a tenth of the run; with --keep last only at the end."""
+
+    keep: Annotated[Literal["best", "last"] | None, Flag((), "Training")] = None
+    """Which state is written: best, that of the lowest held-out loss, or the last. Default: best if there is held-out
+    data."""
+
+    early_stopping: Annotated[Whole, Flag(("--early-stopping-patience",), "Training")] = 0
+    """Stop after so many evaluations in a row without a lower held-out loss. Default: never."""
 
     report_to: Annotated[str, Flag((), "Training")] = "none"
     """Where Trainer also reports: none, tensorboard, wandb, .."""
@@ -152,6 +159,11 @@ class TuneConfig(Target, Grid, Walk):
                 name = Path(os.path.expanduser(values["model"])).resolve().name
                 return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
         return values
+
+    @property
+    def keeps(self) -> Literal["best", "last"]:
+        """Which state is written."""
+        return self.keep or ("best" if self.eval_data or self.eval_split else "last")
 
     def chosen_method(self) -> Method:
         """The method with the choices made about its adapter and recipe too."""

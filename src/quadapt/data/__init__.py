@@ -3,6 +3,7 @@
 from quadapt.data.calibration import Calibration, calibration_batches
 from quadapt.data.collate import Collator, pad_token_id
 from quadapt.data.encode import DataReport, Encoded, check_loss, encode, form_of
+from quadapt.data.packing import check_packing
 from quadapt.data.prompt import PromptForm
 from quadapt.data.read import Rows, read, split_rows
 
@@ -15,6 +16,7 @@ __all__ = [
     "Rows",
     "calibration_batches",
     "check_loss",
+    "check_packing",
     "encode",
     "form_of",
     "pad_token_id",

@@ -8,17 +8,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from quadapt.data.packing import check_packing
 from quadapt.errors import ConfigError
 from quadapt.hf.grid_layer import GridLoraLinear
 from quadapt.hf.workspace import remove, write_json
 from quadapt.methods import Recipe
 from quadapt.objectives import RILQ
+from quadapt.train.best import Best
+from quadapt.train.trainer import AdapterTrainer
 
 log = logging.getLogger("quadapt")
 
@@ -52,7 +55,14 @@ class Run:
     """Steps between checkpoints to resume from; 0: a tenth of the run, at most 500."""
 
     eval_steps: int = 0
-    """Steps between evaluations on held-out data; 0: only at the end."""
+    """Steps between evaluations on held-out data; 0: a tenth of the run where they decide what is kept or when to stop,
+    else only at the end."""
+
+    keep: Literal["best", "last"] = "last"
+    """Which state is the result: the last, or that of the lowest held-out loss."""
+
+    early_stopping: int = 0
+    """Stop after so many evaluations in a row without a lower held-out loss; 0: never."""
 
     logging_steps: int = 0
     """Steps between logged losses; 0: a fiftieth of the run."""
@@ -80,6 +90,11 @@ class Run:
             )
         return steps
 
+    def evaluations(self, steps: int) -> int:
+        """Steps between evaluations in a run of `steps` steps; 0: only at the end."""
+        needed = self.keep == "best" or self.early_stopping
+        return self.eval_steps or (max(1, math.ceil(steps / 10)) if needed else 0)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -95,7 +110,13 @@ class Trained:
     """Mean training loss of the last logged stretch, in nats per token."""
 
     eval_loss: float | None
-    """Loss on held-out data after training; None without such data."""
+    """Loss of the result on held-out data, in nats per token; None without such data."""
+
+    kept_step: int
+    """The step whose state is the result."""
+
+    last_eval_loss: float | None
+    """Loss on held-out data after the last step."""
 
     seconds: float
     """Wall time of this run."""
@@ -156,52 +177,6 @@ class _DenseSteps(TrainerCallback):
                 layer.begin_quantizing()
 
 
-class AdapterTrainer(Trainer):
-    """`Trainer` that saves adapters alone, as safetensors and JSON (only its own optimizer state is a torch file).
-
-    Scales and offsets, where they train, have a learning rate of their own and no weight decay.
-    """
-
-    grid_learning_rate: float | None = None
-    objective: RILQ | None = None
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.objective is not None and model.training:
-            share = 1.0 if num_items_in_batch is None else 1 / self.args.gradient_accumulation_steps
-            loss = self.objective(loss, inputs, share=share)
-        return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        whole: Any = model or self.model
-        named = [(name, p) for name, p in whole.named_parameters() if p.requires_grad]
-        grid = [p for name, p in named if "lora_rho" in name or "lora_shift" in name]
-        if not grid or self.optimizer is not None:
-            return super().create_optimizer(model)
-        rest = [p for name, p in named if "lora_rho" not in name and "lora_shift" not in name]
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
-        rate = self.grid_learning_rate or self.args.learning_rate
-        groups = [{"params": grid, "lr": rate, "weight_decay": 0.0}]
-        groups += [{"params": rest, "weight_decay": self.args.weight_decay}] if rest else []
-        self.optimizer = kind(groups, **settings)
-        return self.optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        assert output_dir is not None
-        model: Any = self.model
-        if self.args.should_save:
-            model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
-
-    def _load_best_model(self) -> None:
-        raise ConfigError("the best checkpoint is not loaded back; the last one is the result")
-
-
 def train(
     model: nn.Module,
     data: Any,
@@ -226,18 +201,25 @@ def train(
         tick: Called after each step.
 
     Raises:
-        ConfigError: Nothing is trainable, there would be no step, or the loss is not finite.
+        ConfigError: Nothing is trainable, there would be no step, the loss is not finite, or the model does not keep
+            packed examples apart.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trainable. Add an adapter first (quadapt.prepare)")
+    if eval_data is None and (run.keep == "best" or run.early_stopping):
+        wanted = f"keep={run.keep!r}" if run.keep == "best" else f"early_stopping={run.early_stopping}"
+        raise ConfigError(f"{wanted} goes by the loss on held-out data, and there is none. Give some, or leave it out")
     steps = run.steps(len(data))
+    if "position_ids" in getattr(data, "column_names", ()):
+        check_packing(model)
+    best = Best(model, first=run.recipe.dense_steps, keep=run.keep == "best", patience=run.early_stopping)
     trainer = AdapterTrainer(
         model=model,
         args=_arguments(run, steps, folder, has_eval=eval_data is not None),
         train_dataset=data,
         eval_dataset=eval_data,
         data_collator=collate,
-        callbacks=[_Watcher(tick)],
+        callbacks=[best, _Watcher(tick)],  # in this order: the watcher declares a checkpoint complete
     )
     if run.recipe.dense_steps:
         if run.recipe.dense_steps >= steps:
@@ -250,24 +232,47 @@ def train(
     trainer.grid_learning_rate = run.recipe.grid_learning_rate
     trainer.remove_callback(PrinterCallback)  # results alone go to stdout
     set_seed(run.seed)
-    last = last_checkpoint(folder)
-    if last is not None:
-        log.info("going on from step %s of %s", last.name.rpartition("-")[2], steps)
-    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
+    seconds = _optimize(trainer, best, last_checkpoint(folder), steps)
+    last_eval_loss = None if eval_data is None else _last_evaluation(trainer)
+    kept = best.restore()
     history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
     return Trained(
         steps=trainer.state.global_step,
         losses=history,
-        final_loss=losses[-1] if losses else result.training_loss,
-        eval_loss=eval_loss,
-        seconds=result.metrics.get("train_runtime", 0.0),
+        final_loss=next((float(entry["loss"]) for entry in reversed(history) if "loss" in entry), math.nan),
+        eval_loss=last_eval_loss if kept is None else kept.loss,
+        kept_step=trainer.state.global_step if kept is None else kept.step,
+        last_eval_loss=last_eval_loss,
+        seconds=seconds,
     )
 
 
+def _optimize(trainer: AdapterTrainer, best: Best, last: Path | None, steps: int) -> float:
+    """Take the steps that are left after the checkpoint `last`; the seconds that they took."""
+    if last is not None:
+        best.resume(last)
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        if state.global_step >= steps or best.exhausted:
+            log.info("all steps were taken before")
+            trainer._load_from_checkpoint(str(last))
+            trainer.state = state
+            return 0.0
+        log.info("going on from step %d of %d", state.global_step, steps)
+    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return float(result.metrics.get("train_runtime", 0.0))
+
+
+def _last_evaluation(trainer: AdapterTrainer) -> float:
+    """Held-out loss after the last step, measured now unless training has just done so."""
+    step = trainer.state.global_step
+    known = [
+        entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step
+    ]
+    return float(known[-1] if known else trainer.evaluate()["eval_loss"])
+
+
 def _arguments(run: Run, steps: int, folder: Path, *, has_eval: bool) -> TrainingArguments:
-    recipe = run.recipe
+    recipe, eval_steps = run.recipe, run.evaluations(steps) if has_eval else 0
     names = {"constant": "constant_with_warmup" if recipe.warmup_ratio else "constant"}
     return TrainingArguments(
         output_dir=str(folder),
@@ -288,8 +293,8 @@ def _arguments(run: Run, steps: int, folder: Path, *, has_eval: bool) -> Trainin
         save_strategy="steps",
         save_steps=run.save_steps or max(1, min(500, math.ceil(steps / 10))),
         save_total_limit=2,
-        eval_strategy="steps" if has_eval and run.eval_steps else "no",
-        eval_steps=run.eval_steps or None,
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps or None,
         activation_checkpointing=run.gradient_checkpointing,
         report_to=[] if run.report_to == "none" else [run.report_to],
         use_cpu=run.device == "cpu",

@@ -1,0 +1,154 @@
+"""Train an adapter over a base that lies ready, and write it with all that belongs to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quadapt.config import TuneConfig
+from quadapt.data import Collator, Encoded, pad_token_id
+from quadapt.errors import ConfigError
+from quadapt.hf.folder import NOTE, Folder, load_model
+from quadapt.hf.peft_layer import identity_of
+from quadapt.hf.quantizer import fingerprint_of
+from quadapt.hf.start import START, read_start, set_start
+from quadapt.hf.workspace import Workspace, write_json
+from quadapt.jobs.adapt import adapt, true_bits
+from quadapt.jobs.source import dense_folder, device_of, versions
+from quadapt.methods import Recipe
+from quadapt.objectives import RILQ, KeptTeacher, Teacher
+from quadapt.report.memory import measured_peak
+from quadapt.report.ui import UI
+
+if TYPE_CHECKING:
+    from quadapt.train import Trained
+
+
+def fit(
+    config: TuneConfig,
+    space: Workspace,
+    base: Path,
+    folder: Folder,
+    tokenizer: Any,
+    data: tuple[Encoded, Encoded | None],
+    ui: UI,
+) -> dict[str, Any]:
+    """Train an adapter over a base and write it into the workspace; what `quadapt.json` says about it."""
+    from transformers.trainer_utils import set_seed
+
+    from quadapt.train import Run, train, trainable_parameters
+
+    device, chosen = device_of(config), config.chosen_method()
+    quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    set_seed(config.seed)
+    model = adapt(quantized, config)
+    if (space.path / START).exists():
+        set_start(model, read_start(space.path / START))
+    _say_recipe(chosen.recipe, ui)
+    ui.say(f"{trainable_parameters(model):,} trainable parameters over {fingerprint_of(quantized)[:12]}")
+    fields = {
+        name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"
+    }
+    objective = _objective(config, space, model, data[0], Collator(pad_token_id(tokenizer)), ui)
+    run = Run(recipe=chosen.recipe, device=device, **{**fields, "keep": config.keeps})
+    with ui.working("training") as tick, measured_peak(device) as peak:
+        trained = train(
+            model,
+            data[0].data,
+            run,
+            space.path / "checkpoints",
+            collate=Collator(pad_token_id(tokenizer)),
+            eval_data=None if data[1] is None else data[1].data,
+            objective=objective,
+            tick=tick,
+        )
+        most = peak()
+    summary = {
+        "kind": "adapter",
+        "method": config.method,
+        "adapter": chosen.adapter.identity(),
+        "recipe": asdict(chosen.recipe),
+        "bits": true_bits(model),
+        "data": {**asdict(data[0].report), "example": None},
+        "steps": trained.steps,
+        "final_loss": trained.final_loss,
+        "eval_loss": trained.eval_loss,
+        "kept": {"state": config.keeps, "step": trained.kept_step, "eval_loss_at_end": trained.last_eval_loss},
+        "seconds": trained.seconds,
+        "peak_memory": most,
+        "trainable_parameters": trainable_parameters(model),
+        "losses": trained.losses,
+        "versions": versions(),
+        "settings": config.model_dump(mode="json"),
+    }
+    _write(space, model, tokenizer, base, folder, summary)
+    ui.show(
+        f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
+        + _held_out_words(trained)
+        + f", peak memory {most / 1e6:.0f} MB"
+    )
+    return summary
+
+
+def _held_out_words(trained: Trained) -> str:
+    if trained.eval_loss is None:
+        return ""
+    if trained.kept_step == trained.steps:
+        return f", held-out loss {trained.eval_loss:.4f}"
+    return (
+        f", held-out loss {trained.eval_loss:.4f} at step {trained.kept_step}, which is kept "
+        f"({trained.last_eval_loss:.4f} at the end)"
+    )
+
+
+def _objective(
+    config: TuneConfig, space: Workspace, model: Any, data: Encoded, collate: Collator, ui: UI
+) -> RILQ | None:
+    """RILQ's objective, if it is asked for: with targets from disk, or from the teacher as it goes."""
+    if config.objective == "cross-entropy":
+        return None
+    quantized = getattr(model.config, "quantization_config", None)
+    name = config.teacher or (quantized.made.get("source") if quantized else config.model)
+    if not name:
+        raise ConfigError("objective='rilq' needs the full-precision model. Say where it is with --teacher")
+    dense_folder(name)
+    device = device_of(config)
+    teacher = Teacher(load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code))
+    if not config.keep_targets:
+        return RILQ(model, teacher)
+    kept, size = KeptTeacher(space.path / "targets"), config.batch_size
+    starts = range(0, len(data.data), size)
+    batches = [
+        collate([data.data[at] for at in range(start, min(start + size, len(data.data)))])
+        for start in ui.over("reading", list(starts))
+    ]
+    kept.fill(teacher, batches, lambda todo: ui.over("the teacher's targets", todo))
+    return RILQ(model, kept)
+
+
+def _write(
+    space: Workspace, model: Any, tokenizer: Any, base: Path, folder: Folder, summary: Mapping[str, Any]
+) -> None:
+    """Adapter, tokenizer, and where the base is: beside the adapter, at its present place, or on the hub."""
+    final = space.output.resolve() / "base" if base == space.path / "base" else base.resolve()
+    named = str(final) if final.parent == space.output.resolve() or final.exists() else folder.name
+    where = {"relative": os.path.relpath(final, space.output.resolve()), "absolute": str(final), "hub": None}
+    if folder.kind == "quantized" and not folder.path.exists():
+        where = {"relative": None, "absolute": None, "hub": folder.name}
+    config = model.peft_config["default"]
+    where["fingerprint"] = identity_of(config)["base_fingerprint"]
+    model.peft_config["default"] = replace(config, base_model_name_or_path=named)
+    model.save_pretrained(space.path, save_embedding_layers=False)
+    tokenizer.save_pretrained(space.path)
+    write_json(space.path / NOTE, {**summary, "base": where})
+
+
+def _say_recipe(recipe: Recipe, ui: UI) -> None:
+    ui.say(
+        f"AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}), rank {recipe.rank}, "
+        f"alpha {recipe.alpha:g}, dropout {recipe.dropout:g}, gradient norm at most {recipe.max_grad_norm:g}; "
+        f"defaults from {recipe.source}"
+    )
