@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from quadapt.hf.folder import read_json
+from quadapt.hf.reading import read_json
 from quadapt.hf.workspace import write_json
 
 _NOTE, _STATE = "best.json", "best.safetensors"
