@@ -48,7 +48,8 @@ def prepare(
         A PEFT model whose adapter is trainable.
 
     Raises:
-        ConfigError: A setting is wrong, or a calibrated rounding has no data.
+        ConfigError: A setting is wrong, a calibrated rounding has no data, the model is quantized by something else,
+            or its code reads weights that would be codes.
         ShapeError: A layer cannot be quantized; the message names it.
     """
     from transformers.trainer_utils import set_seed
@@ -60,6 +61,7 @@ def prepare(
     from quadapt.jobs.adapt import adapt
     from quadapt.model.quantize import quantize_model, quantized_layers
     from quadapt.model.select import select
+    from quadapt.model.trial import check_reads, check_runs
     from quadapt.statistics import StatisticsFiles, gather
 
     loaded = isinstance(model, str)
@@ -90,6 +92,7 @@ def prepare(
     if not quantized and chosen.adapter.base != "float":
         batches = _batches(calibration, name, model, config, seed) if plan.needs_text else []
         selection = select(model, skip=skip)
+        check_reads(model, selection.chosen)
         with TemporaryDirectory(prefix="quadapt-") as folder:
             statistics = StatisticsFiles(Path(folder), plan.start.needs)
             gather(plan.start.needs, model.eval(), selection.chosen, batches, statistics, device=there)
@@ -97,6 +100,7 @@ def prepare(
                 model, selection.chosen, plan, batches=batches, statistics=statistics, device=there
             ).factors
         adopt(model, left=selection.left, made={"method": method})
+        check_runs(model)
     set_seed(seed)
     adapted = adapt(model.to(there) if loaded and there else model, config)
     set_start(adapted, factors)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.grid_layer import GridLoraLinear, initialize
+from quadapt.model.select import refuse_foreign
 from quadapt.nn.adapters import Adapter, CodesAdapter, GridAdapter, LoRA, adapter_from
 from quadapt.nn.adapters.base import MergedForm
 from quadapt.nn.quant_linear import QuantLinear, autocast
@@ -319,6 +320,7 @@ def register() -> None:
         kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
         adapter = adapter_of(lora_config)
         with locate(kwargs.get("target_name") or "layer"):
+            refuse_foreign(base)
             _check_base(adapter, quantized=quantized)
         if isinstance(adapter, GridAdapter):
             return GridLoraLinear(target, adapter_name, adapter, lora_config, **kwargs)

@@ -17,7 +17,7 @@ from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.config import QuadaptConfig
 from quadapt.model.layer import quantize_layer
 from quadapt.model.quantize import fingerprint, quantized_layers
-from quadapt.model.select import select
+from quadapt.model.select import refuse_foreign, select
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import Layout, hash_tensor
 
@@ -141,7 +141,12 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> Any:
-    """Make a model that was quantized in place known to transformers as quantized, so that it saves as such."""
+    """Make a model that was quantized in place known to transformers as quantized, so that it saves as such.
+
+    Raises:
+        ConfigError: Something else has quantized a part of it.
+    """
+    refuse_foreign(model)
     weights = {name: layer.quant_weight for name, layer in quantized_layers(model).items()}
     config = QuadaptConfig.of(
         {name: weight.layout for name, weight in weights.items()},

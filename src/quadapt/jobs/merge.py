@@ -30,6 +30,7 @@ from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs.adapt import true_bits
 from quadapt.jobs.source import device_of, job_of
 from quadapt.model.quantize import bits_of
+from quadapt.model.trial import check_runs
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest
 from quadapt.report.ui import UI
@@ -67,6 +68,7 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
             batches=batches,
             progress=lambda layers: ui.over("merging", layers),
         )
+        check_runs(merged)
         note = _note(merged, certificate, folder, bits)
         save_quantized(merged, tokenizer, space.path, note)
         space.commit()

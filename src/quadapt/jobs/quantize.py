@@ -27,6 +27,7 @@ from quadapt.jobs.statistics import statistics_for
 from quadapt.model.layer import LayerRow, Plan
 from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
+from quadapt.model.trial import check_reads, check_runs
 from quadapt.quant.weight import Layout
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
@@ -110,6 +111,7 @@ def quantize_into(
         model = load_model(name, dtype=kept, device=place.home, trust_remote_code=code)
     tokenizer = load_tokenizer(name, trust_remote_code=code)
     selection = select(model, target_modules=target_modules, skip=config.skip)
+    check_reads(model, selection.chosen)
     calibration = None
     if plan.needs_text:
         assert calibration_rows is not None
@@ -151,6 +153,7 @@ def quantize_into(
     if done.factors:
         write_start(path / START, done.factors)
     adopt(model, left=selection.left, made=made)
+    check_runs(model)
     return write_model(model, tokenizer, path, done.rows, made, ui)
 
 

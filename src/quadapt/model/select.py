@@ -5,11 +5,13 @@ Every parameter with two axes or more is either selected or listed with a reason
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.nn.quant_linear import QuantLinear
@@ -36,10 +38,11 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
         skip: Leave these as they are.
 
     Raises:
-        ConfigError: A name matches nothing, or nothing is left to quantize.
-        ShapeError: Some matrices are stacked experts, which cannot be quantized yet; skip them by name.
+        ConfigError: A name matches nothing, nothing is left to quantize, or the model is quantized by something else.
+        ShapeError: Some matrices are stacked experts or transposed, which cannot be quantized yet; skip them by name.
     """
-    head, tied = _head(model), _tied(model)
+    refuse_foreign(model)
+    known = _Known(model)
     chosen: dict[str, nn.Linear] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -47,18 +50,13 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
             full = f"{name}.{parameter_name}" if parameter_name != "weight" else name
             if parameter.ndim < 2 or isinstance(module, QuantLinear):
                 continue
-            reason = _reason(module, full, head, tied, target_modules, skip)
+            reason = _reason(module, full, known, target_modules, skip)
             if reason:
                 left[full] = reason
             elif parameter.ndim > 2 or not isinstance(module, nn.Linear):
-                kind = (
-                    f"a stack of {parameter.shape[0]} matrices (experts)"
-                    if parameter.ndim > 2
-                    else f"a {type(module).__name__}"
-                )
                 raise ShapeError(
-                    f"{full}: is {kind}, which cannot be quantized yet. To leave it unquantized, list it under skip "
-                    f"(--skip {full.rsplit('.', 1)[-1]})"
+                    f"{full}: is {_kind(model, module, parameter)}, which cannot be quantized yet. To leave it "
+                    f"unquantized, list it under skip (--skip {full.rsplit('.', 1)[-1]})"
                 )
             else:
                 chosen[name] = module
@@ -72,13 +70,12 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
 
 def left_over(model: nn.Module, reason: str) -> dict[str, str]:
     """Why each matrix outside quantized layers is not quantized; `reason` for those that could be."""
-    head, tied = _head(model), _tied(model)
-    left = {}
+    known, left = _Known(model), {}
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and not isinstance(module, QuantLinear):
                 full = f"{name}.{parameter_name}" if parameter_name != "weight" else name
-                left[full] = _reason(module, full, head, tied, (), ()) or reason
+                left[full] = _reason(module, full, known, (), ()) or reason
     return left
 
 
@@ -96,32 +93,103 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     names = list(names)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            raise ConfigError(f"target_modules: {pattern!r} matches no quantized layer. There are {_kinds(names)}")
+            raise ConfigError(
+                f"target_modules: {pattern!r} matches no quantized layer. There are {', '.join(kinds_of(names))}"
+            )
     return [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]
 
 
-def _reason(
-    module: nn.Module, name: str, head: nn.Module | None, tied: set[int], targets: Sequence[str], skip: Sequence[str]
-) -> str:
+def refuse_foreign(model: nn.Module) -> None:
+    """Raise ConfigError if a model is quantized by something else, whose codes would be taken for weights."""
+    about = getattr(getattr(model, "config", None), "quantization_config", None)
+    how = about.get("quant_method") if isinstance(about, Mapping) else getattr(about, "quant_method", None)
+    by = str(getattr(how, "value", how or ""))  # an enum in transformers
+    advice = "Load the dense model (without quantization_config), and let quadapt quantize it"
+    if by and by != "quadapt":
+        raise ConfigError(f"{type(model).__name__} is quantized already, by {by}. {advice}")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            continue
+        held = [
+            *module.named_parameters(recurse=False),
+            *((key, each) for key, each in module.named_buffers(recurse=False) if key == "qweight"),
+        ]
+        for key, tensor in held:
+            narrow = not tensor.is_floating_point() or tensor.itemsize < 2
+            if (tensor.ndim >= 2 and narrow) or is_traceable_wrapper_subclass(tensor):
+                kind = str(tensor.dtype).removeprefix("torch.") if narrow else type(tensor).__name__
+                raise ConfigError(
+                    f"{name}.{key}: is {kind} in a {type(module).__name__}, so something else has quantized this "
+                    f"model. {advice}"
+                )
+
+
+class _Known:
+    """What about a model says of its matrices that they stay as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        getter = getattr(model, "get_output_embeddings", None)
+        head = getter() if getter is not None else None
+        self.head = head if isinstance(head, nn.Module) else None
+        self.tied = _tied(model)
+        kept = (getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict"))
+        self.wide = [pattern for patterns in kept for pattern in patterns]
+        text = language_model(model)
+        self.text = {id(module) for module in text.modules()}
+
+
+def language_model(model: Any) -> nn.Module:
+    """The part of a model that reads and writes text: all of it, unless it has a tower for pictures or sound too.
+
+    Raises:
+        ConfigError: That part cannot be told from the others.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return model  # type: ignore[no-any-return]
+    text = model.get_decoder()
+    if text is model or text is getattr(model, "base_model", None):
+        raise ConfigError(
+            f"{type(model).__name__} does not say which part of it is the language model. Give a model of text alone"
+        )
+    return text  # type: ignore[no-any-return]
+
+
+def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str], skip: Sequence[str]) -> str:
     if any(matches(name, pattern) for pattern in skip):
         return "listed under skip"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if module is head:
+    if module is known.head:
         return "output head"
-    if any(id(parameter) in tied for parameter in module.parameters(recurse=False)):
+    if id(module) not in known.text:
+        return "outside the language model"
+    if any(id(parameter) in known.tied for parameter in module.parameters(recurse=False)):
         return "tied to another matrix"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
+    if any(matches(name, pattern) or matches(f"{name}.weight", pattern) for pattern in known.wide):
+        return "kept in float32 by the model's own code"
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear and type(module).__name__ not in _PLAIN:
+        return f"{type(module).__name__}, a linear layer with a forward of its own"
     if targets and not any(matches(name, pattern) for pattern in targets):
         return "not among target_modules"
     return ""
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    return head if isinstance(head, nn.Module) else None
+_PLAIN = ("FalconLinear",)
+"""Subclasses of nn.Linear that compute what it does."""
+
+
+def _kind(model: nn.Module, module: nn.Module, parameter: Tensor) -> str:
+    """What a matrix is that cannot be quantized."""
+    if parameter.ndim > 2:
+        return f"a stack of {parameter.shape[0]} matrices (experts)"
+    kind = type(module).__name__
+    if kind != "Conv1D":
+        return f"a {kind}"
+    others = kinds_of(name for name, each in model.named_modules() if type(each).__name__ == kind)
+    return f"a Conv1D, a linear layer that stores its weight transposed (as {', '.join(others)} of this model do)"
 
 
 def _tied(model: nn.Module) -> set[int]:
@@ -138,28 +206,36 @@ def _check_names(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            raise ConfigError(f"{pattern!r} matches no layer. The linear layers are {_kinds(linear)}")
+            raise ConfigError(f"{pattern!r} matches no layer. The linear layers are {', '.join(kinds_of(linear))}")
 
 
-def _kinds(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """The last parts of some layers' names, each once."""
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's decoder layers, by name, in order: the list of modules with the most linear weights.
+    """The decoder layers of a model's language model, by name, in order: the list of modules with the most weights.
 
     Raises:
         ConfigError: There is no list of modules.
+        ShapeError: There is one, of transposed linear layers.
     """
 
     def weight(item: tuple[str, nn.ModuleList]) -> int:
         linears = [module for module in item[1].modules() if isinstance(module, nn.Linear)]
         return sum(module.in_features * module.out_features for module in linears)
 
+    text = {id(module) for module in language_model(model).modules()}
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and id(module) in text
     ]
     if not lists or not weight(max(lists, key=weight)):
+        for name, module in model.named_modules():
+            if type(module).__name__ == "Conv1D":
+                raise ShapeError(f"{name}: is {_kind(model, module, module.weight)}, which cannot be quantized yet")
         raise ConfigError(
             f"{type(model).__name__} has no list of blocks to walk through. Only decoder models are supported"
         )

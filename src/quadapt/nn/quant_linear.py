@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quadapt.errors import ShapeError
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -69,7 +70,13 @@ class QuantLinear(nn.Linear):
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T + bias`."""
+        """`x @ W.T + bias`.
+
+        Raises:
+            ShapeError: `x` is no float: the model's code has cast it to the dtype of `weight`, which holds codes.
+        """
+        if not x.is_floating_point():
+            raise ShapeError(f"the input of a quantized layer is {x.dtype}; it must be float16, bfloat16 or float32")
         x = autocast(x)
         return self.with_bias(quant_matmul(x, self.quant_weight))
 
