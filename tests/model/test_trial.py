@@ -67,7 +67,10 @@ def test_layers_whose_weight_is_multiplied_outside_are_named(kind: str) -> None:
     model = _mamba(kind)
     ids = text_ids(model.config, 2, 12)
     dense = logits_of(model, ids)
-    prepared = quadapt.prepare(model, rounding="nearest", bits=8, skip=["A_log", "dt_proj"], method="qlora")
+    skip, where = ["A_log", "dt_proj"], ["in_proj", "x_proj"]
+    with pytest.raises(ConfigError, match=r"PEFT refuses .*out_proj.*--target-modules"):
+        quadapt.prepare(_mamba(kind), rounding="nearest", skip=skip, method="qlora")
+    prepared = quadapt.prepare(model, rounding="nearest", bits=8, skip=skip, method="qlora", target_modules=where)
     assert 0 < (logits_of(prepared, ids) - dense).norm() / dense.norm() < 0.05
 
 

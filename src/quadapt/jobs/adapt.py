@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from quadapt.config import TuneConfig
+from quadapt.errors import ConfigError, QuadaptError
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import fingerprint_of
 from quadapt.model.quantize import bits_of, quantized_layers
@@ -57,7 +58,14 @@ def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> Pef
         base_fingerprint="" if on_meta else fingerprint_of(model),
         start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
     )
-    return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
+    try:
+        return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
+    except QuadaptError:
+        raise
+    except ValueError as error:  # layers that a family cannot have adapted (Mamba's out_proj)
+        raise ConfigError(
+            f"PEFT refuses the adapter ({error}). Name the layers that are to get one with --target-modules"
+        ) from error
 
 
 def _layouts(model: nn.Module, adapter: Adapter, skip: Sequence[str]) -> dict[str, Layout]:
