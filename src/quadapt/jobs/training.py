@@ -19,6 +19,7 @@ from quadapt.hf.workspace import Workspace, write_json
 from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.source import dense_folder, device_of, versions
 from quadapt.methods import Recipe
+from quadapt.model.trial import check_runs
 from quadapt.objectives import RILQ, KeptTeacher, Teacher
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
@@ -43,6 +44,7 @@ def fit(
 
     device, chosen = device_of(config), config.chosen_method()
     quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    check_runs(quantized)
     set_seed(config.seed)
     model = adapt(quantized, config)
     if (space.path / START).exists():
