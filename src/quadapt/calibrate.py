@@ -30,22 +30,46 @@ Gathered = tuple[list[str], Tensor]
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: notes what it is called with, and passes the hidden states on unchanged."""
+    """Stands in for a block: notes what it is called with, and passes the hidden states on unchanged.
 
-    def __init__(self, block: nn.Module) -> None:
+    They come back as the block gives them: some models take them from a tuple, others expect a tensor. Which it is, the
+    first block of each class is run once to see.
+
+    Args:
+        block: What it stands in for.
+        device: Where to run it.
+        gives: Length of the tuple that blocks of a class give, None where it is a tensor; filled in here.
+    """
+
+    def __init__(self, block: nn.Module, device: torch.device, gives: dict[type, int | None]) -> None:
         super().__init__()
         self.calls: list[dict[str, Any]] = []
         self.inputs: list[Tensor] = []
+        self._block, self._device, self._gives = (block,), device, gives  # in a tuple it is no submodule
         for name, value in vars(
             block
         ).items():  # models read some of a block's attributes (attention_type) before calling it
             if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
                 self.__dict__.setdefault(name, value)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.inputs.append(hidden_states)
         self.calls.append({"args": args, "kwargs": kwargs})
-        return hidden_states
+        block, kind = self._block[0], type(self._block[0])
+        if kind not in self._gives:
+            with torch.no_grad(), resident(block, self._device):
+                output = block(hidden_states, *args, **kwargs)
+            self._gives[kind] = len(output) if isinstance(output, (tuple, list)) else None
+        return self.as_block(hidden_states)
+
+    def as_block(self, hidden_states: Tensor) -> Any:
+        """Hidden states in the form in which the block gives them."""
+        length = self._gives[type(self._block[0])]
+        return hidden_states if length is None else (hidden_states, *(None,) * (length - 1))
+
+    def pop(self) -> tuple[dict[str, Any], Tensor]:
+        """The last call, which is forgotten."""
+        return self.calls.pop(), self.inputs.pop()
 
 
 class BlockWalk:
@@ -72,11 +96,23 @@ class BlockWalk:
             raise CalibrationError("there is no calibration data")
         home = next(model.parameters()).device
         self.device = home if device is None else indexed(device)
-        recorders = {name: _Recorder(block) for name, block in blocks.items()}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise CalibrationError(
+                f"{type(model).__name__} is an encoder-decoder, which cannot be calibrated yet. Use rounding 'nearest'"
+            )
+        self._gives: dict[type, int | None] = {}
+        recorders = {name: _Recorder(block, self.device, self._gives) for name, block in blocks.items()}
         body: nn.Module = getattr(model, "base_model", model)  # without the head: nobody asks for logits
+        ones: dict[int, dict[str, Any]] = {}
         with torch.no_grad(), _replaced(model, recorders), resident(body, self.device):
             for batch in batches:
-                body(input_ids=batch.to(self.device), use_cache=False)
+                ids = batch.to(self.device)
+                if ids.shape[1] not in ones:  # of one sequence: tells which axis of an argument is the batch's
+                    body(input_ids=ids[:1], use_cache=False)
+                    ones[ids.shape[1]] = {
+                        name: _shapes(recorder.pop()[0]) for name, recorder in recorders.items() if recorder.calls
+                    }
+                body(input_ids=ids, use_cache=False)
                 seen: dict[int, Tensor] = {}  # masks and the like, which all blocks of a model share
                 for recorder in recorders.values():
                     recorder.calls[-1:] = moved(recorder.calls[-1:], home, seen)
@@ -88,6 +124,7 @@ class BlockWalk:
                 "use --rounding nearest"
             )
         self._calls = {name: recorder.calls for name, recorder in recorders.items()}
+        self._ones = {name: [ones[batch.shape[1]][name] for batch in batches] for name in recorders}
         self._hidden = self._dense = next(iter(recorders.values())).inputs
 
     @torch.no_grad()
@@ -126,10 +163,11 @@ class BlockWalk:
         Sequences of one batch stand together; the last of a batch may be fewer.
         """
         found = []
-        for hidden, call, target in zip(self._hidden, self._calls[name], self._dense, strict=True):
+        walk = zip(self._hidden, self._calls[name], self._ones[name], self._dense, strict=True)
+        for hidden, call, one, target in walk:
             for start in range(0, len(hidden), size):
                 rows = slice(start, start + size)
-                args, kwargs = (_part(call[kind], rows, len(hidden)) for kind in ("args", "kwargs"))
+                args, kwargs = (_part(call[kind], one[kind], rows, len(hidden)) for kind in ("args", "kwargs"))
                 found.append(Example(hidden[rows], args, kwargs, target[rows]))
         return found
 
@@ -149,8 +187,8 @@ class BlockWalk:
 
             return hook
 
-        call, count = self._calls[name][0], len(self._hidden[0])
-        one = moved((self._hidden[0][:1], _part(call, slice(0, 1), count)), self.device)
+        call = _part(self._calls[name][0], self._ones[name][0], slice(0, 1), len(self._hidden[0]))
+        one = moved((self._hidden[0][:1], call), self.device)
         hooks = _hooks({layers[layer]: note(layer) for layer in layers})
         with torch.no_grad(), resident(block, self.device), hooks:
             _output(block, *one)
@@ -213,7 +251,7 @@ class BackwardWalk(BlockWalk):
 
     def _behind(self, watch: Watch) -> list[Tensor]:
         """Gradients of what the last block gives."""
-        stand_ins = {name: _Gives(block) for name, block in self._blocks.items()}
+        stand_ins = {name: _Gives(block, self.device, self._gives) for name, block in self._blocks.items()}
         gradients = []
         with _replaced(self._model, stand_ins), resident(self._model, self.device), watch(self._model):
             for batch, hidden in zip(self._batches, self._hidden, strict=True):
@@ -238,7 +276,7 @@ class BackwardWalk(BlockWalk):
 
     def _before(self, gradients: list[Tensor], watch: Watch) -> None:
         """Send gradients of what the first block receives through what lies before it, if anything there has some."""
-        recorders = {name: _Recorder(block) for name, block in self._blocks.items()}
+        recorders = {name: _Recorder(block, self.device, self._gives) for name, block in self._blocks.items()}
         first = next(iter(recorders.values()))
         with _replaced(self._model, recorders), resident(self._model, self.device), watch(self._model):
             if not any(parameter.requires_grad for parameter in self._model.parameters()):
@@ -259,8 +297,8 @@ class _Gives(_Recorder):
 
     value: Tensor
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.value
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.as_block(self.value)
 
 
 def _gradient(tensor: Tensor) -> Tensor:
@@ -302,14 +340,33 @@ def _output(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) -> Tensor
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _part(value: Any, rows: slice, count: int) -> Any:
-    """Arguments for some of a batch's `count` sequences: tensors with a batch axis are cut, all else stays."""
+def _shapes(value: Any) -> Any:
+    """The shapes of tensors, in whatever tuples, lists and dicts they stand."""
     if isinstance(value, Tensor):
-        return value[rows] if value.ndim > 1 and len(value) == count else value
+        return value.shape
     if isinstance(value, (tuple, list)):
-        return type(value)(_part(item, rows, count) for item in value)
+        return [_shapes(item) for item in value]
+    return {key: _shapes(item) for key, item in value.items()} if isinstance(value, dict) else None
+
+
+def _part(value: Any, one: Any, rows: slice, count: int) -> Any:
+    """Arguments for some of a batch's `count` sequences.
+
+    Args:
+        value: Arguments for all of them.
+        one: `_shapes` of the arguments for a single sequence. A tensor is cut along the axis that is `count` times as
+            long (a batch folded into heads, as ALiBi has it, is several rows for a sequence); all else is shared.
+        rows: Which sequences.
+        count: How many there are.
+    """
+    if isinstance(value, Tensor) and isinstance(one, torch.Size) and len(one) == value.ndim:
+        for axis, (length, single) in enumerate(zip(value.shape, one, strict=True)):
+            if length != single and length == count * single:
+                return value[(slice(None),) * axis + (slice(rows.start * single, rows.stop * single),)]
+    if isinstance(value, (tuple, list)):
+        return type(value)(_part(item, each, rows, count) for item, each in zip(value, one, strict=True))
     if isinstance(value, dict):
-        return {key: _part(item, rows, count) for key, item in value.items()}
+        return {key: _part(item, one.get(key), rows, count) for key, item in value.items()}
     return value
 
 
