@@ -1,5 +1,7 @@
 """Tokenizers small enough to read, made here."""
 
+import json
+
 import datasets
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -50,7 +52,10 @@ def make_rows():
         columns = {
             "text": lambda value: {"text": value},
             "prompt-completion": lambda value: {"prompt": value[0], "completion": value[1]},
-            "messages": lambda value: {"messages": [{"role": role, "content": text} for role, text in value]},
+            "messages": lambda value: {
+                "messages": json.dumps([{"role": role, "content": text} for role, text in value]),
+                "tools": "[]",
+            },
         }
         rows = [columns[kind](value) | {"where": f"data:{line}"} for line, value in enumerate(values, start=1)]
         return Rows(kind, _dataset(rows, kind), "data")

@@ -280,14 +280,12 @@ def test_messages_are_packed_and_cut_like_prompts(chars, make_rows):
 TEMPLATES = {
     "none": (None, CHAT, ["no chat template", "tokenizer.chat_template", "prompts and completions"]),
     "refusing": ("{{ raise_exception('roles must alternate') }}", CHAT, ["data:1", "cannot render", "must alternate"]),
-    "assistant first": (UNMARKED, CHAT[1:], ["data:1", "first message is the assistant's", "Put the user's"]),
-    "later turns change earlier ones": (
-        "{% for message in messages %}{{ message.content }}"
-        "{% if loop.last and message.role == 'assistant' %}!{% endif %}{% endfor %}",
+    "silent": (
+        "{% for m in messages %}{{ m.role }};{% endfor %}",
         CHAT,
-        ["data:1", "message 2 differently", "{% generation %}"],
+        ["data:1", "cannot be found", "{% generation %}"],
     ),
-    "other generation prompt": (UNMARKED.replace("%}<|assistant|>{%", "%}<|user|>{%"), CHAT, ["message 2 differently"]),
+    "a mistake": ("{{ messages[0].content + none }}", CHAT, ["data:1", "cannot render", "concatenate"]),
 }
 
 

@@ -5,7 +5,7 @@ from quadapt.data.collate import Collator, pad_token_id
 from quadapt.data.encode import DataReport, Encoded, check_loss, encode, form_of
 from quadapt.data.packing import check_packing
 from quadapt.data.prompt import PromptForm
-from quadapt.data.read import Rows, read, split_rows
+from quadapt.data.read import Rows, read, read_held_out, split_rows
 
 __all__ = [
     "Calibration",
@@ -21,5 +21,6 @@ __all__ = [
     "form_of",
     "pad_token_id",
     "read",
+    "read_held_out",
     "split_rows",
 ]

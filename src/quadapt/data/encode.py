@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from quadapt.data.bad import BadRows
 from quadapt.data.collate import NO_LOSS, pad_token_id
 from quadapt.data.examples import Example, examples
+from quadapt.data.forms import Kind
 from quadapt.data.prompt import PromptForm, template_digest
-from quadapt.data.read import Kind, Rows
+from quadapt.data.read import Rows
 from quadapt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -71,6 +73,9 @@ class DataReport:
 
     dropped: int
     """Examples left out, since none of their tokens bears loss; `notes` say why."""
+
+    skipped: int
+    """Rows that could not be used at all; `notes` name the first of them."""
 
     notes: tuple[str, ...]
     """What else there is to know."""
@@ -132,7 +137,9 @@ def encode(
         raise ConfigError(f"seq_len={seq_len} leaves no token to predict. Use at least 2")
     pad_token_id(tokenizer)  # now rather than in the first batch
     tally: Counter[str] = Counter()
-    found = _not_blank(examples(rows, tokenizer, completion_only=completion_only, add_eos=add_eos), tally)
+    bad = rows.bad.copy()
+    source = examples(rows, tokenizer, completion_only=completion_only, add_eos=add_eos, bad=bad)
+    found = _not_blank(source, tally)
     if rows.kind == "text":
         sequences = list(_blocks(found, seq_len, tally))
     else:
@@ -145,7 +152,7 @@ def encode(
         {name: [columns[name] for columns in sequences] for name in names},
         features=Features(dict.fromkeys(names, List(Value("int32")))),
     )
-    return Encoded(data, _report(rows, tokenizer, sequences, tally, seq_len, packing), form_of(rows, tokenizer))
+    return Encoded(data, _report(rows, tokenizer, sequences, tally, seq_len, packing, bad), form_of(rows, tokenizer))
 
 
 def form_of(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
@@ -195,6 +202,7 @@ def _not_blank(source: Iterable[Example], tally: Counter[str]) -> Iterator[Examp
     for example in source:
         tally["examples"] += 1
         tally["apart"] += example.apart
+        tally.update(f"lost {what}" for what in example.lost)
         if example.loss.any():
             yield example
         else:
@@ -242,6 +250,7 @@ def _report(
     tally: Counter[str],
     seq_len: int,
     packing: bool,
+    bad: BadRows,
 ) -> DataReport:
     unk = tokenizer.unk_token_id
     if unk in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
@@ -260,7 +269,8 @@ def _report(
         truncated=tally["truncated"],
         tokens_lost=tally["tokens_lost"],
         dropped=tally["blank"] + tally["beyond"],
-        notes=(*rows.notes, *_notes(rows.kind, tokenizer, tally, seq_len)),
+        skipped=bad.count,
+        notes=(*rows.notes, *bad.notes(), *_notes(rows.kind, tokenizer, tally, seq_len)),
         example=_render(sequences[0], tokenizer) if sequences else "",
     )
 
@@ -280,6 +290,9 @@ def _notes(kind: Kind, tokenizer: PreTrainedTokenizerBase, tally: Counter[str], 
             f"{tally['apart']:,} prompts end inside a token, so that prompt and completion were tokenized apart. "
             "If they end in a space, put it at the start of the completions"
         )
+    for name, count in tally.items():
+        if name.startswith("lost "):
+            yield f"the chat template leaves out of {count:,} examples: {name.removeprefix('lost ')}"
     if tally["unknown"]:
         yield f"{tally['unknown']:,} tokens are {tokenizer.unk_token}, text that the tokenizer does not know"
     if tokenizer.pad_token_id is None:

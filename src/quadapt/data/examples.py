@@ -7,22 +7,26 @@ last token. So the prompt's tokens are always those of the prompt alone. If prom
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import TemplateError
 
-from quadapt.data.read import Row, Rows
+from quadapt.data.bad import BadRows
+from quadapt.data.messages import Row
+from quadapt.data.read import Rows
+from quadapt.data.turns import GENERATION, Template
 from quadapt.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+log = logging.getLogger("quadapt")
+
 _BATCH = 256
 
 
@@ -42,28 +46,47 @@ class Example:
     apart: bool = False
     """Whether prompt and completion had to be tokenized apart."""
 
+    lost: tuple[str, ...] = ()
+    """What the row has, and the chat template does not show: thoughts, tool calls, .."""
+
 
 def examples(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool = True, add_eos: bool = True
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    completion_only: bool = True,
+    add_eos: bool = True,
+    bad: BadRows | None = None,
 ) -> Iterator[Example]:
-    """Tokenize rows, one example for each, in their order.
+    """Tokenize rows, one example for each that can be used, in their order.
 
     Args:
         rows: Of any kind.
         tokenizer: Its chat template is used for messages.
         completion_only: Loss on the completion, or on what the assistant says, alone. Text bears loss throughout.
         add_eos: Put the end-of-sequence token after a text or a completion. After messages the chat template decides.
+        bad: Counts rows that the chat template cannot render. Default: those of `rows`, in a count of this pass, which
+            is logged.
 
     Returns:
         Examples; one without any loss-bearing token if its text or its completion is blank.
 
     Raises:
-        DataError: The tokenizer has no end-of-sequence token or no chat template, or the template cannot render a row.
+        DataError: The tokenizer has no end-of-sequence token or no chat template, or the template cannot render more
+            rows than may be skipped.
     """
-    encoder = _Encoder(tokenizer, rows, completion_only, add_eos)
+    said, bad = bad is not None, bad or rows.bad.copy()
+    encoder = _Encoder(tokenizer, rows, completion_only, add_eos, bad)
     encode = {"text": encoder.texts, "prompt-completion": encoder.pairs, "messages": encoder.chats}[rows.kind]
-    for batch in rows.data.iter(batch_size=_BATCH):
-        yield from encode(batch)
+    try:
+        for batch in rows.data.iter(batch_size=_BATCH):
+            yield from encode(batch)
+    finally:
+        more = bad.count - rows.bad.count
+        if more and not said:
+            log.warning("%s: %s", rows.source, "; ".join(bad.notes()))
+    if more:  # among all rows that were read, of which these may be a few
+        bad.check(max(len(rows), rows.bad.good) - more if more < len(rows) else 0)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -78,10 +101,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
 
 
 class _Encoder:
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, completion_only: bool, add_eos: bool) -> None:
-        self.tokenizer, self.completion_only = tokenizer, completion_only
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Rows, completion_only: bool, add_eos: bool, bad: BadRows
+    ) -> None:
+        self.tokenizer, self.completion_only, self.bad = tokenizer, completion_only, bad
         if rows.kind == "messages":
-            self.turns = _chat_encoder(tokenizer, completion_only)
+            self.template = Template(tokenizer)
+            self.marked = GENERATION.search(tokenizer.get_chat_template()) is not None
+            if completion_only and not tokenizer.is_fast:
+                raise DataError(
+                    "the tokenizer does not tell where in a text its tokens lie, so loss cannot be confined to "
+                    "what the assistant says. Use a fast tokenizer, or let all tokens bear loss (--no-completion-only)"
+                )
         elif add_eos and tokenizer.eos_token_id is None:
             raise DataError(
                 "the tokenizer has no end-of-sequence token. Set tokenizer.eos_token to one of its tokens, "
@@ -106,12 +137,33 @@ class _Encoder:
             yield self._example(where, [*self.head, *prompt], [*rest, *self.tail], not completion.strip(), apart)
 
     def chats(self, batch: Row) -> Iterator[Example]:
-        for where, messages in zip(batch["where"], batch["messages"], strict=True):
+        for where, messages, tools in zip(batch["where"], batch["messages"], batch["tools"], strict=True):
             try:
-                ids, loss = self.turns(self.tokenizer, messages)
-            except (TemplateError, DataError) as error:
-                raise DataError(f"{where}: the chat template cannot render the messages: {error}") from error
-            yield Example(np.array(ids, dtype=np.int32), np.array(loss, dtype=bool), where)
+                ids, loss, lost = self._chat(json.loads(messages), json.loads(tools))
+            except DataError as error:
+                self.bad.add(DataError(f"{where}: {error}"))
+            else:
+                yield Example(np.array(ids, dtype=np.int32), np.array(loss, dtype=bool), where, lost=tuple(lost))
+
+    def _chat(self, messages: list[Row], tools: list[Row]) -> tuple[list[int], list[bool], list[str]]:
+        """Tokens of a chat, which of them bear loss, and what it loses in the rendering.
+
+        The template itself may mark what the assistant says. (Which of its marks belong to answers that bear no loss
+        is not known; then it is looked for.)
+        """
+        if self.completion_only and self.marked and not any("weight" in message for message in messages):
+            return self.template.marked(messages, tools)
+        chat = self.template.chat(messages, tools, find=self.completion_only)
+        if not self.completion_only:
+            ids = tokenize(self.tokenizer, [chat.text])[0]
+            return ids, [True] * len(ids), chat.lost
+        encoded = self.tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # A token that reaches beyond an answer is the template's: it is there before, or after, anything is said.
+        loss = [
+            any(begin <= first and last <= end for begin, end in chat.spans)
+            for first, last in encoded["offset_mapping"]
+        ]
+        return list(encoded["input_ids"]), loss, chat.lost
 
     def _example(self, where: str, prompt: list[int], rest: list[int], blank: bool, apart: bool = False) -> Example:
         ids = np.array(prompt + rest, dtype=np.int32)
@@ -127,62 +179,3 @@ class _Encoder:
             if whole[: len(before)] == before:
                 return whole[len(before) :]
         return tokenize(self.tokenizer, [text])[0]
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-_ChatEncoder = Callable[["PreTrainedTokenizerBase", list[Row]], tuple[list[int], list[bool]]]
-"""From messages to tokens, and which of them bear loss."""
-
-
-def _chat_encoder(tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> _ChatEncoder:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template, so messages cannot be rendered. Set "
-            "tokenizer.chat_template, take the chat variant of the model, or give prompts and completions"
-        )
-    if not completion_only:
-        return _everything
-    if not tokenizer.is_fast:
-        raise DataError(
-            "the tokenizer does not tell where in a text its tokens lie, so loss cannot be confined to "
-            "what the assistant says. Use a fast tokenizer, or let all tokens bear loss"
-        )
-    return _by_marks if _GENERATION.search(tokenizer.get_chat_template()) else _by_turns
-
-
-def _everything(tokenizer: PreTrainedTokenizerBase, messages: list[Row]) -> tuple[list[int], list[bool]]:
-    ids = tokenize(tokenizer, [str(tokenizer.apply_chat_template(messages, tokenize=False))])[0]
-    return ids, [True] * len(ids)
-
-
-def _by_marks(tokenizer: PreTrainedTokenizerBase, messages: list[Row]) -> tuple[list[int], list[bool]]:
-    """The template itself marks what the assistant says, by `{% generation %}`."""
-    chat: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-    )
-    return list(chat["input_ids"]), [bool(bit) for bit in chat["assistant_masks"]]
-
-
-def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Row]) -> tuple[list[int], list[bool]]:
-    """What the assistant says is what rendering its turn adds to the turns before it and the generation prompt."""
-
-    def render(count: int, *, prompt: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-
-    whole = render(len(messages))
-    spans = []
-    for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
-        if turn == 0:
-            raise DataError("the first message is the assistant's. Put the user's, or a system message, before it")
-        before, after = render(turn, prompt=True), render(turn + 1)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise DataError(
-                f"it renders message {turn + 1} differently when others follow or none is there yet, so "
-                "what the assistant says cannot be found. Put {% generation %} and {% endgeneration %} "
-                "around it in the template"
-            )
-        spans.append((len(before), len(after)))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), [any(begin <= start < end for begin, end in spans) for start in starts]

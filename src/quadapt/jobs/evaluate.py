@@ -83,7 +83,7 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
 def _openings(rows: Rows, count: int) -> list[str]:
     """The first words of some rows."""
     if rows.kind == "messages":
-        return [str(messages[0]["content"]) for messages in rows.data["messages"][:count]]
+        return [str(rows.chat(index)[0]["content"]) for index in range(min(count, len(rows)))]
     texts = [str(text) for text in rows.data["text"][:count]]
     if len(texts) < count:  # one long document: begin at paragraphs of it
         texts = [part for part in texts[0].split("\n\n") if part.strip()][:count]

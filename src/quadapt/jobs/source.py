@@ -12,7 +12,7 @@ from torch import nn
 
 import quadapt
 from quadapt.config import Machine, Walk
-from quadapt.data import Rows, read
+from quadapt.data import Rows, read_held_out
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
 from quadapt.hf.checkpoint import auto_class
 from quadapt.hf.folder import Folder, open_folder
@@ -98,7 +98,7 @@ def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code
 
 def held_out(source: str) -> Rows:
     """Rows to measure on: the split `test` of a folder or hub dataset, or all of a file."""
-    return read(source) if Path(source).expanduser().is_file() else read(source, split="test")
+    return read_held_out(source)
 
 
 def identity(*names: str | None) -> list[Any]:
