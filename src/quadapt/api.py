@@ -178,17 +178,18 @@ def export(
     """Write a model in a format that others serve.
 
     Args:
-        model: Quantized, merged (gguf, hf); or a PEFT model (lora).
+        model: Quantized or merged (gguf, hf, compressed-tensors); or a PEFT model (lora, nf8).
         tokenizer: Its tokenizer.
         output: File (gguf) or folder (the others).
-        format: gguf, hf, lora or compressed-tensors.
+        format: gguf; hf (dense); lora (a standard adapter); nf8 (an adapter in 8 bits, for quadapt alone: load it with
+            `quadapt.load(output, base=..)`); or compressed-tensors.
         dtype: Of the dense weights (hf).
 
     Raises:
         ExportError: The format cannot hold the model.
     """
     from quadapt.errors import ConfigError
-    from quadapt.exporters import compressed_tensors, dense, gguf, lora
+    from quadapt.exporters import compressed_tensors, dense, gguf, lora, nf8
 
     if format == "gguf":
         return gguf.export_gguf(model, tokenizer, output)
@@ -198,7 +199,11 @@ def export(
         return compressed_tensors.export_compressed_tensors(model, tokenizer, output)
     if format == "lora":
         return lora.export_lora(model, output)
-    raise ConfigError(f"format={format!r} is unknown. Use gguf, hf, lora or compressed-tensors")
+    if format == "nf8":
+        report = nf8.export_nf8(model, output)
+        tokenizer.save_pretrained(output)
+        return report
+    raise ConfigError(f"format={format!r} is unknown. Use gguf, hf, lora, nf8 or compressed-tensors")
 
 
 def load(

@@ -139,9 +139,22 @@ def test_other_families_and_biases(tokenizer: Any, tmp_path: Path) -> None:
     assert (logits(other, IDS) - logits(model, IDS)).abs().max() < 1e-4
 
 
+def test_names_are_those_of_files_where_these_differ(tokenizer: Any, tmp_path: Path) -> None:
+    """GPT-NeoX computes with `lm_head` and stores `embed_out`, as its published checkpoints do."""
+    model = quantized(tiny("GPTNeoX"))
+    report = export_hf(model, tokenizer, tmp_path / "dense", dtype="float32")
+    with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "embed_out.weight" in names
+    assert names == {row.name for row in report.tensors}
+    assert "lm_head.weight" not in names
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert (logits(other, IDS) - logits(model, IDS)).abs().max() < 1e-4
+
+
 def test_refuses_models_that_are_stored_otherwise(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny("Mixtral", num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(ExportError, match=r"experts.*MixtralForCausalLM is stored under other names"):
+    with pytest.raises(ExportError, match=r"experts.*MixtralForCausalLM is stored in other pieces"):
         export_hf(quantized(model, skip=("experts", "gate")), tokenizer, tmp_path / "dense")
     assert list(tmp_path.iterdir()) == []
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from quadapt.errors import ExportError
+import quadapt
+from quadapt.errors import ConfigError, ExportError
 from quadapt.exporters.nf8 import export_nf8
 from quadapt.hf.compressed import NF8_FILE, attach, read_nf8, write_nf8
 from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.quantizer import fingerprint_of
 from quadapt.nn.adapters import Elastic, LoRA, Pooled
 from quadapt.quant.format import Format
 
@@ -53,6 +55,27 @@ def test_the_adapter_computes_nearly_the_same(
     with torch.no_grad():
         found = again(input_ids=ids).logits
     assert float((found - trained).norm()) < 0.02 * float((trained - plain).norm())
+
+
+def test_from_python_the_folder_loads_over_its_base(
+    quantized_llama: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    base = quantized_llama(vocab_size=320)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, lora_config(LoRA(), rank=8, alpha=8, base_fingerprint=fingerprint_of(base))).eval()
+    for layer in adapted_layers(model).values():
+        layer.lora_B["default"].weight.data.normal_(std=0.05)
+    ids = torch.arange(2, 42).view(2, 20)
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        report = quadapt.export(model, tokenizer, tmp_path / "nf8", format="nf8")
+        again, kept = quadapt.load(tmp_path / "nf8", base=str(tmp_path / "base"))
+        found = again(input_ids=ids).logits
+    assert report.format == "nf8"
+    assert len(kept) == len(tokenizer)
+    assert float((found - trained).norm() / trained.norm()) < 0.01
+    with pytest.raises(ConfigError, match="Use gguf, hf, lora, nf8 or compressed-tensors"):
+        quadapt.export(model, tokenizer, tmp_path / "no", format="nf9")
 
 
 def test_what_merges_is_refused(quantized_llama: Callable[..., Any], tmp_path: Path) -> None:

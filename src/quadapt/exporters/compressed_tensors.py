@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
-from quadapt.exporters.tensors import TYPES, refuse_adapters, tensors_of
+from quadapt.exporters.tensors import TYPES, as_stored, refuse_adapters, tensors_of
 from quadapt.kernels import pack
 from quadapt.quant.weight import QuantWeight
 
@@ -50,8 +50,9 @@ def export_compressed_tensors(
     if dtype not in _DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown. Use {', '.join(_DTYPES)}")
     kind, path = _DTYPES[dtype], Path(folder)
-    sources = dict(tensors_of(model))
-    layers = {n.removesuffix(".weight"): s for n, s in sources.items() if isinstance(s, QuantWeight)}
+    found = dict(tensors_of(model))
+    sources = as_stored(model, found)
+    layers = {n.removesuffix(".weight"): s for n, s in found.items() if isinstance(s, QuantWeight)}
     for name, weight in layers.items():
         _check(name, weight, kind)
     tensors: dict[str, Tensor] = {}
@@ -71,7 +72,7 @@ def export_compressed_tensors(
             type=TYPES.get(tensor.dtype, str(tensor.dtype)),
             shape=tuple(tensor.shape),
             nbytes=tensor.nbytes,
-            linear=name.rpartition(".weight_")[0] in layers,
+            linear=isinstance(sources.get(f"{name.rpartition('.weight_')[0]}.weight"), QuantWeight),
         )
         for name, tensor in tensors.items()
     )

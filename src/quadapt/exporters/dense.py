@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.exporters.tensors import TYPES, Source, refuse_adapters, shape_of, tensors_of
+from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, shape_of, tensors_of
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight, largest_move
 
@@ -52,12 +52,11 @@ def export_hf(
         raise ExportError(f"dtype={dtype!r} is unknown. Use {', '.join(_DTYPES)}")
     refuse_adapters(model)
     kind, path = _DTYPES[dtype], Path(folder)
-    sources = dict(tensors_of(model))
+    sources = as_stored(model, dict(tensors_of(model)))
     meta = {
         name: torch.empty(shape_of(source), dtype=_target(source, kind), device="meta")
         for name, source in sources.items()
     }
-    _check_names(model, meta)
     shards = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
     moves: dict[str, float] = {}
     with new_folder(path) as partial:
@@ -95,18 +94,6 @@ def _densify(name: str, source: Source, kind: torch.dtype) -> tuple[Tensor, floa
             f"{name}: has values that are infinite or NaN in {kind}. Use dtype='bfloat16', or repair the model"
         )
     return dense, largest_move(source, exact, dense) if isinstance(source, QuantWeight) else 0.0
-
-
-def _check_names(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Refuse models that transformers stores under other names, or in other pieces, than it computes with."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    other = sorted(set(revert_weight_conversion(model, dict(tensors))) ^ set(tensors))
-    if other:
-        raise ExportError(
-            f"{other[0]}: {type(model).__name__} is stored under other names than it computes with, "
-            "which this export does not know. Use model.dequantize() and save_pretrained"
-        )
 
 
 def _save_config(model: Any, dtype: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,26 @@ def refuse_adapters(model: nn.Module) -> None:
 def shape_of(source: Source) -> tuple[int, ...]:
     """Shape of the dense tensor."""
     return (source.layout.out, source.layout.columns) if isinstance(source, QuantWeight) else tuple(source.shape)
+
+
+def as_stored(model: Any, sources: dict[str, Source]) -> dict[str, Source]:
+    """The same under the names that transformers stores them by (GPT-NeoX's head is `embed_out` in its files).
+
+    Raises:
+        ExportError: Some tensors are stored in other pieces than the model computes with.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {name: torch.empty(shape_of(source), device="meta") for name, source in sources.items()}
+    names = {id(mark): name for name, mark in marks.items()}
+    stored = {other: names.get(id(mark)) for other, mark in revert_weight_conversion(model, dict(marks)).items()}
+    if set(stored.values()) != set(sources) or len(stored) != len(sources):
+        pieces = sorted(set(sources) - set(stored.values()))
+        raise ExportError(
+            f"{pieces[0]}: {type(model).__name__} is stored in other pieces than it computes with, "
+            "which this export does not know. Use model.dequantize() and save_pretrained"
+        )
+    return {other: sources[name] for other, name in stored.items() if name is not None}
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
