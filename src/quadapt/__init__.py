@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from quadapt.errors import QuadaptError
 from quadapt.hf.hooks import when_imported
 
 if TYPE_CHECKING:
     from quadapt.api import export, load, merge, prepare
     from quadapt.hf.config import QuadaptConfig
+    from quadapt.hf.identity import any_base
 
 __version__ = "0.1.0"
-__all__ = ["QuadaptConfig", "export", "load", "merge", "prepare"]
+__all__ = ["QuadaptConfig", "QuadaptError", "any_base", "export", "load", "merge", "prepare"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from quadapt.hf.config import QuadaptConfig
 
         return QuadaptConfig
+    if name == "any_base":
+        from quadapt.hf.identity import any_base
+
+        return any_base
     raise AttributeError(f"module 'quadapt' has no attribute {name!r}")
 
 

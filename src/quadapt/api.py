@@ -212,6 +212,7 @@ def load(
     dtype: str = "auto",
     device: str = "cpu",
     base: str | None = None,
+    any_base: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
@@ -221,6 +222,8 @@ def load(
         dtype: Of the computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
         device: As in torch.
         base: Where an adapter's base is, if it is not where it was.
+        any_base: Load an adapter though its base is another one than it was trained over. For PEFT's own doors, and for
+            `quadapt.merge`, the same is asked for by `with quadapt.any_base():`.
         trust_remote_code: Run code that comes with a model.
 
     Raises:
@@ -228,4 +231,6 @@ def load(
     """
     from quadapt.hf import folder
 
-    return folder.load(str(name), dtype=dtype, device=device, base=base, trust_remote_code=trust_remote_code)
+    return folder.load(
+        str(name), dtype=dtype, device=device, base=base, any_base=any_base, trust_remote_code=trust_remote_code
+    )

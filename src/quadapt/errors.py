@@ -74,6 +74,8 @@ def locate(where: str) -> Iterator[None]:
     try:
         yield
     except QuadaptError as error:
+        if str(error).startswith(f"{where}: "):  # said further in
+            raise
         raise type(error)(f"{where}: {error}") from error
 
 

@@ -84,6 +84,9 @@ class MergeConfig(Target, Machine):
     base: Annotated[Location | None, Flag()] = None
     """Where its base is, if it is not where it was."""
 
+    any_base: Annotated[bool, Flag()] = False
+    """Take the adapter though its base is another one than it was trained over. What comes of it is another model."""
+
     data: Annotated[Location | None, Flag()] = None
     """Text to compare the merged with the adapted model on. Default: the training data if it is still there, else
     random tokens."""
@@ -110,6 +113,9 @@ class EvalConfig(Machine):
 
     base: Annotated[Location | None, Flag()] = None
     """Where an adapter's base is, if it is not where it was."""
+
+    any_base: Annotated[bool, Flag()] = False
+    """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
 
     context: Annotated[Count | None, Flag(("--seq-len", "--max-length"), "Data")] = None
     """Tokens that the model sees at once. Default: its context, at most 2048."""
@@ -150,6 +156,9 @@ class ExportConfig(Machine):
     base: Annotated[Location | None, Flag()] = None
     """Where an adapter's base is, if it is not where it was."""
 
+    any_base: Annotated[bool, Flag()] = False
+    """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
+
     dense: Annotated[Literal["f32", "f16"], Flag((), "Output")] = "f32"
     """gguf: type of the layers that a block format cannot hold; f16 rounds them."""
 
@@ -178,6 +187,9 @@ class ChatConfig(Machine):
 
     base: Annotated[Location | None, Flag()] = None
     """Where an adapter's base is, if it is not where it was."""
+
+    any_base: Annotated[bool, Flag()] = False
+    """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
 
     prompt: Annotated[str | None, Flag(("-p",))] = None
     """Answer this and stop, instead of asking for input."""

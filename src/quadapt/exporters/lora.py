@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,10 +119,11 @@ def adapter_report(
 
 def _plain(model: Any, adapter_name: str, base: str) -> Any:
     """The adapter's config without anything of ours, as stock PEFT reads it."""
-    config = copy.copy(model.peft_config[adapter_name])
-    config.auto_mapping = None
+    from quadapt.hf.identity import as_stock
+
+    config = as_stock(model.peft_config[adapter_name])
     config.base_model_name_or_path = base or None
     if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)
+        config.target_modules = sorted(config.target_modules or ())
     config.init_lora_weights, config.inference_mode = True, True
     return config

@@ -28,7 +28,7 @@ def export_nf8(model: nn.Module, folder: str | Path, *, adapter_name: str = "def
         ExportError: The folder is taken, or the model has no such adapter, or it is no low-rank branch.
     """
     from quadapt.hf.compressed import NF8_FILE, write_nf8
-    from quadapt.hf.peft_layer import KEY, identity_of
+    from quadapt.hf.identity import KEY, identity_of
     from quadapt.nn.adapters import LoRA
 
     layers, path = adapted(model, adapter_name), Path(folder)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quadapt.hf.doors import check_state
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
@@ -70,6 +71,8 @@ def attach(model: nn.Module, folder: Path) -> nn.Module:
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     adapted = get_peft_model(model, config)
+    factors = read_nf8(folder / NF8_FILE)
+    check_state(adapted, "default", factors)
     with torch.no_grad():
-        set_peft_model_state_dict(adapted, read_nf8(folder / NF8_FILE))
+        set_peft_model_state_dict(adapted, factors)
     return adapted

@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from quadapt.errors import CheckpointError, locate
 from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors, weight_files
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.quantizer import base_config, fingerprint_of
+from quadapt.hf.quantizer import base_config, content_of
 from quadapt.hf.reading import read_json, read_note, reading, reason_of
 from quadapt.hf.verify import other_digests
 from quadapt.hf.workspace import write_json
@@ -154,6 +155,11 @@ def find_base(folder: Folder, given: str | None = None) -> str:
         raise CheckpointError(
             f"{folder.name}: base_model_name_or_path in adapter_config.json is no text. It is damaged"
         )
+    if not named and not tried:
+        raise CheckpointError(
+            f"{folder.name}: names no base, since its base was quantized in memory. Save that one too "
+            "(model.unload().save_pretrained(FOLDER)), and say where it is with --base (base= in Python)"
+        )
     if named and (Path(named).exists() or (not tried and named.count("/") <= 1 and not named.startswith("/"))):
         return str(named)
     raise CheckpointError(
@@ -230,7 +236,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load(
-    name: str, *, dtype: str = "auto", device: str = "cpu", base: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    base: str | None = None,
+    any_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
 
@@ -239,6 +251,7 @@ def load(
         dtype: Of the computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
         device: As in torch.
         base: Where an adapter's base is, if it is not where it was.
+        any_base: Load an adapter though its base is another one than it was trained over.
         trust_remote_code: Run code that comes with a model.
 
     Raises:
@@ -252,36 +265,44 @@ def load(
             load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
             load_tokenizer(folder.name, trust_remote_code=trust_remote_code),
         )
-    from peft import PeftConfig
-
     where = find_base(folder, base)
     model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    check_base(folder, model)
-    if (folder.path / NF8_FILE).exists():
-        config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
-        factors = reading(folder.name, read_nf8, folder.path / NF8_FILE)
-        factors = {name.removeprefix("base_model.model."): tensor for name, tensor in factors.items()}
-        reading(folder.name, model.load_adapter, peft_config=config, adapter_state_dict=factors)
-    else:
-        reading(folder.name, model.load_adapter, folder.name)
+    with over_any_base(any_base):
+        _load_adapter(folder, model)
     model.eval()
     holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
     return model, load_tokenizer(holder, trust_remote_code=trust_remote_code)
 
 
-def check_base(folder: Folder, model: nn.Module) -> None:
-    """Raise CheckpointError if an adapter was trained over another base than `model`."""
+def over_any_base(asked: bool) -> AbstractContextManager[None]:
+    """`any_base()` if it was asked for."""
+    from quadapt.hf.identity import any_base
+
+    return any_base() if asked else nullcontext()
+
+
+def _load_adapter(folder: Folder, model: Any) -> None:
+    """Put an adapter over its base; whether it is its base, and whether the adapter is whole, is checked on the way."""
     from peft import PeftConfig
 
-    from quadapt.hf.peft_layer import identity_of
-
+    if not (folder.path / NF8_FILE).exists():
+        reading(folder.name, model.load_adapter, folder.name)
+        return
     config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
-    wanted = identity_of(config).get("base_fingerprint")
-    found = fingerprint_of(model)
-    if wanted and wanted != found:
+    factors = reading(folder.name, read_nf8, folder.path / NF8_FILE)
+    factors = {name.removeprefix("base_model.model."): tensor for name, tensor in factors.items()}
+    reading(folder.name, model.load_adapter, peft_config=config, adapter_state_dict=factors)
+
+
+def check_content(folder: str, model: nn.Module) -> None:
+    """Raise CheckpointError if a quantized model's tensors are not those whose fingerprint its config.json has.
+
+    It reads them all, so it is done where something is written that claims to come of them.
+    """
+    if quantized_layers(model) and content_of(model) != (named := base_config(model).fingerprint):
         raise CheckpointError(
-            f"{folder.name}: this adapter was trained over another base (fingerprint {str(wanted)[:12]}, this one "
-            f"has {found[:12]}). Give its own base with --base"
+            f"{folder}: the quantized layers are not those that its config.json names (fingerprint {named[:12]}, they "
+            f"have {content_of(model)[:12]}). A file was swapped or damaged. Copy the folder again from its source"
         )
 
 

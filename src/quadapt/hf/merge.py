@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
+from quadapt.hf.identity import check_merging
 from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers, adapters_off
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.model.layer import Plan, quantize_layer
@@ -119,12 +120,14 @@ def merge(
 
     Raises:
         MergeError: There is no adapter, or it cannot merge and `requantize` is None. The model is unchanged then.
+        CheckpointError: An adapter was trained over another base than lies under it (read from its tensors).
     """
     layers = adapted_layers(model)
     if not layers:
         raise MergeError(f"{type(model).__name__} has no adapter over a quantized layer, so there is nothing to merge")
     if requantize is None:
         _check_mergeable(layers)
+    own = not quantized_layers(model) or any(layer.merged for layer in layers.values()) or check_merging(model)
     model.eval()
     if probe is None:
         probe = random_probe(model.config.get_text_config().vocab_size, length=min(128, context_of(model.config)))
@@ -143,6 +146,8 @@ def merge(
                 rows.append(_merge_layer(name, layers[name], requantize))
         merged = model.unload()
     made["merge"] = "requantized" if requantize else "exact" if exact else "equivalent"
+    if not own:
+        made["base"] = "another than the adapter was trained over, as asked"
     adopt(merged, left=left or left_over(merged, "no adapter trained over it"), made=made)
     after = _logits(merged, probe)
     equal = bool(torch.equal(adapted, after))

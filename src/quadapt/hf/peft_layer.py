@@ -1,8 +1,7 @@
 """The one PEFT layer: every adapter of ours, and stock LoRA, over a :class:`QuantLinear`.
 
 PEFT sees an ordinary LoRA adapter (`peft_type` is LORA), so saving, loading, `load_adapter` and resuming are its own.
-Which adapter of ours it is, with its settings and the fingerprint of its base, stands in `adapter_config.json` under
-`auto_mapping`, the one field that PEFT keeps without reading it (as long as `task_type` is set).
+Which adapter of ours it is, and over which base, is said in its config: see `hf/identity.py`.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
+from quadapt.hf.doors import into_peft
 from quadapt.hf.grid_layer import GridLoraLinear, initialize
+from quadapt.hf.identity import KEY, QuadaptLoraConfig, admit, identity_of, settings_of
 from quadapt.model.select import refuse_foreign
 from quadapt.nn.adapters import Adapter, CodesAdapter, GridAdapter, LoRA, adapter_from
 from quadapt.nn.adapters.base import MergedForm
 from quadapt.nn.quant_linear import QuantLinear, autocast
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.weight import QuantWeight
-
-KEY = "quadapt"
-"""Key of our entry in `auto_mapping`."""
 
 BETA = "lora_beta"
 """Parameters of elastic connections, which PEFT saves and loads like any adapter weight."""
@@ -52,7 +50,8 @@ def lora_config(
         alpha: The adapter is multiplied by `alpha / rank`.
         dropout: On the adapter's input.
         target_modules: As in PEFT.
-        base_fingerprint: Of the quantized base; merging into another is refused.
+        base_fingerprint: Of the base, over which alone the adapter loads later. Empty: it is filled in when the
+            adapter is put over a base.
         start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
     """
     about = {
@@ -60,7 +59,7 @@ def lora_config(
         "base_fingerprint": base_fingerprint,
         **({} if start == "zero" else {"start": start}),
     }
-    return LoraConfig(
+    return QuadaptLoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
         lora_dropout=dropout,
@@ -68,11 +67,6 @@ def lora_config(
         task_type="CAUSAL_LM",
         auto_mapping={KEY: about},
     )
-
-
-def identity_of(config: LoraConfig) -> dict[str, Any]:
-    """Our entry in a PEFT config; that of stock LoRA if there is none."""
-    return dict((config.auto_mapping or {}).get(KEY) or {"kind": LoRA.kind})
 
 
 def adapter_of(config: LoraConfig) -> Adapter:
@@ -93,8 +87,7 @@ def adapter_of(config: LoraConfig) -> Adapter:
             f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
             "layer no longer has. Use True or 'gaussian'"
         )
-    about = identity_of(config)
-    return adapter_from({name: value for name, value in about.items() if name not in ("base_fingerprint", "start")})
+    return adapter_from(settings_of(config))
 
 
 FIRST = ("lora_first_A", "lora_first_B")
@@ -307,7 +300,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
 
 
 def register() -> None:
-    """Make PEFT put our layer over quantized ones: one guarded wrapper, since PEFT has no public registry of layers."""
+    """Make PEFT put our layer over quantized ones, once: wrappers, since PEFT has no public registry of layers."""
     stock: Callable[..., nn.Module] = LoraModel._create_new_module
     if getattr(stock, "_quadapt", False):
         return
@@ -328,6 +321,14 @@ def register() -> None:
 
     create._quadapt = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
+    inject: Callable[..., None] = BaseTuner.inject_adapter
+
+    def inject_admitted(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.peft_config[adapter_name] = admit(model, self.peft_config[adapter_name])
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_admitted  # type: ignore[method-assign]
+    into_peft()
 
 
 def _check_base(adapter: Adapter, *, quantized: bool) -> None:

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.doors import into_transformers
 from quadapt.model.layer import quantize_layer
 from quadapt.model.quantize import fingerprint, quantized_layers
 from quadapt.model.select import refuse_foreign, select
@@ -154,6 +155,7 @@ def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> An
         made=made,
         fingerprint=fingerprint(weights),
     )
+    model.name_or_path = ""  # PEFT writes it into adapters as their base; what bears that name is another model
     model.hf_quantizer = QuadaptQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
     model.is_quantized = True
@@ -162,15 +164,40 @@ def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> An
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """What tells one base from another: of a quantized model as its config has it, of a dense one over its matrices."""
-    if quantized_layers(model):
-        return base_config(model).fingerprint
+    """What tells one base from another: of a quantized model as its config has it, of a dense one over its matrices.
+
+    Adapters that lie over the model do not count. Empty if a matrix is not there to be read (on the meta device).
+    """
+    layers = quantized_layers(model)
+    if layers:
+        config = getattr(getattr(model, "config", None), "quantization_config", None)
+        return getattr(config, "fingerprint", "") or content_of(model)
     state = hashlib.sha256()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            state.update(f"{name}:{module.weight.dtype}".encode())
+        if isinstance(module, nn.Linear) and not _of_an_adapter(name):
+            if module.weight.device.type == "meta":
+                return ""
+            state.update(f"{_plain(name)}:{module.weight.dtype}".encode())
             hash_tensor(state, module.weight)
     return state.hexdigest()
+
+
+def content_of(model: nn.Module) -> str:
+    """The fingerprint of a quantized base, computed from its tensors. Empty if they are on the meta device."""
+    weights = {_plain(name): layer.quant_weight for name, layer in quantized_layers(model).items()}
+    if any(tensor.device.type == "meta" for weight in weights.values() for tensor in weight.tensors.values()):
+        return ""
+    return fingerprint(weights)
+
+
+def _of_an_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
+
+
+def _plain(name: str) -> str:
+    """A layer's name in the base, without what PEFT puts around it."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def base_config(model: nn.Module) -> QuadaptConfig:
@@ -186,10 +213,11 @@ def base_config(model: nn.Module) -> QuadaptConfig:
 
 
 def register() -> None:
-    """Make transformers know the quantizer, once."""
+    """Make transformers know the quantizer, and check what adapters it loads, once."""
     if "quadapt" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("quadapt")(QuadaptConfig)
         register_quantizer("quadapt")(QuadaptQuantizer)
+    into_transformers()
 
 
 register()

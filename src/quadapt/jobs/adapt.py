@@ -11,7 +11,6 @@ from torch import nn
 from quadapt.config import TuneConfig
 from quadapt.errors import ConfigError, QuadaptError
 from quadapt.hf.peft_layer import adapted_layers, lora_config
-from quadapt.hf.quantizer import fingerprint_of
 from quadapt.model.quantize import bits_of, quantized_layers
 from quadapt.model.select import matching, select
 from quadapt.nn.adapters import Adapter
@@ -55,7 +54,6 @@ def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> Pef
         alpha=recipe.alpha,
         dropout=recipe.dropout,
         target_modules=names,
-        base_fingerprint="" if on_meta else fingerprint_of(model),
         start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
     )
     try:

@@ -22,6 +22,7 @@ def chat(config: ChatConfig, ui: UI) -> dict[str, Any]:
         dtype=config.dtype,
         device=device_of(config),
         base=config.base,
+        any_base=config.any_base,
         trust_remote_code=config.trust_remote_code,
     )
     torch.manual_seed(config.seed)

@@ -33,6 +33,7 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         dtype=config.dtype,
         device=device_of(config),
         base=config.base,
+        any_base=config.any_base,
         trust_remote_code=config.trust_remote_code,
     )
     context = config.context or min(context_of(model.config), MOST_CONTEXT)

@@ -13,7 +13,7 @@ from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.exporters import compressed_tensors, dense, gguf, gguf_lora, lora, nf8
 from quadapt.exporters.report import ExportReport
-from quadapt.hf.folder import NOTE, Folder, find_base, load, open_folder
+from quadapt.hf.folder import NOTE, Folder, check_content, find_base, load, open_folder, over_any_base
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.peft_layer import adapted_layers, adapter_of
 from quadapt.hf.workspace import check_disk, check_output, remove, write_json
@@ -35,9 +35,11 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     else:
         code = config.trust_remote_code
         model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), trust_remote_code=code)
+    check_content(where, model)
     reports: list[ExportReport] = []
     if folder.kind == "adapter" and config.format not in ("lora", "nf8"):
-        model, reports = _settle(model, config, output, ui)
+        with over_any_base(config.any_base):
+            model, reports = _settle(model, config, output, ui)
     about = nf8.base_note(folder.note, where, output) if config.format == "nf8" else {}
     reports = _write(config, output, model, tokenizer, about, ui) + reports
     for report in reports:

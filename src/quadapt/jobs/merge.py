@@ -15,11 +15,11 @@ from quadapt.hf.compressed import attach
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import (
     Folder,
-    check_base,
     find_base,
     load_model,
     load_tokenizer,
     open_folder,
+    over_any_base,
     save_quantized,
 )
 from quadapt.hf.merge import Certificate
@@ -60,14 +60,15 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
             if rounding is None or not rounding.needs
             else _calibration(config, folder, tokenizer, context_of(model.config))
         )
-        merged, certificate = merge_model(
-            model,
-            probe=probe,
-            probe_name=name,
-            requantize=rounding,
-            batches=batches,
-            progress=lambda layers: ui.over("merging", layers),
-        )
+        with over_any_base(config.any_base):
+            merged, certificate = merge_model(
+                model,
+                probe=probe,
+                probe_name=name,
+                requantize=rounding,
+                batches=batches,
+                progress=lambda layers: ui.over("merging", layers),
+            )
         check_runs(merged)
         note = _note(merged, certificate, folder, bits)
         save_quantized(merged, tokenizer, space.path, note)
@@ -102,8 +103,8 @@ def load_adapted(folder: Folder, where: str, config: Any) -> tuple[nn.Module, An
     trained = folder.note.get("settings", {}).get("dtype", "auto")
     dtype = trained if config.dtype == "auto" else config.dtype
     base = load_model(where, dtype=dtype, device=device_of(config), trust_remote_code=config.trust_remote_code)
-    check_base(folder, base)
-    model: Any = reading(folder.name, attach, base, folder.path)
+    with over_any_base(config.any_base):
+        model: Any = reading(folder.name, attach, base, folder.path)
     holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
     return model.eval(), load_tokenizer(holder, trust_remote_code=config.trust_remote_code)
 

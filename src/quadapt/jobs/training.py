@@ -12,8 +12,7 @@ from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
 from quadapt.errors import ConfigError
 from quadapt.hf.folder import NOTE, Folder, load_model
-from quadapt.hf.peft_layer import identity_of
-from quadapt.hf.quantizer import fingerprint_of
+from quadapt.hf.identity import identity_of
 from quadapt.hf.start import START, read_start, set_start
 from quadapt.hf.workspace import Workspace, write_json
 from quadapt.jobs.adapt import adapt, true_bits
@@ -50,7 +49,8 @@ def fit(
     if (space.path / START).exists():
         set_start(model, read_start(space.path / START))
     _say_recipe(chosen.recipe, ui)
-    ui.say(f"{trainable_parameters(model):,} trainable parameters over {fingerprint_of(quantized)[:12]}")
+    over: Any = model.peft_config["default"]
+    ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(over)['base_fingerprint'][:12]}")
     fields = {
         name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"
     }
