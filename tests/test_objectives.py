@@ -73,6 +73,39 @@ def test_it_is_the_mean_squared_error_of_the_last_block_and_the_loss(
     assert found.item() == pytest.approx(0.3 * error.item() + 0.7 * loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_batchs_share_scales_the_error_as_its_loss_already_is(share: float, student: Any, tiny_llama: Make) -> None:
+    batch = Collator(0)(sequences())
+    objective = RILQ(student, Teacher(tiny_llama()), weight=0.3)
+    loss, found = torch.tensor(2.0), []
+    for each in (1.0, share):
+        student(**batch)
+        found.append(objective(loss, batch, share=each).item())
+    objective.close()
+    error = (found[0] - 0.7 * 2.0) / 0.3
+    assert error > 0.01
+    assert found[1] == pytest.approx(0.3 * share * error + 0.7 * 2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "want"), [(1, [1.0] * 5), (2, [0.5, 0.5, 0.5, 0.5, 1.0]), (3, [1 / 3] * 3 + [0.5] * 2)]
+)
+def test_shares_of_an_optimizer_step_add_up_to_one(steps: int, want: list[float], student: Any, tmp_path: Path) -> None:
+    """Transformers divides the loss by the tokens of the whole step; an epoch's last step may have fewer batches."""
+    shares = []
+
+    class Spy:
+        def __call__(self, loss: torch.Tensor, batch: Any, *, share: float) -> torch.Tensor:
+            shares.append(share)
+            return loss
+
+        def close(self) -> None: ...
+
+    run = Run(recipe=Recipe(learning_rate=1e-4, rank=4), batch_size=2, gradient_accumulation=steps)
+    train(student, sequences(10), run, tmp_path, collate=Collator(0), objective=Spy())  # type: ignore[arg-type]
+    assert shares == pytest.approx(want)
+
+
 def test_targets_from_disk_are_the_teachers(tiny_llama: Make, tmp_path: Path) -> None:
     rows, collate = sequences(), Collator(0)
     teacher, kept = Teacher(tiny_llama()), KeptTeacher(tmp_path)

@@ -13,7 +13,7 @@ from reference import lq_numpy
 
 from quadapt.budget import Candidate, Option, candidates, effective_bits, pareto, solve
 from quadapt.budget.candidates import NF_GROUPS, SCALES, adapter_bits
-from quadapt.budget.program import _integer_program
+from quadapt.budget.program import _Dual, _integer_program
 from quadapt.errors import ConfigError
 from quadapt.methods import METHODS
 from quadapt.quant.format import Format
@@ -96,6 +96,36 @@ def test_what_the_solver_leaves_out_the_dual_finds(monkeypatch: pytest.MonkeyPat
     assert found.bits <= budget
     assert best.objective <= found.objective < 1.05 * best.objective
     assert found.bound == best.bound
+
+
+@pytest.mark.parametrize(
+    ("budget", "want"),
+    [
+        (20, [0, 0]),  # nothing is left
+        (23, [0, 0]),  # nothing fits
+        (24, [0, 1]),  # what fits exactly: the second matrix gains 2 a bit, the first 1.5
+        (26, [1, 1]),
+        (27, [1, 1]),
+        (28, [1, 2]),
+        (40, [2, 2]),  # to the end, though the last steps gain little
+        (60, [2, 2]),
+    ],
+)
+def test_what_is_left_goes_to_the_largest_gain_a_bit(budget: int, want: list[int]) -> None:
+    front = [Option(ANY, 10, 20.0), Option(ANY, 12, 17.0), Option(ANY, 20, 16.0)]
+    other = [Option(ANY, 10, 20.0), Option(ANY, 14, 12.0), Option(ANY, 16, 11.0)]
+    assert _Dual({"a": front, "b": other}, budget)._filled([0, 0]) == want
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_the_solver_nothing_that_still_fits_is_left_out(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quadapt.budget.program._integer_program", lambda *_: None)
+    table = large(seed, 12)
+    budget = int(1.37 * sum(row[0].bits for row in table.values()))
+    found = solve(table, budget)
+    for name, option in found.chosen.items():
+        better = [each for each in table[name] if each.error < option.error]
+        assert all(found.bits - option.bits + each.bits > budget for each in better), name
 
 
 def test_more_than_is_needed_takes_the_best_of_each() -> None:

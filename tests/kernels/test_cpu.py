@@ -280,7 +280,7 @@ print("equal")
 
 
 def test_without_instructions_for_float16_it_is_converted_alike(run_python: Callable[..., str], tmp_path: Path) -> None:
-    """All of float16, and floats at, beside and between each two of them. LLVM would call a function that is not there."""
+    """All of float16, and floats at, beside and between each two of them. LLVM would call a missing function."""
     printed = run_python(HALVES, NUMBA_CPU_NAME="generic", NUMBA_CACHE_DIR=str(tmp_path / "cache"))
     assert printed.strip() == "equal"
 

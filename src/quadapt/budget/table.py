@@ -22,6 +22,7 @@ from quadapt.kernels import kernels_for
 from quadapt.methods import Method
 from quadapt.nn.starts import LQ, Begun, Start, Zero
 from quadapt.nn.starts.lq import low_rank, scaling_of, squared_error
+from quadapt.quant.fixed import total
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import (
@@ -244,13 +245,13 @@ class _Remainder:
             return grid[0][rows], None if grid[1] is None else grid[1][rows]
 
         if self.fisher is None and against is stored:
-            return float(kernel.group_error(part, *of(stored), table, format.bits, width).sum(dtype=torch.float64))
+            return float(total(kernel.group_error(part, *of(stored), table, format.bits, width)))
         packed = kernel.encode(part, *of(against), table, format.bits, width)
         rounded = kernel.dequantize(packed, *of(stored), table, format.bits, width, layout.columns, torch.float32)
         missed = (part - rounded).square_()
         if self.fisher is not None:
             missed *= self.fisher[rows]
-        return float(missed.sum(dtype=torch.float64))
+        return float(total(missed))
 
 
 def _scale_bits(way: Candidate) -> int:

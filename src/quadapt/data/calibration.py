@@ -25,10 +25,7 @@ class Calibration:
     """Token ids `[batch, length]`, without padding; the last batch may be smaller."""
 
     sequences: int
-    """Blocks in all."""
-
-    requested: int
-    """Blocks asked for; more than `sequences` if there is not enough data."""
+    """Blocks in all; fewer than were asked for if there is not enough data."""
 
     length: int
     """Tokens in a block."""
@@ -80,4 +77,4 @@ def calibration_batches(
     stream = torch.from_numpy(np.concatenate(parts)[: tokens // length * length]).long()
     blocks = stream.view(-1, length)
     drawn = blocks[torch.randperm(len(blocks), generator=generator)[:sequences]]
-    return Calibration(list(drawn.split(batch)), len(drawn), sequences, length, rows.source)
+    return Calibration(list(drawn.split(batch)), len(drawn), length, rows.source)

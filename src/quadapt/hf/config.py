@@ -108,11 +108,6 @@ class QuadaptConfig(QuantizationConfigMixin):
         )
 
     @property
-    def holds(self) -> bool:
-        """Whether this describes a checkpoint; otherwise it is a wish."""
-        return hasattr(self, "schemes")
-
-    @property
     def layouts(self) -> dict[str, Layout]:
         """Layout of every quantized layer, by name.
 

@@ -14,6 +14,7 @@ from quadapt.errors import ConfigError, ShapeError
 from quadapt.model.select import matches
 from quadapt.nn.starts import Begun, Start, Zero
 from quadapt.nn.starts.fit import objective
+from quadapt.quant.fixed import total
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest, Rounding, ScaleUnderflow, Statistics
 from quadapt.quant.storage import Storage
@@ -216,5 +217,5 @@ def row_of(
 
 def relative_error(quantized: QuantWeight, weight: Tensor) -> float:
     """Norm of what quantization changed over the norm of the weight; 0 for a weight of zeros."""
-    norm = weight.float().norm()
-    return float((quantized.dequantize() - weight.float()).norm() / norm) if norm > 0 else 0.0
+    norm = total(weight.float().square())
+    return float((total((quantized.dequantize() - weight.float()).square_()) / norm).sqrt()) if norm > 0 else 0.0

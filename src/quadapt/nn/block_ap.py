@@ -15,6 +15,7 @@ from quadapt.nn.adapters.grid import Held
 from quadapt.nn.adapters.l4q import L4Q
 from quadapt.nn.quant_linear import autocast
 from quadapt.nn.resident import moved
+from quadapt.quant.fixed import mean, total
 from quadapt.quant.rounding import Nearest, Range, Rounding, Statistics, as_float, find_grid, implied_offsets
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -138,7 +139,7 @@ class BlockAP(Rounding):
 
     def _groups(self, layer: BlockAPLinear) -> list[dict[str, Any]]:
         share = 1.0 if layer.adapter.bits == 2 else 0.5
-        size = float(layer.source.detach().square().mean().sqrt())
+        size = float(mean(layer.source.detach().square()).sqrt())
         return [
             {"params": [layer.source], "lr": share * self.weight_learning_rate * size},
             {"params": list(layer.trained.values()), "lr": self.learning_rate},
@@ -217,4 +218,4 @@ def _error(block: nn.Module, examples: Sequence[Example], device: torch.device) 
 def _squares(block: nn.Module, example: Example) -> Tensor:
     """Squared error of the block's output, and squared target; float64 `[2]`."""
     target = example.target.double()
-    return torch.stack([(_output(block, example).double() - target).square().sum(), target.square().sum()])
+    return torch.stack([total((_output(block, example).double() - target).square()), total(target.square())])

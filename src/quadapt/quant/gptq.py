@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.kernels import kernels_for, pack
+from quadapt.quant.fixed import cholesky, mean
 from quadapt.quant.rounding import (
     RANGES,
     Range,
@@ -180,9 +181,9 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
         )
     diagonal = moment.diagonal()
     diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
-    if int(failed):
+    diagonal += (damping * mean(diagonal)).to(moment.dtype)
+    lower, found = cholesky(moment.flip(0, 1))
+    if not found:
         raise CalibrationError(
             f"the second moment is not positive definite with damping={damping}. Use more calibration "
             "sequences, or a larger damping"

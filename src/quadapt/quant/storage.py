@@ -19,6 +19,7 @@ from torch import Tensor
 from quadapt.errors import ConfigError
 from quadapt.kernels import pack, unpack, widen
 from quadapt.kernels.reference import SUPER, as_floats
+from quadapt.quant import fixed
 from quadapt.quant.constants import per_device
 from quadapt.quant.format import Format
 
@@ -125,7 +126,7 @@ def encode(values: Tensor, kind: str, *, centre: bool) -> dict[str, Tensor]:
     values = values.float()
     if linear := Linear.of(kind):
         return _encode_linear(values, linear)
-    mean = values.mean() if centre else values.new_zeros(())
+    mean = fixed.mean(values).float() if centre else values.new_zeros(())
     blocks = torch.nn.functional.pad((values - mean).flatten(), (0, -values.numel() % SUPER)).view(-1, SUPER)
     absmax = blocks.abs().amax(1)
     unit = blocks / torch.where(absmax == 0, 1, absmax)[:, None]
@@ -162,8 +163,9 @@ def _encode_linear(values: Tensor, linear: Linear) -> dict[str, Tensor]:
     above = above.view(-1, linear.block)
     largest = above.amax(1, keepdim=True).to(FLOATS[linear.constant])
     unit = largest.float()
-    # A constant of zero (equal scales, or below fp16's smallest number) leaves all codes zero.
-    codes = torch.where(unit > 0, above * top / torch.where(unit > 0, unit, 1), 0).round().clamp(0, top)
+    # A constant of zero (equal scales, or below fp16's smallest number) leaves all codes zero. One that fp16 has
+    # rounded down would give codes above the top.
+    codes = torch.where(unit > 0, above * top / torch.where(unit > 0, unit, 1), 0).round().clamp_max(top)
     return {
         "": pack(codes.flatten()[None, : values.numel()].to(torch.uint8), linear.bits),
         "_largest": _as_bytes(largest),
@@ -200,11 +202,6 @@ def stored_shapes(kind: str, out: int, groups: int) -> dict[str, tuple[int, int]
     size = {"fp16": 2, "fp32": 4}.get(kind, 1)
     shapes = {"": (out, groups * size), "_absmax": (-(-out * groups // SUPER), 4), "_mean": (1, 4)}
     return {suffix: shapes[suffix] for suffix in suffixes(kind)}
-
-
-def stored_bits(kind: str, out: int, groups: int) -> int:
-    """Bits that `[out, groups]` values cost when stored as `kind`, second-level constants included."""
-    return 8 * sum(rows * columns for rows, columns in stored_shapes(kind, out, groups).values())
 
 
 @per_device

@@ -12,6 +12,7 @@ from torch import Tensor
 from quadapt.errors import ConfigError
 from quadapt.nn.starts.base import Begun, Quantize, Start, folded
 from quadapt.nn.starts.fit import Factors, balanced, leading, moment_of, objective, padded, solved, svd_factors
+from quadapt.quant.fixed import mean, one_thread, total
 from quadapt.quant.rounding import Statistics, check_choice
 from quadapt.quant.weight import QuantWeight
 
@@ -66,7 +67,7 @@ class QuAILoRA(Calibrated):
             EHB = E @ HB
             A = solved(Bt @ HB, EHB.T).T
             Bt = solved(A.T @ A, A.T @ E)
-            gain = float((A * EHB).sum())  # twice what this A has taken off the objective: never falls
+            gain = float(total(A * EHB))  # twice what this A has taken off the objective: never falls
             if gain <= gained * (1 + 1e-12):
                 break
             gained = gain
@@ -96,8 +97,9 @@ class CLoQ(Calibrated):
 
     def root(self, H: Tensor) -> tuple[Tensor, Tensor]:
         """`R` and its inverse; a symmetric root, float64 `[in, in]`."""
-        values, vectors = torch.linalg.eigh(H)
-        values = values.clamp_min(0) + self.damping * values.clamp_min(0).mean()
+        with one_thread():
+            values, vectors = torch.linalg.eigh(H)
+        values = values.clamp_min(0) + self.damping * mean(values.clamp_min(0))
         root = values.sqrt()
         inverse = torch.where(root > 0, 1 / root, 0)
         return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
@@ -121,7 +123,7 @@ class QERA(CLoQ):
 
     def root(self, H: Tensor) -> tuple[Tensor, Tensor]:
         values = H.diagonal().clamp_min(0)
-        root = (values + self.damping * values.mean()).sqrt()
+        root = (values + self.damping * mean(values)).sqrt()
         return torch.diag(root), torch.diag(torch.where(root > 0, 1 / root, 0))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quadapt.errors import CalibrationError
 from quadapt.kernels import pool
+from quadapt.quant.fixed import mean, one_thread, total
 from quadapt.quant.weight import QuantWeight
 
 _SMALL = 256
@@ -25,7 +26,7 @@ Factors = tuple[Tensor, Tensor]
 def objective(E: Tensor, H: Tensor | None, factors: Factors | None = None) -> float:
     """`tr[(E - up down) H (E - up down)^T] / 2`; `H` None for the identity."""
     rest = E if factors is None else E - factors[0] @ factors[1]
-    return 0.5 * float((rest * rest if H is None else (rest @ H) * rest).sum())
+    return 0.5 * float(total(rest * rest if H is None else (rest @ H) * rest))
 
 
 def svd_factors(E: Tensor, rank: int) -> Factors:
@@ -42,7 +43,8 @@ def leading(E: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first `rank` singular vectors and values: exactly, or of a large matrix about so."""
     wide = rank + _MORE_VECTORS
     if min(E.shape) <= max(_SMALL, 2 * wide):
-        U, S, Vh = torch.linalg.svd(E, full_matrices=False)
+        with one_thread():
+            U, S, Vh = torch.linalg.svd(E, full_matrices=False)
     else:
         U, S, Vh = randomized_svd(E, wide, power=_ITERATIONS)
     return U[:, :rank], S[:rank], Vh[:rank]
@@ -67,12 +69,20 @@ def randomized_svd(
     if directions is None:
         drawn = torch.Generator().manual_seed(seed)
         directions = torch.randn(matrix.shape[1], followed, generator=drawn, dtype=matrix.dtype).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ directions).Q
+    basis = _orthonormal(matrix @ directions)
     for _ in range(power):
-        basis = torch.linalg.qr(matrix.T @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    U, S, Vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        basis = _orthonormal(matrix.T @ basis)
+        basis = _orthonormal(matrix @ basis)
+    projected = basis.T @ matrix
+    with one_thread():
+        U, S, Vh = torch.linalg.svd(projected, full_matrices=False)
     return basis @ U, S, Vh
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """A basis `[n, followed]` of the space that some vectors span."""
+    with one_thread():
+        return torch.linalg.qr(vectors).Q
 
 
 def padded(factors: Factors, rank: int) -> Factors:
@@ -85,9 +95,10 @@ def padded(factors: Factors, rank: int) -> Factors:
 def balanced(factors: Factors) -> Factors:
     """The same product, singular values shared out evenly: Adam's path depends on how a product is split."""
     up, down = factors
-    left, R = torch.linalg.qr(up)
-    right, T = torch.linalg.qr(down.T)
-    U, S, Vh = torch.linalg.svd(R @ T.T, full_matrices=False)
+    with one_thread():
+        left, R = torch.linalg.qr(up)
+        right, T = torch.linalg.qr(down.T)
+        U, S, Vh = torch.linalg.svd(R @ T.T, full_matrices=False)
     root = S.sqrt()
     return padded(((left @ U) * root, root[:, None] * (Vh @ right.T)), up.shape[1])
 
@@ -127,8 +138,9 @@ def best_offsets(E: Tensor, H: Tensor | None, weight: QuantWeight) -> Tensor:
 
 def solved(gram: Tensor, right: Tensor, damping: float = 1e-9) -> Tensor:
     """`gram^-1 @ right` for a Gram matrix that may be singular: damped by a share of its mean diagonal."""
-    level = damping * float(gram.diagonal().mean())
+    level = damping * float(mean(gram.diagonal()))
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if level <= 0:
         return torch.zeros_like(right)
-    return torch.linalg.solve(gram + level * eye, right)
+    with one_thread():
+        return torch.linalg.solve(gram + level * eye, right)

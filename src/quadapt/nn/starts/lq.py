@@ -17,6 +17,7 @@ from torch import Tensor
 from quadapt.errors import CalibrationError, ConfigError
 from quadapt.nn.starts.base import Begun, Quantize, Start, folded
 from quadapt.nn.starts.fit import randomized_svd
+from quadapt.quant.fixed import mean, one_thread, total
 from quadapt.quant.rounding import Statistics, as_float
 
 OVERSAMPLED = 10
@@ -113,11 +114,11 @@ def scaling_of(information: Tensor) -> tuple[Tensor, Tensor]:
 
     Only ratios matter: the factors are those of `c * information` for any `c > 0`.
     """
-    total = information.mean(dtype=torch.float64)
-    if float(total) == 0:
+    whole = mean(information)
+    if float(whole) == 0:
         return information.new_ones(len(information), 1), information.new_ones(1, information.shape[1])
-    rows, columns = ((information.mean(axis, keepdim=True, dtype=torch.float64) / total).sqrt() for axis in (1, 0))
-    sides = (side.clamp_min(SMALLEST_WEIGHT * side.mean()).to(as_float(information).dtype) for side in (rows, columns))
+    rows, columns = ((information.mean(axis, keepdim=True, dtype=torch.float64) / whole).sqrt() for axis in (1, 0))
+    sides = (side.clamp_min(SMALLEST_WEIGHT * mean(side)).to(as_float(information).dtype) for side in (rows, columns))
     return next(sides), next(sides)
 
 
@@ -145,7 +146,8 @@ def low_rank(
     scaled = matrix if sides is None else sides[0] * matrix * sides[1]
     followed = rank + OVERSAMPLED
     if min(matrix.shape) <= 4 * followed:
-        U, S, Vh = torch.linalg.svd(scaled, full_matrices=False)
+        with one_thread():
+            U, S, Vh = torch.linalg.svd(scaled, full_matrices=False)
         found = None
     else:
         U, S, Vh = randomized_svd(
@@ -168,4 +170,4 @@ def squared_error(rest: Tensor, up: Tensor, down: Tensor, information: Tensor | 
     missed = torch.addmm(rest, up, down, alpha=-1).square_()
     if information is not None:
         missed *= information
-    return float(missed.sum(dtype=torch.float64))
+    return float(total(missed))
