@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test check bench gpu docs clean
+PORTABLE := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1
+NUMERIC := tests/kernels tests/quant tests/nn tests/model tests/budget tests/hf/test_merge.py tests/hf/test_grid_layer.py \
+	tests/hf/test_start.py tests/hf/test_contract.py tests/test_calibrate.py tests/test_statistics.py tests/test_objectives.py
+
+.PHONY: help install demo test test-portable check bench gpu docs clean
 
 help:
 	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
 	@echo "make demo      tune the embedded model by every method, compare, export, run in llama.cpp (about 6 minutes)"
 	@echo "make test      lint, types and tests (under 15 minutes on two cores)"
+	@echo "make test-portable  what computes, as on processors with other instructions, and in one thread (25 minutes)"
 	@echo "make check     lint and types alone"
 	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"
 	@echo "make gpu       every Triton kernel and method checked, and timed where there is a GPU (8 minutes; needs no install)"
@@ -35,6 +40,15 @@ check: install
 
 test: check
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Numbers must be right on every processor: the numeric tests with the instructions of others, where they can be left out
+# here, and with one thread (of torch, of MKL, and of our own kernels, which take as many as torch: kernels/threads.py).
+test-portable: install
+	@for setting in $(PORTABLE); do \
+		echo "== $$setting"; \
+		env $$setting $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal -m "not slow" \
+			--ignore tests/kernels/test_triton.py $(NUMERIC) || exit 1; \
+	done
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -102,7 +102,8 @@ def test_what_the_solver_leaves_out_the_dual_finds(monkeypatch: pytest.MonkeyPat
     ("budget", "want"),
     [
         (20, [0, 0]),  # nothing is left
-        (23, [0, 0]),  # nothing fits
+        (21, [0, 0]),  # nothing fits
+        (23, [1, 0]),  # the better step does not
         (24, [0, 1]),  # what fits exactly: the second matrix gains 2 a bit, the first 1.5
         (26, [1, 1]),
         (27, [1, 1]),

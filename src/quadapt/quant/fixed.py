@@ -1,8 +1,9 @@
 """Sums and factorizations that end in the same last bit on any number of threads.
 
-torch cuts a sum over all entries into as many parts as there are threads, and LAPACK blocks its factorizations by their
-number; a code, a range or a singular vector would depend on it. A product of matrices is shared out by rows and columns
-of the result, so that each of its sums is made by one thread.
+torch cuts a sum over all entries into as many parts as there are threads, and LAPACK and BLAS cut factorizations and
+long sums by their number; a code, a range or a singular vector would depend on it. Here what is added up at once is
+too little to be cut (of float32: MKL cuts float64 earlier). What a model computes is torch's affair: statistics of its
+inputs may differ, and the number of threads is part of a job for that reason.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 _RUN = 1024
 """Numbers that are added up at once: far fewer than torch gives to more than one thread."""
 
-_LEAF, _STEP = 64, 256
-"""Columns that LAPACK factors, which it does alone for so few; and columns of a step of a larger matrix."""
+_BLOCK = 64
+"""Columns that LAPACK factors, which it does alone for so few, and over which products are summed."""
 
 
 def total(values: Tensor) -> Tensor:
@@ -35,19 +36,42 @@ def mean(values: Tensor) -> Tensor:
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
     """The lower factor `L` of `matrix = L L^T` `[n, n]`, and whether there is one."""
-    if matrix.device.type != "cpu" or len(matrix) <= _LEAF:
+    if matrix.device.type != "cpu":
         lower, failed = torch.linalg.cholesky_ex(matrix)
         return lower, not bool(failed)
-    rest, step = matrix.clone(), _STEP if len(matrix) > 2 * _STEP else _LEAF
-    for start in range(0, len(rest), step):
-        part, below = slice(start, start + step), slice(start + step, None)
-        corner, found = cholesky(rest[part, part])
-        if not found:
+    rest = matrix.clone()
+    for part, below in _blocks(len(rest)):
+        corner, failed = torch.linalg.cholesky_ex(rest[part, part])
+        if bool(failed):
             return rest, False
         rest[part, part] = corner
-        rest[below, part] = torch.linalg.solve_triangular(corner.T, rest[below, part], upper=True, left=False)
+        rest[below, part] = rest[below, part] @ _inverse_of_corner(corner).T
         rest[below, below] -= rest[below, part] @ rest[below, part].T
     return rest.tril_(), True
+
+
+def inverse_of_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix `[n, n]`."""
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    if lower.device.type != "cpu":
+        return torch.linalg.solve_triangular(lower, inverse, upper=False)
+    for part, below in _blocks(len(lower)):
+        left = slice(0, part.stop)
+        inverse[part, left] = _inverse_of_corner(lower[part, part]) @ inverse[part, left]
+        inverse[below, left] -= lower[below, part] @ inverse[part, left]
+    return inverse
+
+
+def _inverse_of_corner(lower: Tensor) -> Tensor:
+    """Of one block: BLAS cuts a triangular system with more right sides by the number of threads."""
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+
+
+def _blocks(columns: int) -> Iterator[tuple[slice, slice]]:
+    """Columns block by block, each with those after it."""
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        yield slice(start, stop), slice(stop, columns)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.kernels import kernels_for, pack
-from quadapt.quant.fixed import cholesky, mean
+from quadapt.quant.fixed import cholesky, inverse_of_lower, mean
 from quadapt.quant.rounding import (
     RANGES,
     Range,
@@ -188,8 +188,7 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
             f"the second moment is not positive definite with damping={damping}. Use more calibration "
             "sequences, or a larger damping"
         )
-    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    return inverse_of_lower(lower).flip(0, 1)
 
 
 def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:

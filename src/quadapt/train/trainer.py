@@ -37,7 +37,7 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.objective is not None and model.training:
-            share = 1.0 if num_items_in_batch is None else 1 / self.args.gradient_accumulation_steps
+            share = 1.0 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
             loss = self.objective(loss, inputs, share=share)
         return (loss, outputs) if return_outputs else loss
 
