@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export OMP_WAIT_POLICY ?= PASSIVE
+WORKERS ?= 2
 
 PORTABLE := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1
 NUMERIC := tests/kernels tests/quant tests/nn tests/model tests/budget tests/hf/test_merge.py tests/hf/test_grid_layer.py \
@@ -44,11 +45,11 @@ test: check
 # Numbers must be right on every processor: the numeric tests with the instructions of others, where they can be left out
 # here, and with one thread (of torch, of MKL, and of our own kernels, which take as many as torch: kernels/threads.py).
 test-portable: install
-	@for setting in $(PORTABLE); do \
+	@failed=; for setting in $(PORTABLE); do \
 		echo "== $$setting"; \
-		env $$setting $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal -m "not slow" \
-			--ignore tests/kernels/test_triton.py $(NUMERIC) || exit 1; \
-	done
+		env $$setting $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal -m "not slow" \
+			--ignore tests/kernels/test_triton.py $(NUMERIC) || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "failed under:$$failed"; exit 1; }
 
 bench: install
 	$(BIN)/python -m benchmarks
