@@ -297,7 +297,7 @@ def _under_fsdp2(kind: str, rank: int) -> dict[str, Any]:
     same = [name for name, value in _model(kind).named_parameters() if torch.equal(kept[name].detach(), value)]
     return {
         "exact": seen == [True] and set(same) == set(kept),
-        "output": bool(torch.equal(y, want)),
+        "output": float((y - want).float().norm() / want.float().norm()),
         "gradient": float(model[0].lora_A.grad.full_tensor().norm()),
     }
 
@@ -309,6 +309,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 @kinds
 def test_ddp_trains_beside_the_very_same_weights(kind: str, together: dict[str, Any]) -> None:
     found = together[f"{kind} ddp"]
@@ -317,12 +318,13 @@ def test_ddp_trains_beside_the_very_same_weights(kind: str, together: dict[str, 
     assert found["gradient"] < 1e-5
 
 
+@pytest.mark.slow
 @kinds
 def test_fsdp2_in_bfloat16_leaves_codes_scales_and_offsets_exact(kind: str, together: dict[str, Any]) -> None:
     found = together[f"{kind} fsdp2"]
     assert "error" not in found
     assert found["exact"]
-    assert found["output"]
+    assert found["output"] < 0.01  # bfloat16, whose products may be summed in another order where weights lie elsewhere
     assert found["gradient"] > 0
 
 
