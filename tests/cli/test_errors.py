@@ -126,8 +126,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no data": (tuned("--data", "stroy.txt"), ("stroy.txt: there is no such file", "Did you mean story.txt")),
     "empty text": (tuned("--data", "empty.txt"), ("empty.txt: is empty",)),
     "empty lines": (tuned("--data", "empty.jsonl"), ("empty.jsonl: is empty",)),
-    "column": (tuned("--data", "bad.jsonl"), ("bad.jsonl:2: has no column 'completion'",)),
-    "blank": (tuned("--data", "blank.jsonl"), ("completion",)),
+    "column": (("tune", "dense", "--data", "bad.jsonl", "--strict"), ("bad.jsonl:2: has no column 'completion'",)),
+    "blank": (("tune", "dense", "--data", "blank.jsonl", "--seq-len", "32"), ("completion",)),
+    "text and pairs": (tuned("--data", "sums.jsonl"), ("story.txt holds text, and sums.jsonl prompts", "Leave one")),
+    "strict and not": (tuned("--strict", "--max-bad-rows", "3"), ("strict=True: no bad row is allowed", "Leave one")),
     "no held-out": (tuned("--eval-data", "sum.jsonl"), ("sum.jsonl: there is no such file", "sums.jsonl")),
     "no calibration": (tuned("--calibration-data", "sum.jsonl"), ("sum.jsonl: there is no such file", "sums.jsonl")),
     "no eval data": (("eval", "q4", "--data", "stry.txt"), ("stry.txt: there is no such file", "story.txt")),
@@ -271,7 +273,10 @@ def test_running_out_of_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_became_of_the_data_is_said(away: Path) -> None:
     (away / "rows.jsonl").write_text("".join(json.dumps({"text": STORY * count}) + "\n" for count in (1, 2)))
     said = give(*TUNE, "--data", "rows.jsonl", "--overwrite", code=0)
-    assert "rows.jsonl: 2 rows (text) in" in said.err
+    assert "story.txt, rows.jsonl: 3 rows (text) in" in said.err
+    assert "rows.jsonl: 2 rows" in said.err
     assert "an example: [no loss]T[loss]" in said.err
-    said = give(*TUNE, "--data", "sums.jsonl", "--overwrite", code=0)
+    (away / "sums.jsonl").open("a").write("{}\n")
+    said = give("tune", "dense", "--data", "sums.jsonl", *TUNE[2:4], *TUNE[6:], "--overwrite", code=0)
     assert "an example: [no loss]0 + 0 =[loss] 0<end>" in said.err
+    assert "skipped 1 row that cannot be used: sums.jsonl:" in said.err

@@ -112,7 +112,7 @@ def test_the_home_folder_is_found_in_every_path(kind: type[Settings], monkeypatc
     needed = {each: NEEDED[each] for each, about in kind.model_fields.items() if about.is_required()}
     for name, field in kind.model_fields.items():
         if str in kinds(field.annotation) and name not in PLAIN_TEXT:
-            assert getattr(checked(kind, {**needed, name: "~/x"}), name) == "/home/ada/x"
+            assert getattr(checked(kind, {**needed, name: "~/x"}), name) in ("/home/ada/x", ("/home/ada/x",))
             with pytest.raises(ConfigError, match=f"{name}='~nobody-of-that-name/x': names the home folder"):
                 checked(kind, {**needed, name: "~nobody-of-that-name/x"})
 

@@ -5,7 +5,10 @@ import json
 
 import datasets
 import pytest
+from typer.testing import CliRunner
 
+from quadapt.cli.commands import app
+from quadapt.config import EvalConfig, TuneConfig, checked
 from quadapt.data import read, split_rows
 from quadapt.data.read import read_held_out
 from quadapt.errors import DataError
@@ -121,3 +124,38 @@ def test_each_of_a_few_documents_is_cut():
     kept, held_out = split_rows(read(["story.txt", "tale.txt"]), 0.1, seed=0)
     assert kept.data["text"][:] == ["a cat\n" * 45, "a dog\n" * 45]
     assert held_out.data["text"][:] == ["a cat\n" * 5, "a dog\n" * 5]
+
+
+@pytest.mark.usefixtures("files")
+def test_each_source_must_give_something(tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"^none.jsonl: is empty$"):
+        read(["pairs.jsonl", "none.jsonl"])
+
+
+# --- in settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("a,b.jsonl", ("a,b.jsonl",)), (["a", "b"], ("a", "b")), (("a",), ("a",))]
+)
+def test_data_in_settings(given, expected):
+    assert checked(TuneConfig, {"model": "m", "data": given}).data == expected
+    assert checked(EvalConfig, {"model": "m", "data": given}).data == expected
+    assert checked(TuneConfig, {"model": "m", "data": "d", "eval_data": given}).eval_data == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [({}, None), ({"max_bad_rows": 3}, 3), ({"strict": True}, 0), ({"strict": True, "max_bad_rows": 0}, 0)],
+)
+def test_bad_rows_in_settings(given, limit):
+    assert checked(TuneConfig, {"model": "m", "data": "d", **given}).most_bad_rows == limit
+
+
+@pytest.mark.usefixtures("files")
+def test_data_on_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr("quadapt.jobs.evaluate.evaluate", lambda config, _: seen.append(config.data) or {})
+    done = CliRunner().invoke(app, ["eval", "m", "--data", "one,two.jsonl", "--data", "pairs.jsonl"])
+    assert (done.exit_code, seen) == (0, [("one,two.jsonl", "pairs.jsonl")])

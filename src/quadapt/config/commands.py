@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, Walk
-from quadapt.config.values import Count, Location, NotNegative, Positive, Seed, Whole
+from quadapt.config.fields import Flag, Grid, Machine, MethodName, RowsOfData, Settings, Target, Walk
+from quadapt.config.values import Count, Location, NotNegative, Positive, Seed, Sources, Whole
 
 
-class QuantizeConfig(Target, Grid, Walk):
+class QuantizeConfig(Target, Grid, RowsOfData, Walk):
     """Quantize a model."""
 
     model: Annotated[Location, Flag(positional=True)]
@@ -26,7 +26,7 @@ class QuantizeConfig(Target, Grid, Walk):
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
 
 
-class PlanConfig(Machine):
+class PlanConfig(RowsOfData, Machine):
     """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
 
     model: Annotated[Location, Flag(positional=True)]
@@ -87,7 +87,7 @@ class MergeConfig(Target, Machine):
     any_base: Annotated[bool, Flag()] = False
     """Take the adapter though its base is another one than it was trained over. What comes of it is another model."""
 
-    data: Annotated[Location | None, Flag()] = None
+    data: Annotated[Sources, Flag()] = ()
     """Text to compare the merged with the adapted model on. Default: the training data if it is still there, else
     random tokens."""
 
@@ -102,13 +102,13 @@ class MergeConfig(Target, Machine):
     """Span of a group's levels when requantizing, as for quantize."""
 
 
-class EvalConfig(Machine):
+class EvalConfig(RowsOfData, Machine):
     """Measure a model on held-out data."""
 
     model: Annotated[Location, Flag(positional=True)]
     """Folder, hub name or GGUF file: anything that quadapt has written, or a dense model."""
 
-    data: Annotated[Location, Flag((), "Data")]
+    data: Annotated[Sources, Field(min_length=1), Flag((), "Data")]
     """Data to measure on, of the kinds that tune takes."""
 
     base: Annotated[Location | None, Flag()] = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
-from quadapt.config.values import Count, GroupSize, Location, check_plain
+from quadapt.config.values import Count, GroupSize, Location, Sources, Whole, check_plain
 from quadapt.errors import ConfigError, locate
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
@@ -102,6 +102,29 @@ class Walk(Machine):
     not hold is read again), one block at a time on the GPU. auto: on the GPU if it fits. Results are the same."""
 
 
+class RowsOfData(Settings):
+    """What becomes of rows of data that cannot be used."""
+
+    max_bad_rows: Annotated[Whole | None, Flag((), "Data")] = None
+    """Skip and count rows that cannot be used, up to so many. Default: a thousandth of the rows, at least 10, and no
+    more than there are good ones."""
+
+    strict: Annotated[bool, Flag((), "Data")] = False
+    """Skip no row: the first one that cannot be used is an error."""
+
+    @field_validator("strict")
+    @classmethod
+    def _one_limit(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("max_bad_rows"):
+            raise ValueError(f"no bad row is allowed, and max_bad_rows={info.data['max_bad_rows']}. Leave one out")
+        return value
+
+    @property
+    def most_bad_rows(self) -> int | None:
+        """The limit that holds; None for the default."""
+        return 0 if self.strict else self.max_bad_rows
+
+
 class Target(Settings):
     """Where results go."""
 
@@ -159,9 +182,9 @@ class Grid(Settings):
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
 
-    calibration_data: Annotated[Location | None, Flag((), "Quantization")] = None
-    """Text to calibrate gptq and block-ap on: a file or hub name, read as --data is. Default for tune: the training
-    data."""
+    calibration_data: Annotated[Sources, Flag((), "Quantization")] = ()
+    """Text to calibrate gptq and block-ap on: files, folders or hub names, read as --data is. Default for tune: the
+    training data."""
 
     calibration_sequences: Annotated[Count, Flag((), "Quantization")] = 128
     """Sequences to calibrate on, at most."""

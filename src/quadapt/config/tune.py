@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from quadapt.config.fields import Flag, Grid, StartName, Target, Walk, with_planned_method
-from quadapt.config.values import Count, Location, NotNegative, Positive, Ratio, Seed, Share, Whole
+from quadapt.config.fields import Flag, Grid, RowsOfData, StartName, Target, Walk, with_planned_method
+from quadapt.config.values import Count, Location, NotNegative, Positive, Ratio, Seed, Share, Sources, Whole
 from quadapt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from quadapt.model.layer import Plan
 
 
-class TuneConfig(Target, Grid, Walk):
+class TuneConfig(Target, Grid, RowsOfData, Walk):
     """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
 
     model: Annotated[Location, Flag(positional=True)]
     """Folder or hub name: a dense model (it is quantized first), or one that quadapt has quantized."""
 
-    data: Annotated[Location, Flag((), "Data")]
-    """Training data: text, JSON lines, CSV, Parquet, or a hub name. Columns: text; prompt and completion; instruction,
-    input and output; or messages."""
+    data: Annotated[Sources, Field(min_length=1), Flag((), "Data")]
+    """Training data: text, JSON lines, CSV, Parquet (also .gz), a folder, or a hub name; repeat it to mix several.
+    Columns: text; prompt and completion; instruction, input and output; question and answer; messages or conversations;
+    prompt, chosen and rejected; .."""
 
     output: Annotated[Location, Flag(("-o", "--output-dir"), "Output")] = ""
     """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
     here, named after model, method and bits."""
 
-    eval_data: Annotated[Location | None, Flag((), "Data")] = None
+    eval_data: Annotated[Sources, Flag((), "Data")] = ()
     """Held-out data, of the same kinds."""
 
     eval_split: Annotated[Share, Flag((), "Data")] = 0.0

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 MOST = 2**31 - 1
@@ -36,6 +36,15 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Location = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
 """A path (`~` is the home folder), or a name on the hub."""
+
+
+def _as_several(value: Any) -> Any:
+    """One name is a list of one; commas may be part of a name."""
+    return (value,) if isinstance(value, str) else () if value is None else value
+
+
+Sources = Annotated[tuple[Location, ...], BeforeValidator(_as_several)]
+"""Files, folders and names on the hub, all of which count: one, or a list."""
 
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlong = 2, 200, 80, 40

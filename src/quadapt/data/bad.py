@@ -43,6 +43,11 @@ class BadRows:
         self.count += 1
         self.first = [*self.first, str(error)][:_SHOWN]
 
+    def join(self, other: BadRows) -> None:
+        """Count the rows of another source, too."""
+        self.count += other.count
+        self.first = [*self.first, *other.first][:_SHOWN]
+
     def check(self, good: int) -> None:
         """Raise DataError if there are more bad rows than may be skipped, among so many good ones."""
         if not self.count:

@@ -162,13 +162,16 @@ def _read(sources: Sequence[tuple[str, str]], max_bad_rows: int | None) -> Rows:
     for name, split in sources:
         files, said = _files(name, split)
         notes += said
-        found = [_collect(file, rows, bad) for file, rows in files]
+        own = BadRows(max_bad_rows)
+        found = [_collect(file, rows, own) for file, rows in files]
+        if not any(part.rows for part in found):
+            own.check(0)
+            raise DataError(f"{name or 'the data'}: has no rows")
+        bad.join(own)
         parts += [part for part in found if part.rows]
         if len(sources) > 1:
             notes.append(f"{name}: {sum(len(part.rows) for part in found):,} rows")
     source = ", ".join(name for name, _ in sources)
-    if not parts and not bad.count:
-        raise DataError(f"{source or 'the data'}: has no rows")
     bad.good = sum(len(part.rows) for part in parts)
     bad.check(bad.good)
     kind = _common_kind(parts)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quadapt.config import EvalConfig
-from quadapt.data import Rows
+from quadapt.data import Rows, read_held_out
 from quadapt.evaluate import exact_match, generate_samples, perplexity
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load
 from quadapt.hf.workspace import check_disk, write_json
-from quadapt.jobs.source import device_of, held_out
+from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
 
 
@@ -25,7 +25,9 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
     """
     if config.output:
         check_disk(Path(config.output).parent, 0)
-    rows = held_out(config.data)
+    rows = read_held_out(config.data, max_bad_rows=config.most_bad_rows)
+    for note in (*rows.notes, *rows.bad.notes()):
+        ui.say(note)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
     model, tokenizer = load(
@@ -50,7 +52,7 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         batch=config.batch_size,
         progress=bar("perplexity"),
     )
-    result: dict[str, Any] = {"model": config.model, "data": config.data, "perplexity": asdict(found)}
+    result: dict[str, Any] = {"model": config.model, "data": rows.source, "perplexity": asdict(found)}
     ui.show(
         f"perplexity {found.perplexity:.4f} (loss {found.loss:.4f} nats per token, {found.tokens:,} tokens counted, "
         f"context {found.context}, stride {found.stride})"

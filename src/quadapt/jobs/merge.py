@@ -44,7 +44,7 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
     """
     folder = adapter_folder(config.adapter)
     where = find_base(folder, config.base)
-    inputs = [config.adapter, where, config.data]
+    inputs = [config.adapter, where, *config.data]
     check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
     job = job_of("merge", config.model_dump(mode="json"), inputs)
     needs = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
@@ -111,24 +111,34 @@ def load_adapted(folder: Folder, where: str, config: Any) -> tuple[nn.Module, An
 
 def _probe(config: MergeConfig, folder: Folder, tokenizer: Any, context: int, ui: UI) -> tuple[Tensor | None, str]:
     """Token ids to compare the models on: of the data given, or of the training data if it is still there."""
-    source = config.data or folder.note.get("settings", {}).get("data")
-    if not source or not (config.data or Path(source).exists()):
+    sources, most = _sources(config, folder)
+    if not sources or not (config.data or all(Path(source).exists() for source in sources)):
         return None, ""
     try:
-        found = calibration_batches(read(source), tokenizer, length=min(128, context), sequences=2, batch=2)
+        rows = read(sources, max_bad_rows=most)
+        found = calibration_batches(rows, tokenizer, length=min(128, context), sequences=2, batch=2)
     except QuadaptError as error:
         if config.data:
             raise
         ui.say(f"comparing on random tokens, since the training data cannot be read: {error}")
         return None, ""
-    return torch.cat(found.batches), f"{found.tokens} tokens of {source}"
+    return torch.cat(found.batches), f"{found.tokens} tokens of {rows.source}"
+
+
+def _sources(config: MergeConfig, folder: Folder) -> tuple[list[str], int | None]:
+    """Data given, or that was trained on; and how many of its rows may be bad."""
+    settings = folder.note.get("settings", {})
+    trained = settings.get("data") or []
+    if config.data:
+        return list(config.data), None
+    return [trained] if isinstance(trained, str) else list(trained), settings.get("max_bad_rows")
 
 
 def _calibration(config: MergeConfig, folder: Folder, tokenizer: Any, context: int) -> list[Tensor]:
-    source = config.data or folder.note.get("settings", {}).get("data")
-    if not source:
+    sources, most = _sources(config, folder)
+    if not sources:
         raise CheckpointError("rounding='gptq' needs text to calibrate on. Give --data FILE")
-    return calibration_batches(read(source), tokenizer, length=min(2048, context)).batches
+    return calibration_batches(read(sources, max_bad_rows=most), tokenizer, length=min(2048, context)).batches
 
 
 def _note(merged: nn.Module, certificate: Certificate, folder: Folder, bits: dict[str, float]) -> dict[str, Any]:

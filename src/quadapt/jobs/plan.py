@@ -166,7 +166,11 @@ def _fisher(config: PlanConfig, model: nn.Module, linears: Mapping[str, nn.Linea
     length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     text = calibration_batches(
-        read(config.fisher), tokenizer, length=length, sequences=config.calibration_sequences, seed=config.seed
+        read(config.fisher, max_bad_rows=config.most_bad_rows),
+        tokenizer,
+        length=length,
+        sequences=config.calibration_sequences,
+        seed=config.seed,
     )
     with within_memory(Place(device, "cpu")):
         files = statistics_for({FISHER}, config.model, model, linears, text.batches, ui, device)

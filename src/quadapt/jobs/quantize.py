@@ -50,9 +50,11 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
         ui.say(f"{config.method} starts its adapter by {own}: tune does so; here the base is made alone")
     if config.dry_run:
         return dry.quantize(config, ui)
-    inputs = [config.model, config.calibration_data, *([config.plan] if config.plan else [])]
+    inputs = [config.model, *config.calibration_data, *([config.plan] if config.plan else [])]
     check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
-    rows = read(config.calibration_data) if config.calibration_data and plan.needs_data else None
+    rows = None
+    if config.calibration_data and plan.needs_data:
+        rows = read(config.calibration_data, max_bad_rows=config.most_bad_rows)
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
     place = dry.place_of(config, folder.name, device, ui, target_modules=config.target_modules)
     job = job_of("quantize", config.model_dump(mode="json"), inputs)

@@ -50,7 +50,8 @@ class Stage:
     def job(self) -> dict[str, Any]:
         """What it is to do, and with what."""
         names = ("model", "adapter", "data", "eval_data", "calibration_data")
-        inputs = [getattr(self.settings, name, None) for name in names]
+        given = [getattr(self.settings, name, None) or () for name in names]
+        inputs = [name for each in given for name in ([each] if isinstance(each, str) else each)]
         return dict(json.loads(json.dumps(job_of(self.name, self.settings.model_dump(mode="json"), inputs))))
 
     def before(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from torch import nn
 
 import quadapt
 from quadapt.config import Machine, Walk
-from quadapt.data import Rows, read_held_out
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
 from quadapt.hf.checkpoint import auto_class
 from quadapt.hf.folder import Folder, open_folder
@@ -94,11 +93,6 @@ def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code
             "model", auto_class(config).from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     return model.eval()
-
-
-def held_out(source: str) -> Rows:
-    """Rows to measure on: the split `test` of a folder or hub dataset, or all of a file."""
-    return read_held_out(source)
 
 
 def identity(*names: str | None) -> list[Any]:

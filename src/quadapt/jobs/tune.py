@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quadapt.config import TuneConfig
-from quadapt.data import Encoded, Rows, check_loss, encode, read, split_rows
+from quadapt.data import Encoded, Rows, check_loss, encode, read, read_held_out, split_rows
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import Folder, load_tokenizer, open_folder, read_config
@@ -15,7 +15,7 @@ from quadapt.hf.start import START
 from quadapt.hf.workspace import Workspace, check_output, remove
 from quadapt.jobs import dry
 from quadapt.jobs.quantize import quantize_into
-from quadapt.jobs.source import Place, device_of, held_out, job_of
+from quadapt.jobs.source import Place, device_of, job_of
 from quadapt.jobs.training import fit
 from quadapt.report.ui import UI
 
@@ -37,13 +37,13 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         ui.say(f"warning: seq_len={seq_len} is beyond the {context_of(about)} positions that the model was made for")
     if config.dry_run:
         return dry.tune(config, ui, seq_len=seq_len)
-    inputs = [config.model, config.data, config.eval_data, config.calibration_data]
+    inputs = [config.model, *config.data, *config.eval_data, *config.calibration_data]
     inputs += [config.plan] if config.plan else []
     check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
     tokenizer = load_tokenizer(folder.name, trust_remote_code=config.trust_remote_code)
     rows, held = _rows(config)
     data = _encoded(config, rows, held, tokenizer, seq_len, ui)
-    calibration = read(config.calibration_data) if config.calibration_data else rows
+    calibration = read(config.calibration_data, max_bad_rows=config.most_bad_rows) if config.calibration_data else rows
     found = dry.sketch(folder.name, config)
     place = Place(device, device)
     if folder.kind == "model" and chosen.adapter.base != "float":
@@ -103,9 +103,9 @@ def _check(config: TuneConfig, folder: Folder) -> None:
 
 def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:
     """Rows to train on, and held-out ones."""
-    rows = read(config.data)
+    rows = read(config.data, max_bad_rows=config.most_bad_rows)
     if config.eval_data:
-        return rows, held_out(config.eval_data)
+        return rows, read_held_out(config.eval_data, max_bad_rows=config.most_bad_rows)
     return split_rows(rows, config.eval_split, config.seed) if config.eval_split else (rows, None)
 
 
@@ -122,7 +122,8 @@ def _encoded(
         return data, None
     kept = encode(held, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
     check_loss(kept.report)
-    ui.say(f"held out: {kept.report.lines()[0]}")
+    for line in kept.report.lines() if config.eval_data else kept.report.lines()[:1]:
+        ui.say(f"held out: {line}")
     return data, kept
 
 
