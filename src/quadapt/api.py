@@ -178,7 +178,8 @@ def export(
     """Write a model in a format that others serve.
 
     Args:
-        model: Quantized or merged (gguf, hf, compressed-tensors); or a PEFT model (lora, nf8).
+        model: Quantized or merged (gguf, hf, compressed-tensors); or a PEFT model (lora, nf8). What a trainer has put
+            around it is taken off.
         tokenizer: Its tokenizer.
         output: File (gguf) or folder (the others).
         format: gguf; hf (dense); lora (a standard adapter); nf8 (an adapter in 8 bits, for quadapt alone: load it with
@@ -188,6 +189,13 @@ def export(
     Raises:
         ExportError: The format cannot hold the model.
     """
+    from quadapt.hf.wrapped import unwrapped
+
+    with unwrapped(model) as inside:
+        return _export(inside, tokenizer, output, format, dtype)
+
+
+def _export(model: nn.Module, tokenizer: Any, output: str | Path, format: str, dtype: str) -> ExportReport:
     from quadapt.errors import ConfigError
     from quadapt.exporters import compressed_tensors, dense, gguf, lora, nf8
 

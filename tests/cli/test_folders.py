@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import SHORT, byte_tokenizer, give, logits, quadapt, tree, write_data
+from huggingface_hub import ModelCard
 
 from quadapt import load
 
@@ -170,3 +171,12 @@ def test_a_dry_run_of_what_is_quantized(place: Path, shelf: Shelf, monkeypatch: 
     said = quadapt("tune", "q4", "--data", "story.txt", "--output", "new", "--dry-run", *SHORT)
     assert said["layers"] == quadapt("inspect", "q4")["layers"]
     assert said["file_bytes"] == pytest.approx(Path("q4/model.safetensors").stat().st_size, rel=0.05)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_card_of_an_adapter_names_a_base_that_is_there(shelf: Shelf) -> None:
+    assert shelf
+    for adapter in ("adapter", "over-q4"):
+        card = ModelCard.load(Path(adapter) / "README.md")
+        assert Path(card.data.base_model).is_dir()
+        assert ".partial" not in Path(adapter, "README.md").read_text()

@@ -148,8 +148,8 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 GGUF_REFUSED = {
-    "norm: is trained as a whole": {"modules_to_save": ["norm"]},
-    "lm_head: has LoRA over a weight that is not quantized": {"target_modules": ["q_proj", "lm_head"]},
+    "norm: has a whole module trained": {"modules_to_save": ["norm"]},
+    "lm_head: has LoRA over a dense weight trained": {"target_modules": ["q_proj", "lm_head"]},
     "q_proj: its lora_B has a bias": {"lora_bias": True},
     r"more than one alpha \(\[8.0, 16.0\]\)": {"alpha_pattern": {"layers.0.self_attn.q_proj": 16}},
 }

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError, ConfigError, MergeError
 from quadapt.hf.merge import Certificate, merge, random_probe
-from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off, lora_config
+from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt, base_config
+from quadapt.hf.trained import adapters_off
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Adapter, LoRA, Pooled
 from quadapt.quant.format import Format

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quadapt.errors import CheckpointError, ConfigError, MergeError
-from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, adapters_off, identity_of, lora_config
+from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, identity_of, lora_config
 from quadapt.hf.quantizer import base_config
+from quadapt.hf.trained import adapters_off
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Adapter, Elastic, ElasticPooled, LoRA, Pooled
 from quadapt.nn.quant_linear import QuantLinear

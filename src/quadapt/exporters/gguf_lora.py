@@ -11,7 +11,7 @@ from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
 from quadapt.exporters.gguf import Entry, write_tensors
 from quadapt.exporters.gguf_metadata import family_of, heads_of, namer
-from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora
+from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow
 
 
@@ -61,15 +61,8 @@ def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry]:
 
 def _alpha(model: nn.Module, layers: Layers, adapter_name: str) -> float:
     """The adapter's one alpha. Refuses whatever else it has besides factors: llama.cpp would do without it."""
-    from peft.tuners.lora.layer import LoraLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
     advice = "which a GGUF adapter cannot hold. Use --format lora"
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ExportError(f"{name}: is trained as a whole (modules_to_save), {advice}")
-        if isinstance(module, LoraLayer) and adapter_name in module.r and module not in layers.values():
-            raise ExportError(f"{name}: has LoRA over a weight that is not quantized, {advice}")
+    refuse_parts(model, advice)
     for name, layer in layers.items():
         if layer.lora_bias[adapter_name]:
             raise ExportError(f"{name}: its lora_B has a bias (lora_bias), {advice}")

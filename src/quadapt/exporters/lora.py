@@ -38,6 +38,7 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
     from quadapt.hf.peft_layer import BETA
 
     layers, path = adapted(model, adapter_name), Path(folder)
+    _refuse_unsaved(model, adapter_name)
     tensors = {  # betas are part of A and B below; first factors matter only where the adapter is off
         name: tensor
         for name, tensor in get_peft_model_state_dict(
@@ -59,6 +60,20 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
         for name, tensor in tensors.items()
     ]
     return adapter_report("lora", path, rows, layers, adapter_name)
+
+
+def _refuse_unsaved(model: Any, adapter_name: str) -> None:
+    """Raise ExportError if parameters of the base have trained that are no part of PEFT's adapters."""
+    from quadapt.hf.trained import parts_of
+
+    if getattr(model.peft_config[adapter_name], "bias", "none") != "none":
+        return  # which PEFT saves
+    for part in parts_of(model):
+        if part.kind == "a parameter of the base":
+            raise ExportError(
+                f"{part.name}: has trained in the base itself, which is no part of the adapter. Train it as one of "
+                "LoraConfig's modules_to_save, or merge and export the model (--format hf)"
+            )
 
 
 def adapted(model: nn.Module, adapter_name: str) -> Layers:
@@ -85,6 +100,15 @@ def adapted(model: nn.Module, adapter_name: str) -> Layers:
             f"{', '.join(known) or 'none'}. Load it with PeftModel.from_pretrained"
         )
     return layers
+
+
+def refuse_parts(model: nn.Module, advice: str) -> None:
+    """Raise ExportError if more has trained than adapters over quantized layers, which is all that a form holds."""
+    from quadapt.hf.trained import parts_of
+
+    for part in parts_of(model):
+        if part.kind != "a parameter of the base":  # (that goes out with the base)
+            raise ExportError(f"{part.name}: has {part.kind} trained, {advice}")
 
 
 def as_lora(name: str, layers: Layers, adapter_name: str) -> tuple[Tensor, Tensor]:

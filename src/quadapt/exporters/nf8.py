@@ -11,7 +11,7 @@ from torch import nn
 
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
-from quadapt.exporters.lora import adapted, as_lora
+from quadapt.exporters.lora import adapted, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
 from quadapt.model.quantize import bits_of
 
@@ -33,7 +33,10 @@ def export_nf8(model: nn.Module, folder: str | Path, *, adapter_name: str = "def
 
     layers, path = adapted(model, adapter_name), Path(folder)
     factors = {name: as_lora(name, layers, adapter_name) for name in layers}
+    refuse_parts(model, "which nf8 cannot hold. Use --format lora")
     for name, layer in layers.items():
+        if layer.lora_bias[adapter_name]:
+            raise ExportError(f"{name}: its lora_B has a bias (lora_bias), which nf8 cannot hold. Use --format lora")
         if layer.adapters[adapter_name].exactness != "none":
             raise ExportError(f"{name}: the adapter merges into the codes, and then takes no bits at all. Merge it")
     known: Any = model.peft_config

@@ -40,8 +40,10 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Source]]:
 def refuse_adapters(model: nn.Module) -> None:
     """Raise ExportError if the model carries adapters, which would be left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if adapted:
         raise ExportError(
             f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first "

@@ -189,9 +189,13 @@ class GridLoraLinear(nn.Module, LoraLayer):
         """The weight that the layer computes with, float32 `[out, in]`."""
         return self.adapter.dense(*self.parts())
 
-    def settle(self, weight: QuantWeight) -> None:
-        """Put a quantized weight in the place of the base layer, for good."""
+    def merged_bias(self) -> Tensor | None:
+        """The layer's bias, `[out]`: adapters of this kind have none."""
         bias: Any = self.get_base_layer().bias
+        return bias
+
+    def settle(self, weight: QuantWeight, bias: Tensor | None) -> None:
+        """Put a quantized weight in the place of the base layer, for good."""
         self.base_layer = QuantLinear.of(weight, bias)
 
     @torch.no_grad()
@@ -204,7 +208,7 @@ class GridLoraLinear(nn.Module, LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.adapters]
         if names:
             weight, self._unmerged = self.merged_weight(), self.get_base_layer()
-            self.settle(weight)
+            self.settle(weight, self.merged_bias())
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

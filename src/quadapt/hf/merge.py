@@ -1,9 +1,12 @@
 """Merge adapters into a quantized model, and certify what the merge did.
 
-* **exact**: trained in the merged form, and the logits on the probe are equal bit for bit in the named dtype.
-* **equivalent**: the adapter was a side branch; the merge rounds its offsets, and the certificate says how much of what
-  the adapter does was lost.
+* **exact**: all that trained did so in the merged form, and the logits on the probe are equal bit for bit in the named
+  dtype.
+* **equivalent**: something was a side branch (an adapter over codes, LoRA over a dense weight); the merge rounds, and
+  the certificate says how much of what the adapter does was lost.
 * **lossy**: the adapted weights were quantized anew, by name (`requantize`).
+
+What trained besides the adapters over quantized layers is merged too (`trained.py`), and listed.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from torch import Tensor, nn
 from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
 from quadapt.hf.identity import check_merging
-from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers, adapters_off
+from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers
 from quadapt.hf.quantizer import adopt, base_config
+from quadapt.hf.trained import Part, adapters_off, check_state, merge_parts, parts_of, settle_ties, trained_tokens
+from quadapt.hf.wrapped import unwrapped
 from quadapt.model.layer import Plan, quantize_layer
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import left_over
@@ -76,18 +81,23 @@ class Certificate:
     """Of the merged model on the probe."""
 
     layers: tuple[MergedLayer, ...]
-    """Layer by layer."""
+    """Quantized layer by layer."""
+
+    besides: tuple[Part, ...] = ()
+    """What else trained, and is part of the merged model."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        worst = max(self.layers, key=lambda layer: layer.difference)
+        worst = max((layer.difference for layer in self.layers), default=0.0)
         lost = "logits bit-equal" if self.logits_equal else f"{self.effect_lost:.2%} of the effect lost"
+        besides = "; ".join(f"{part.name} ({part.kind}{', untied' if part.untied else ''})" for part in self.besides)
         return (
-            f"{self.verdict}: {lost} in {self.dtype} on {self.probe}; largest weight difference {worst.difference:.2g} "
+            f"{self.verdict}: {lost} in {self.dtype} on {self.probe}; largest weight difference {worst:.2g} "
             f"steps, {sum(layer.codes_changed for layer in self.layers)} codes changed, KL {self.kl:.1e}"
+            f"{f'; merged besides: {besides}' if besides else ''}"
         )
 
 
@@ -105,11 +115,12 @@ def merge(
     batches: Sequence[Tensor] = (),
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> tuple[nn.Module, Certificate]:
-    """Merge all active adapters of a PEFT model into its quantized base.
+    """Merge all that trained in a PEFT model into its quantized base.
 
     Args:
-        model: A `PeftModel` over a quantized model; it is used up.
-        probe: Token ids `[sequences, length]` to compare the models on; by default random ones.
+        model: A `PeftModel` over a quantized model, in whatever a trainer has put around it; it is used up.
+        probe: Token ids `[sequences, length]` to compare the models on; by default random ones. Tokens whose
+            embeddings trained are added to it.
         probe_name: What they are, for the certificate.
         requantize: Quantize the adapted weights anew where adapters cannot merge. Never done unasked.
         batches: Token ids to calibrate the requantization on, if it needs any.
@@ -119,24 +130,42 @@ def merge(
         The merged model, an ordinary transformers model, and the certificate.
 
     Raises:
-        MergeError: There is no adapter, or it cannot merge and `requantize` is None. The model is unchanged then.
+        MergeError: There is no adapter, or something that trained cannot merge (adapters over codes: and `requantize`
+            is None). The model is unchanged then.
         CheckpointError: An adapter was trained over another base than lies under it (read from its tensors).
     """
+    with unwrapped(model) as inside:
+        return _merge(inside, probe, probe_name, requantize, batches, progress)
+
+
+def _merge(
+    model: Any,
+    given: Tensor | None,
+    probe_name: str,
+    requantize: Rounding | None,
+    batches: Sequence[Tensor],
+    progress: Callable[[Sequence[Any]], Iterable[Any]],
+) -> tuple[nn.Module, Certificate]:
     layers = adapted_layers(model)
-    if not layers:
-        raise MergeError(f"{type(model).__name__} has no adapter over a quantized layer, so there is nothing to merge")
-    if requantize is None:
-        _check_mergeable(layers)
-    own = not quantized_layers(model) or any(layer.merged for layer in layers.values()) or check_merging(model)
+    besides = _check(model, layers, requantize)
+    own = not quantized_layers(model) or check_merging(model)
+    if given is None:
+        given = random_probe(model.config.get_text_config().vocab_size, length=min(128, context_of(model.config)))
+        probe_name = f"{given.numel()} random tokens"
+    tokens = trained_tokens(model)
+    probe = with_tokens(given, tokens)
     model.eval()
-    if probe is None:
-        probe = random_probe(model.config.get_text_config().vocab_size, length=min(128, context_of(model.config)))
-        probe_name = f"{probe.numel()} random tokens"
     exact = all(layer.adapters[name].merged_form for layer in layers.values() for name in layer.active())
+    exact = exact and all(part.exact for part in besides)
     adapted = _logits(model, probe)
+    if not bool(torch.isfinite(adapted).all()):
+        raise ConfigError(
+            "the adapted model gives NaN or infinite logits on the probe. Training diverged; lower the learning rate"
+        )
     with adapters_off(model):
         base = _logits(model, probe)
     made, left = _about(model)
+    merge_parts(model)
     if requantize is not None and requantize.needs:
         merged, rows = _round_again(model, layers, requantize, batches)
     else:
@@ -145,14 +174,46 @@ def merge(
             with locate(name), torch.no_grad():
                 rows.append(_merge_layer(name, layers[name], requantize))
         merged = model.unload()
-    made["merge"] = "requantized" if requantize else "exact" if exact else "equivalent"
+    besides = settle_ties(merged, besides)
+    after = _logits(merged, probe)
+    verdict: Verdict = "lossy" if requantize else "exact" if exact and torch.equal(adapted, after) else "equivalent"
+    made["merge"] = "requantized" if requantize else verdict
     if not own:
         made["base"] = "another than the adapter was trained over, as asked"
     adopt(merged, left=left or left_over(merged, "no adapter trained over it"), made=made)
-    after = _logits(merged, probe)
-    equal = bool(torch.equal(adapted, after))
-    verdict: Verdict = "lossy" if requantize else "exact" if exact and equal else "equivalent"
-    return merged, _compare(adapted, after, base, probe, verdict=verdict, probe_name=probe_name, rows=rows)
+    if tokens:
+        probe_name += f" and {len(tokens)} tokens whose embeddings trained"
+    return merged, _compare(
+        (adapted, after, base), given, verdict=verdict, probe_name=probe_name, rows=rows, besides=besides
+    )
+
+
+def with_tokens(probe: Tensor, tokens: Sequence[int]) -> Tensor:
+    """A probe `[sequences, length]` with further sequences that hold all of `tokens`, over and over to their end."""
+    if not tokens:
+        return probe
+    sequences, length = -(-len(tokens) // probe.shape[1]), probe.shape[1]
+    more = torch.tensor(tokens, dtype=probe.dtype, device=probe.device)
+    return torch.cat([probe, more.repeat(-(-sequences * length // len(more)))[: sequences * length].view(-1, length)])
+
+
+def _check(model: Any, layers: dict[str, AdaptedLayer], requantize: Rounding | None) -> list[Part]:
+    """What trained besides `layers`. Raises MergeError if the model cannot be merged; nothing has been changed yet."""
+    if layers and not hasattr(model, "unload"):
+        raise MergeError(
+            f"{type(model).__name__} has adapters, but is no PeftModel, which alone can take them off. Load the base, "
+            "and the adapter with PeftModel.from_pretrained(base, FOLDER); or use quadapt merge FOLDER"
+        )
+    besides = parts_of(model) if hasattr(model, "unload") else []
+    if not layers and not (besides and quantized_layers(model)):
+        raise MergeError(f"{type(model).__name__} has no adapter over a quantized layer, so there is nothing to merge")
+    check_state(model)
+    for name, layer in layers.items():
+        with locate(name), torch.no_grad():
+            layer.merged_bias()
+            if requantize is None and any(layer.adapters[active].exactness == "none" for active in layer.active()):
+                layer.merged_weight()
+    return besides
 
 
 def _about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
@@ -164,13 +225,6 @@ def _about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
     return dict(config.made), config.left
 
 
-def _check_mergeable(layers: dict[str, AdaptedLayer]) -> None:
-    for name, layer in layers.items():
-        if any(layer.lora_bias[active] or layer.adapters[active].exactness == "none" for active in layer.active()):
-            with locate(name), torch.no_grad():
-                layer.merged_weight()
-
-
 def _merge_layer(name: str, layer: AdaptedLayer, requantize: Rounding | None) -> MergedLayer:
     """Give the layer its merged weight; say how it differs from the adapted one."""
     before, adapted = layer.first_weight(), layer.dense_adapted()
@@ -179,7 +233,7 @@ def _merge_layer(name: str, layer: AdaptedLayer, requantize: Rounding | None) ->
     else:
         plan = Plan(format=before.format, storage=before.layout.storage, rounding=requantize)
         merged = quantize_layer(name, adapted, plan, {})[0].weight
-    layer.settle(merged)
+    layer.settle(merged, layer.merged_bias())
     return _difference(name, before, merged, adapted)
 
 
@@ -194,15 +248,8 @@ def _round_again(
     """Requantize with a rounding that must see the model run: every layer dense first, then block by block."""
     bases = {name: layer.first_weight() for name, layer in layers.items()}
     adapted = {name: layer.dense_adapted().detach() for name, layer in layers.items()}
-    biases: dict[str, Any] = {name: layer.get_base_layer().bias for name, layer in layers.items()}
-    model = model.unload()
-    linears = {}
-    for name, weight in adapted.items():
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases[name] is not None, device="meta")
-        linear.weight = nn.Parameter(weight.to(next(model.parameters()).dtype), requires_grad=False)
-        linear.bias = biases[name]
-        model.set_submodule(name, linear)
-        linears[name] = linear
+    model = with_dense(model, layers, next(model.parameters()).dtype)
+    linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in adapted}
     first = next(iter(bases.values())).layout
     plan = Plan(
         format=first.format,
@@ -216,6 +263,23 @@ def _round_again(
 
 
 @torch.no_grad()
+def with_dense(model: Any, layers: Mapping[str, AdaptedLayer], dtype: torch.dtype | None = None) -> Any:
+    """The base model with a dense layer, adapters added up, in the place of each adapted one; ties are not settled."""
+    made = {}
+    for name, layer in layers.items():
+        weight, bias = layer.dense_adapted().to(dtype), layer.merged_bias()
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        made[name] = linear
+    plain = model.unload()
+    for name, linear in made.items():
+        plain.set_submodule(name, linear)
+    return plain
+
+
+@torch.no_grad()
 def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     device = next(model.parameters()).device
     rows = [model(input_ids=row[None].to(device), use_cache=False).logits[0].cpu() for row in probe]
@@ -223,19 +287,16 @@ def _logits(model: nn.Module, probe: Tensor) -> Tensor:
 
 
 def _compare(
-    adapted: Tensor,
-    merged: Tensor,
-    base: Tensor,
-    probe: Tensor,
+    logits: tuple[Tensor, Tensor, Tensor],
+    given: Tensor,
     *,
     verdict: Verdict,
     probe_name: str,
     rows: list[MergedLayer],
+    besides: Sequence[Part],
 ) -> Certificate:
-    if not bool(torch.isfinite(adapted).all()):
-        raise ConfigError(
-            "the adapted model gives NaN or infinite logits on the probe. Training diverged; lower the learning rate"
-        )
+    """Compare logits of the adapted, the merged and the base model; perplexities are of the probe that was given."""
+    adapted, merged, base = logits
     effect = float((adapted - base).float().norm())
     lost = float((merged - adapted).float().norm())
     before, after = adapted.float().log_softmax(-1), merged.float().log_softmax(-1)
@@ -247,9 +308,10 @@ def _compare(
         effect_lost=lost / effect if effect else float(lost > 0),
         kl=max(0.0, float((before.exp() * (before - after)).sum(-1).mean())),
         argmax_changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
-        perplexity_before=_perplexity(before, probe),
-        perplexity_after=_perplexity(after, probe),
+        perplexity_before=_perplexity(before[: len(given)], given),
+        perplexity_after=_perplexity(after[: len(given)], given),
         layers=tuple(rows),
+        besides=tuple(besides),
     )
 
 

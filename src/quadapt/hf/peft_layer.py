@@ -6,8 +6,7 @@ Which adapter of ours it is, and over which base, is said in its config: see `hf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,7 +127,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         self.lora_first_A, self.lora_first_B = nn.ParameterDict(), nn.ParameterDict()
         self.frozen_peft_weight_names = {}
         self.lora_beta = nn.ParameterDict()
-        self._unmerged: list[QuantWeight] = []
+        self._unmerged: list[tuple[QuantWeight, Any]] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -243,10 +242,26 @@ class QuantLoraLinear(nn.Module, LoraLayer):
     def _merged(self, names: list[str]) -> QuantWeight:
         weight = self.quant.quant_weight
         for name in names:
-            if self.lora_bias[name]:
-                raise MergeError(f"the adapter {name!r} has a bias. Only adapters without one (lora_bias=False) merge")
             weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
         return weight
+
+    def merged_bias(self, names: list[str] | None = None) -> Tensor | None:
+        """The layer's bias with those of the active adapters (`lora_bias`) added, `[out]`; None if there is none.
+
+        Raises:
+            MergeError: An adapter has a bias where the layer, as its model defines it, has none.
+        """
+        bias: Any = self.get_base_layer().bias
+        for name in self.active() if names is None else names:
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise MergeError(
+                        f"the adapter {name!r} has a bias (lora_bias), and the layer has none that it could merge "
+                        "into. Train with lora_bias=False, or serve the adapter beside its base (quadapt export "
+                        "--format lora)"
+                    )
+                bias = (bias + self.scaling[name] * self.lora_B[name].bias).to(bias.dtype)
+        return bias
 
     def first_weight(self) -> QuantWeight:
         """The quantized weight from before the first step: the base's."""
@@ -265,9 +280,11 @@ class QuantLoraLinear(nn.Module, LoraLayer):
                 dense = dense + self.get_delta_weight(name)
         return dense
 
-    def settle(self, weight: QuantWeight) -> None:
-        """Replace the quantized weight, for good."""
+    def settle(self, weight: QuantWeight, bias: Tensor | None) -> None:
+        """Replace the quantized weight and the bias, for good."""
         self.quant.quant_weight = weight
+        if bias is not None:
+            self.quant.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -278,15 +295,15 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.adapters]
         if names:
-            weight = self._merged(names)
-            self._unmerged.append(self.quant.quant_weight)
-            self.settle(weight)
+            weight, bias = self._merged(names), self.merged_bias(names)
+            self._unmerged.append((self.quant.quant_weight, self.quant.bias))
+            self.settle(weight, bias)
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put back the weight from before the merges."""
         if self._unmerged:
-            self.quant.quant_weight = self._unmerged[0]
+            self.quant.quant_weight, self.quant.bias = self._unmerged[0]
         self._unmerged.clear()
         self.merged_adapters.clear()
 
@@ -349,19 +366,6 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {
         name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)
     }
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model alone."""
-    before = [(layer, layer._disable_adapters) for layer in adapted_layers(model).values()]
-    try:
-        for layer, _ in before:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, off in before:
-            layer._disable_adapters = off
 
 
 register()

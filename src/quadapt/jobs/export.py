@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.exporters import compressed_tensors, dense, gguf, gguf_lora, lora, nf8
 from quadapt.exporters.report import ExportReport
 from quadapt.hf.folder import NOTE, Folder, check_content, find_base, load, open_folder, over_any_base
 from quadapt.hf.merge import merge as merge_model
-from quadapt.hf.peft_layer import adapted_layers, adapter_of
+from quadapt.hf.merge import with_dense
+from quadapt.hf.peft_layer import adapted_layers
+from quadapt.hf.trained import merge_parts, parts_of, settle_ties
 from quadapt.hf.workspace import check_disk, check_output, remove, write_json
 from quadapt.jobs.merge import load_adapted
 from quadapt.jobs.source import device_of
@@ -93,7 +93,8 @@ def _write(
 
 def _settle(model: Any, config: ExportConfig, output: Path, ui: UI) -> tuple[Any, list[ExportReport]]:
     """A model without adapters to export; an adapter that cannot merge is added up (hf), or written beside (gguf)."""
-    if all(adapter_of(about).exactness != "none" for about in model.peft_config.values()):
+    layers = adapted_layers(model)
+    if all(layer.adapters[name].exactness != "none" for layer in layers.values() for name in layer.active()):
         merged, certificate = merge_model(model)
         ui.say(f"merged first: {certificate}")
         return merged, []
@@ -102,23 +103,15 @@ def _settle(model: Any, config: ExportConfig, output: Path, ui: UI) -> tuple[Any
             "the adapter cannot merge into codes. Requantize it first (quadapt merge --requantize), or use --format "
             "gguf or lora"
         )
+    besides = parts_of(model)
+    merge_parts(model)
     if config.format == "hf":
         ui.say("the adapter cannot merge into codes; base and adapter are added up in the dense weights")
-        return _densified(model), []
-    ui.say("the adapter cannot merge into codes: it goes out as a LoRA file beside the base")
-    report = gguf_lora.export_gguf_lora(model, output.with_name(f"{output.stem}-lora.gguf"))
-    return model.unload(), [report]
-
-
-def _densified(model: nn.Module) -> nn.Module:
-    """Replace each adapted layer by a dense one with its adapter added."""
-    layers = adapted_layers(model)
-    dense: dict[str, tuple[Any, Any]] = {
-        name: (layer.dense_adapted(), layer.get_base_layer().bias) for name, layer in layers.items()
-    }
-    plain = model.unload()  # type: ignore[operator]
-    for name, (weight, bias) in dense.items():
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
-        plain.set_submodule(name, linear)
-    return plain
+        plain, reports = with_dense(model, layers), []
+    else:
+        ui.say("the adapter cannot merge into codes: it goes out as a LoRA file beside the base")
+        reports = [gguf_lora.export_gguf_lora(model, output.with_name(f"{output.stem}-lora.gguf"))]
+        plain = model.unload()
+    for part in settle_ties(plain, besides):
+        ui.say(f"{part.name}: {part.kind}, is part of the base that is written{', untied' if part.untied else ''}")
+    return plain, reports

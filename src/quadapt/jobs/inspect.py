@@ -72,13 +72,15 @@ def _show_certificate(folder: Folder, ui: UI) -> None:
     certificate = folder.note.get("certificate")
     if not certificate:
         return
-    worst = max(certificate["layers"], key=lambda layer: layer["difference"])
+    worst = max(certificate["layers"], key=lambda layer: layer["difference"], default={"difference": 0, "name": "none"})
     changed = sum(layer["codes_changed"] for layer in certificate["layers"])
     ui.show(
         f"merge: {certificate['verdict']} in {certificate['dtype']} on {certificate['probe']}; effect lost "
         f"{certificate['effect_lost']:.2%}, largest weight difference {worst['difference']:.2g} steps "
         f"({worst['name']}), codes changed {changed}, KL {certificate['kl']:.1e}"
     )
+    for part in certificate.get("besides", ()):
+        ui.show(f"merged besides: {part['name']}, {part['kind']}{', untied' if part['untied'] else ''}")
 
 
 def _adapter(folder: Folder, config: InspectConfig, ui: UI) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def _write(
     config = model.peft_config["default"]
     where["fingerprint"] = identity_of(config)["base_fingerprint"]
     model.peft_config["default"] = replace(config, base_model_name_or_path=named)
+    inside = model.get_base_model()
+    inside.name_or_path = inside.config._name_or_path = named  # by which PEFT's model card names the base
     model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)
     write_json(space.path / NOTE, {**summary, "base": where})
