@@ -20,6 +20,7 @@ from quadapt.data.collate import pad_token_id
 from quadapt.data.examples import examples, opening, tokenize
 from quadapt.data.read import Rows
 from quadapt.errors import ConfigError, DataError
+from quadapt.hf.reading import generating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -330,7 +331,8 @@ def _greedy(
     )
     width = inputs.shape[1]
     mask = torch.arange(width) >= torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
-    output = model.generate(  # type: ignore[operator]  # all that a model's own settings may change is set here
+    output = generating(
+        model,  # all that a model's own settings may change is set here
         input_ids=inputs.to(device),
         attention_mask=mask.long().to(device),
         max_new_tokens=max_new_tokens,

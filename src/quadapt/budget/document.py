@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import Any
 
 from quadapt.budget.candidates import Candidate
@@ -11,10 +12,24 @@ from quadapt.budget.program import Solution
 from quadapt.errors import CheckpointError
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
-from quadapt.quant.weight import Layout
+from quadapt.quant.weight import Layout, from_fields
 
 VERSION = 1
 """Of the file; one of a later version is refused."""
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "model": (dict,),
+    "budget": (int, float),
+    "rank": (int,),
+    "adapters": (str, NoneType),
+    "bits_per_weight": (int, float),
+    "with_adapters": (int, float, NoneType),
+    "objective": (int, float),
+    "bound": (int, float),
+}
+"""What each field of the file may be."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +120,15 @@ class BudgetPlan:
         """
         if not isinstance(value, dict) or value.get("kind") != "quadapt plan":
             raise CheckpointError("is no plan. Make one: quadapt plan MODEL --budget BITS --output plan.json")
-        if value.get("version", 0) > VERSION:
-            raise CheckpointError(f"is a plan of version {value['version']}, this quadapt reads {VERSION}. Upgrade it")
+        version = value.get("version")
+        if type(version) is not int:
+            raise CheckpointError(f"is damaged (version is {version!r:.80}). Make it anew")
+        if version > VERSION:
+            raise CheckpointError(f"is a plan of version {version}, this quadapt reads {VERSION}. Upgrade it")
         try:
             layers = {
                 name: PlannedLayer(
-                    Candidate(Format(**each["format"]), Storage(**each["storage"])).layout(
+                    Candidate(from_fields(Format, each["format"]), from_fields(Storage, each["storage"])).layout(
                         each["out"], each["columns"]
                     ),
                     float(each["error"]),
@@ -118,6 +136,11 @@ class BudgetPlan:
                 for name, each in value["layers"].items()
             }
             about = {name: value[name] for name in BudgetPlan.__dataclass_fields__ if name != "layers"}
+            for name, kinds in _KINDS.items():
+                if not isinstance(about[name], kinds) or isinstance(about[name], bool):
+                    raise TypeError(f"{name} is {about[name]!r:.80}")
+            if not layers:
+                raise ValueError("it has no layers")
             return BudgetPlan(**about, layers=layers)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"is damaged ({type(error).__name__}: {error}). Make it anew") from error

@@ -15,7 +15,7 @@ from quadapt.model.layer import LayerRow
 from quadapt.model.quantize import Done
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
-from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.quant.weight import Layout, QuantWeight, from_fields
 
 _FACTORS = ("start_up", "start_down")
 _PAIRS = ("block_error", "start_error")
@@ -39,7 +39,7 @@ class BlockFiles:
         """The block, if an earlier run finished it."""
         try:
             return self._read(self._file(unit))
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError, RecursionError):
             return None
 
     def keep(self, unit: str, done: Done) -> Done:
@@ -70,7 +70,11 @@ class BlockFiles:
             about = file.metadata()
             for name, fields in json.loads(about["layouts"]).items():
                 layout = Layout(
-                    **{**fields, "format": Format(**fields["format"]), "storage": Storage(**fields["storage"])}
+                    **{
+                        **fields,
+                        "format": from_fields(Format, fields["format"]),
+                        "storage": from_fields(Storage, fields["storage"]),
+                    }
                 )
                 weights[name] = QuantWeight(layout, {part: file.get_tensor(f"{name}.{part}") for part in layout.shapes})
             factors = {

@@ -43,8 +43,12 @@ def auto_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    named = [str(name) for name in getattr(config, "architectures", None) or ()]
-    if not named or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    named, code = getattr(config, "architectures", None) or [], getattr(config, "auto_map", None) or {}
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named) or not isinstance(code, dict):
+        raise CheckpointError(
+            f"config.json: architectures={named!r:.80} or auto_map={code!r:.80} is damaged. Copy it from its source"
+        )
+    if not named or "AutoModelForCausalLM" in code:
         return AutoModelForCausalLM
     lower = {name.lower() for name in named}
     pictures = {name.lower() for name in _names(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)}

@@ -24,7 +24,7 @@ from quadapt.hf.doors import check_state
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
-from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.quant.weight import Layout, QuantWeight, from_fields
 
 NF8_FILE = "adapter_nf8.safetensors"
 NF8 = Format(levels="nf", bits=8, group_size=64)
@@ -55,7 +55,13 @@ def read_nf8(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         for key, fields in json.loads(file.metadata()["layouts"]).items():
             name, _, part = key.rpartition(".")
-            layout = Layout(**{**fields, "format": Format(**fields["format"]), "storage": Storage(**fields["storage"])})
+            layout = Layout(
+                **{
+                    **fields,
+                    "format": from_fields(Format, fields["format"]),
+                    "storage": from_fields(Storage, fields["storage"]),
+                }
+            )
             weight = QuantWeight(layout, {each: file.get_tensor(f"{key}.{each}") for each in layout.shapes})
             factor = weight.dequantize()
             found[f"base_model.model.{name}.lora_{part}.weight"] = factor if part == "A" else factor.T.contiguous()

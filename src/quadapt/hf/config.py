@@ -14,7 +14,7 @@ from quadapt.model.layer import Plan
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
-from quadapt.quant.weight import Layout
+from quadapt.quant.weight import Layout, from_fields
 
 VERSION = 1
 """Of the stored form; a checkpoint of a later version is refused."""
@@ -117,8 +117,8 @@ class QuadaptConfig(QuantizationConfigMixin):
         try:
             return {
                 name: Layout(
-                    format=Format(**scheme["format"]),
-                    storage=Storage(**scheme["storage"]),
+                    format=from_fields(Format, scheme["format"]),
+                    storage=from_fields(Storage, scheme["storage"]),
                     out=out,
                     columns=columns,
                     permuted=scheme["permuted"],

@@ -19,15 +19,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from quadapt.errors import CheckpointError, locate
+from quadapt.errors import CheckpointError, ConfigError, locate
 from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors, weight_files
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.quantizer import base_config, content_of
-from quadapt.hf.reading import read_json, read_note, reading, reason_of
+from quadapt.hf.reading import check_generation, check_tokenizer, read_json, read_note, reading, reason_of
 from quadapt.hf.verify import other_digests
 from quadapt.hf.workspace import write_json
 from quadapt.model.quantize import quantized_layers
+from quadapt.model.trial import check_runs
 
 Kind = Literal["model", "quantized", "adapter"]
 
@@ -192,6 +193,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
     )
     with locate(name):
         check_loaded(model, info, held)
+        check_generation(model)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -232,7 +234,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             f"{name!r} has no tokenizer (tokenizer.json, tokenizer.model, ..). Copy it from the model's source"
         )
 
-    return reading(name, AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
+    tokenizer = reading(name, AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
+    reading(name, check_tokenizer, tokenizer)
+    return tokenizer
 
 
 def load(
@@ -261,17 +265,26 @@ def load(
         return _load_gguf(Path(name), dtype, device)
     folder = open_folder(name)
     if folder.kind != "adapter":
-        return (
-            load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
-            load_tokenizer(folder.name, trust_remote_code=trust_remote_code),
-        )
+        dense = load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        _check_runs(folder.name, dense)
+        return dense, load_tokenizer(folder.name, trust_remote_code=trust_remote_code)
     where = find_base(folder, base)
     model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with over_any_base(any_base):
         _load_adapter(folder, model)
     model.eval()
+    _check_runs(folder.name, model)
     holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
     return model, load_tokenizer(holder, trust_remote_code=trust_remote_code)
+
+
+def _check_runs(name: str, model: nn.Module) -> None:
+    """Raise CheckpointError if a model, all of whose parts are there, cannot be run."""
+    try:
+        if all(parameter.device.type != "meta" for parameter in model.parameters()):
+            check_runs(model)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def over_any_base(asked: bool) -> AbstractContextManager[None]:
@@ -323,9 +336,11 @@ def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
     )
     with locate(str(path)):
         check_loaded(model, info, {})
-    return model.eval().to(device), reading(
-        str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name
-    )
+        check_generation(model)
+    _check_runs(str(path), model.eval())
+    tokenizer = reading(str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name)
+    reading(str(path), check_tokenizer, tokenizer)
+    return model.to(device), tokenizer
 
 
 def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping[str, Any]) -> None:

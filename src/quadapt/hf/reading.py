@@ -39,12 +39,33 @@ def reading(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # what Rust panics with is no Exception
-        limit = limit_of(error)
-        if limit is not None:
-            raise limit from error
-        if not isinstance(error, _FORESEEN) and _raised_here(error):
-            raise
-        raise CheckpointError(f"{name!r} cannot be loaded: {reason_of(error)}") from error
+        raise _blamed(error, f"{name!r} cannot be loaded: {{}}") from error
+
+
+def generating(model: Any, **settings: Any) -> Any:
+    """`model.generate`; what a damaged `config.json` or `generation_config.json` makes of it is a CheckpointError.
+
+    Raises:
+        CheckpointError: transformers cannot generate with them.
+    """
+    try:
+        return model.generate(**settings)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, QuadaptError):
+        raise
+    except Exception as error:
+        name = getattr(model, "name_or_path", "") or "the model"
+        words = f"{name}: cannot generate: {{}}. Its generation_config.json is damaged, or belongs to another model"
+        raise _blamed(error, words) from error
+
+
+def _blamed(error: BaseException, words: str) -> BaseException:
+    """What to raise in place of an error: the limit that it tells of, the file's fault (in `words`), or itself."""
+    limit = limit_of(error)
+    if limit is not None:
+        return limit
+    if not isinstance(error, _FORESEEN) and _raised_here(error):
+        return error
+    return CheckpointError(words.format(reason_of(error)))
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -60,6 +81,44 @@ def reason_of(error: BaseException) -> str:
         return "it is nested too deeply"
     plain = isinstance(error, OSError | ValueError | RuntimeError | SafetensorError) and " " in words
     return words if plain else f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Use a tokenizer once, since much that is damaged in its files shows only then.
+
+    Raises:
+        CheckpointError: Its chat template does not compile, or stumbles over a plain message. One that refuses such
+            a message on purpose is none of these.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    tokenizer.decode(tokenizer("a")["input_ids"])
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    except TemplateSyntaxError as error:
+        raise CheckpointError(f"its chat template is damaged: line {error.lineno}: {reason_of(error)}") from error
+    except TemplateError:
+        return
+    except Exception as error:
+        raise CheckpointError(f"its chat template is damaged: {reason_of(error)}") from error
+
+
+def check_generation(model: Any) -> None:
+    """Check the token ids in a model's generation config, which transformers reads without a look.
+
+    Raises:
+        CheckpointError: One is no number, or none at all.
+    """
+    config = getattr(model, "generation_config", None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(each) is int for each in ids):
+            raise CheckpointError(
+                f"generation_config.json: {name}={value!r:.80} is no token id. Copy the file again from its source"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

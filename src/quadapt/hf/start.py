@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
+from quadapt.hf.reading import reading
 
 START = "start.safetensors"
 
@@ -26,7 +27,15 @@ def write_start(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Non
 
 
 def read_start(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """What :func:`write_start` wrote."""
+    """What :func:`write_start` wrote.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    return dict(reading(str(path), _read, path))
+
+
+def _read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     with safe_open(path, framework="pt") as file:
         names = sorted({key.rpartition(".")[0] for key in file.keys()})  # noqa: SIM118 - a file, no dict
         return {name: (file.get_tensor(f"{name}.up"), file.get_tensor(f"{name}.down")) for name in names}

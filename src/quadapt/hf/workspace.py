@@ -80,7 +80,7 @@ class Workspace:
                 if json.loads(note.read_text(encoding="utf-8")) == self._job:
                     return True
                 log.warning("%s belongs to a job with other settings: starting over", self.path)
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 log.warning("%s is not the work of an interrupted run of this version: starting over", self.path)
             for item in left:
                 remove(item)

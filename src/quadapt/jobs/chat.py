@@ -11,6 +11,7 @@ from quadapt.config import ChatConfig
 from quadapt.errors import DataError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import load
+from quadapt.hf.reading import generating
 from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
 
@@ -69,7 +70,8 @@ def answer(model: nn.Module, tokenizer: Any, config: ChatConfig, prompt: str, hi
         )
     sampled = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
     device = next(model.parameters()).device
-    output = model.generate(  # type: ignore[operator]
+    output = generating(
+        model,
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids).to(device),
         max_new_tokens=min(config.max_new_tokens, room),

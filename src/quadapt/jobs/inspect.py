@@ -40,6 +40,8 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
         ui.show(f"{name}: {value}")
     known = LayerRow.__dataclass_fields__
     rows = [LayerRow(**{key: row[key] for key in row if key in known}) for row in folder.note.get("rows", [])]
+    if rows and sorted(row.name for row in rows) != sorted(layouts):
+        raise CheckpointError(f"{folder.name}: quadapt.json reports other layers than config.json has. Copy both again")
     show_layers(layouts, ui, rows=rows, every=config.layers)
     show_left(found.left, ui)
     _show_certificate(folder, ui)

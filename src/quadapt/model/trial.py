@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
+from quadapt.limits import limit_of
 from quadapt.model.select import kinds_of
 
 TOKENS = 8
@@ -48,9 +49,9 @@ def check_runs(model: Any) -> Tensor:
     """
     try:
         logits = logits_of(model.eval(), text_ids(model.config, 1, TOKENS))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a model's own code raises
+        if limit_of(error) is not None:
+            raise
         raise ConfigError(
             f"{type(model).__name__} cannot be run on tokens ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error

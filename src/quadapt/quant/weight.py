@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from quadapt.kernels.reference import rows_per_chunk
 from quadapt.quant import storage as stored
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,18 @@ class Layout:
     def bits_per_weight(self) -> float:
         """True bits per weight: all of `bits`."""
         return self.bits / (self.out * self.columns)
+
+
+def from_fields(kind: type[T], fields: Mapping[str, Any]) -> T:
+    """A format or storage from the fields that were written: all of them, since no default may stand in for one.
+
+    Raises:
+        TypeError: One is missing or unknown.
+    """
+    missing = [name for name in kind.__dataclass_fields__ if name not in fields]  # type: ignore[attr-defined]
+    if missing:
+        raise TypeError(f"{kind.__name__.lower()} lacks {', '.join(missing)}")
+    return kind(**fields)
 
 
 @cache

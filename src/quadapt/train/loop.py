@@ -311,8 +311,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     for checkpoint in folder.glob("checkpoint-*"):
         try:
             sizes = json.loads((checkpoint / _DONE).read_text(encoding="utf-8"))
-            whole = all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-        except (OSError, ValueError):
+            whole = bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError, AttributeError, RecursionError):  # not there, or not what was written
             whole = False
         if whole:
             found.append(checkpoint)

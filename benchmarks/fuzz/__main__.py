@@ -1,0 +1,135 @@
+"""`make fuzz`: very many damaged inputs, in two processes.
+
+    python -m benchmarks.fuzz --cases 100000 --seed 1 --kinds notes plans
+
+Counts go to `benchmarks/results/fuzz.json`, kind by kind; a kind that was run alone replaces its own row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results" / "fuzz.json"
+BATCH = 500
+"""Cases that hypothesis makes from one seed: it forgets none of a batch, so batches are short."""
+
+
+def _work(shelf: Path, jobs: Any, said: Queue[Any]) -> None:
+    """Take batches from the queue until it is empty."""
+    import torch
+
+    from benchmarks.fuzz.run import fuzz
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    while True:
+        job = jobs.get()
+        if job is None:
+            return
+        kind, cases, number = job
+        began = time.perf_counter()
+        counts, faults = fuzz(kind, shelf, cases, number, stop=False)
+        said.put((kind, counts, faults, time.perf_counter() - began))
+
+
+def _batches(total: int, seed: int, kinds: list[str]) -> list[tuple[str, int, int]]:
+    """Kind, cases and seed of every batch; dear kinds first, so that the end is not one of them."""
+    from benchmarks.fuzz.kinds import KINDS
+
+    found = []
+    for at, (kind, about) in enumerate(KINDS.items()):
+        left, number = round(total * about.share), 0
+        while left > 0 and (not kinds or kind in kinds):
+            size = BATCH if about.share > 0.01 else BATCH // 10
+            found.append((kind, min(size, left), 1_000_000 * seed + 10_000 * at + number))
+            left, number = left - size, number + 1
+    return found[::-1]
+
+
+def _run(total: int, seed: int, kinds: list[str], processes: int) -> tuple[dict[str, Counter[str]], list[str], float]:
+    from benchmarks.fuzz.models import make
+
+    counts: dict[str, Counter[str]] = {}
+    faults: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="quadapt-fuzz-") as folder:
+        make(Path(folder))
+        began = time.perf_counter()
+        jobs, said = context.Queue(), context.Queue()
+        batches = _batches(total, seed, kinds)
+        for batch in [*batches, *[None] * processes]:
+            jobs.put(batch)
+        workers = [
+            context.Process(target=_work, args=(Path(folder), jobs, said), daemon=True) for _ in range(processes)
+        ]
+        for worker in workers:
+            worker.start()
+        done, all_ = 0, sum(batch[1] for batch in batches)
+        for _ in batches:
+            kind, found, wrong, _ = said.get()
+            counts.setdefault(kind, Counter()).update(found)
+            faults += wrong
+            done += found.total()
+            spent = time.perf_counter() - began
+            print(
+                f"{done:,} of {all_:,} inputs, {len(faults)} faults, {spent / 60:.1f} min, "
+                f"about {spent / done * (all_ - done) / 60:.0f} min left",
+                flush=True,
+            )
+            for fault in wrong:
+                print(fault, file=sys.stderr, flush=True)
+        for worker in workers:
+            worker.join()
+    return counts, faults, time.perf_counter() - began
+
+
+def _about() -> dict[str, Any]:
+    from quadapt.jobs.source import versions
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"commit": commit, "python": platform.python_version(), "versions": versions()}
+
+
+QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+"""Set before anything imports what reads it."""
+
+
+def main() -> None:
+    """Run, and store what was found."""
+    os.environ |= QUIET
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", nargs="*", default=[], help="only these")
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    counts, faults, seconds = _run(given.cases, given.seed, given.kinds, given.processes)
+    before = json.loads(RESULTS.read_text())["kinds"] if given.kinds and RESULTS.exists() else {}
+    rows = {
+        kind: {
+            "inputs": found.total(),
+            "seed": given.seed,
+            **{key: found[key] for key in ("accepted", "refused", "faults")},
+        }
+        for kind, found in counts.items()
+    }
+    text = json.dumps({**_about(), "seconds": round(seconds), "kinds": {**before, **rows}}, indent=2)
+    RESULTS.write_text(text + "\n", encoding="utf-8")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Cases by the seed: made by hypothesis, run one after the other, counted."""
+
+from __future__ import annotations
+
+import faulthandler
+import random
+import shutil
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from benchmarks.fuzz.kinds import KINDS
+
+STUCK = 300
+"""Seconds after which a case is taken for a hang: where it hangs is printed, and the process ends."""
+
+
+def fuzz(
+    kind: str, shelf: Path, cases: int, number: int, *, stop: bool, tick: Callable[[int], None] = lambda _: None
+) -> tuple[Counter[str], list[str]]:
+    """Run cases of a kind.
+
+    Args:
+        kind: A key of KINDS.
+        shelf: The folder that `models.make` filled.
+        cases: How many.
+        number: The seed.
+        stop: Raise at the first fault, with the smallest example that hypothesis finds; else faults are counted.
+        tick: Called after every case.
+
+    Returns:
+        How many were accepted, refused, and ended as none may; and what was said of these.
+    """
+    counts: Counter[str] = Counter()
+    faults: list[str] = []
+    about = KINDS[kind]
+
+    def case(example: object) -> None:
+        scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        faulthandler.dump_traceback_later(STUCK, exit=True)
+        try:
+            counts["accepted" if about.run(shelf, scratch, example) else "refused"] += 1
+        except BaseException as error:
+            if stop or isinstance(error, KeyboardInterrupt):
+                raise
+            counts["faults"] += 1
+            faults.append(f"{kind}: {example!r:.600}\n{''.join(traceback.format_exception(error)[-3:])[-2500:]}")
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            shutil.rmtree(scratch, ignore_errors=True)
+        tick(1)
+
+    checked = settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        print_blob=False,
+        phases=(Phase.generate, Phase.shrink) if stop else (Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )(given(about.examples)(case))
+    state = random.getstate()
+    seed(number)(checked)()
+    random.setstate(state)
+    return counts, faults
