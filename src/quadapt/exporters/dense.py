@@ -14,6 +14,7 @@ from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, shape_of, tensors_of
+from quadapt.hf.folder import copy_processor
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight, largest_move
 
@@ -70,6 +71,7 @@ def export_hf(
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         _save_config(model, dtype, partial)
         tokenizer.save_pretrained(partial)
+        copy_processor(model, partial)
     rows = tuple(_row(name, tensor, sources[name], moves[name]) for name, tensor in meta.items())
     return ExportReport(
         format="hf",

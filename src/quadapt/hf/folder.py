@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -351,9 +352,18 @@ def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping
     config = base_config(model)
     model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
+    copy_processor(model, folder)
     layers = {name: layer.quant_weight.digest() for name, layer in quantized_layers(model).items()}
     write_json(folder / NOTE, {**note, "digests": {"layers": layers, "tensors": other_digests(folder, config)}})
     (folder / "README.md").write_text(_card(config, note), encoding="utf-8")
+
+
+def copy_processor(model: Any, folder: Path) -> None:
+    """Copy how pictures and sound are prepared, where a model that takes them came with its folder."""
+    source = Path(model.config.name_or_path or ".")
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        if model.config.get_text_config() is not model.config and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _card(config: QuadaptConfig, note: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from quadapt.hf.wrapped import unwrapped
 from quadapt.model.layer import Plan, quantize_layer
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import left_over
+from quadapt.model.trial import text_ids
 from quadapt.quant.rounding import Rounding
 from quadapt.quant.weight import QuantWeight, largest_move
 
@@ -106,6 +107,12 @@ def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> T
     return torch.randint(0, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
 
 
+def _random_probe(config: Any) -> Tensor:
+    """Random tokens for a model; where some stand for pictures, none of these."""
+    text, length = config.get_text_config(), min(128, context_of(config))
+    return random_probe(text.vocab_size, length=length) if text is config else text_ids(config, 2, length)
+
+
 def merge(
     model: Any,
     *,
@@ -150,7 +157,7 @@ def _merge(
     besides = _check(model, layers, requantize)
     own = not quantized_layers(model) or check_merging(model)
     if given is None:
-        given = random_probe(model.config.get_text_config().vocab_size, length=min(128, context_of(model.config)))
+        given = _random_probe(model.config)
         probe_name = f"{given.numel()} random tokens"
     tokens = trained_tokens(model)
     probe = with_tokens(given, tokens)

@@ -163,7 +163,7 @@ def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str],
     if module is known.head:
         return "output head"
     if id(module) not in known.text:
-        return "outside the language model"
+        return "outside the language model (vision tower, projector)"
     if any(id(parameter) in known.tied for parameter in module.parameters(recurse=False)):
         return "tied to another matrix"
     if isinstance(module, nn.modules.conv._ConvNd):
