@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -311,6 +312,18 @@ def test_kernels_run_where_no_cache_folder_can_be_written(run_python: Callable[.
         NUMBA_CACHE_DIR="",
     )
     assert Path(printed.strip()).parent == package
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_arrays_over_tensors_share_their_memory(dtype: torch.dtype) -> None:
+    tensor = torch.arange(12, dtype=dtype).view(3, 4)
+    array = cpu._numpy(tensor)
+    array[1, 2] = -1
+    assert tensor[1, 2] == -1
+    assert (array.shape, array.dtype) == ((3, 4), np.dtype(str(dtype).removeprefix("torch.")))
+    for empty in (tensor[:, :0], tensor[:0]):  # older versions of NumPy refuse memory without an address
+        found = cpu._numpy(empty)
+        assert (found.shape, found.dtype) == (tuple(empty.shape), array.dtype)
 
 
 def test_parameters_keep_storages_that_can_be_resized() -> None:

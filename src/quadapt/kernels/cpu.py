@@ -345,4 +345,7 @@ class _Memory:
 
 def _numpy(tensor: Tensor) -> Any:
     """A NumPy array over a tensor's memory. Not by `.numpy()`: it may be a view of a parameter, see above."""
-    return np.asarray(_Memory(tensor.detach().contiguous()))
+    memory = _Memory(tensor.detach().contiguous())
+    if not tensor.numel():  # has no address, which NumPy before 2.4 takes for no memory at all
+        return np.empty(tuple(tensor.shape), memory.__array_interface__["typestr"])
+    return np.asarray(memory)
