@@ -136,6 +136,11 @@ class GridAdapter(Adapter):
         return self.quantized(source, start, trained, scaling).dequantize()
 
 
+def grown(rho: Tensor) -> Tensor:
+    """`exp(rho)` in float32. By way of float64: each processor has an exponential of its own, and scales are stored."""
+    return rho.double().exp().float()
+
+
 def _shift(layout: Layout, scales: Tensor, held: Tensor | None) -> Tensor:
     """Offsets in units of weights; zeros where the form has none."""
     offsets = implied_offsets(layout, scales, held)

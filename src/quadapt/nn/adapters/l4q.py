@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quadapt.errors import ConfigError, MergeError
 from quadapt.kernels import kernels_for
 from quadapt.nn.adapters.base import Exactness, add_low_rank
-from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained
+from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.rounding import check_choice
@@ -110,7 +110,7 @@ class L4Q(GridAdapter):
         assert start is not None
         layout, half = self.product(source), 2 ** (self.bits - 1)
         first, shift = start.detach().float()
-        scales = snap(first * trained["rho"].float().exp(), layout.storage.scales)
+        scales = snap(first * grown(trained["rho"]), layout.storage.scales)
         if self.offsets == "none":
             return scales, None
         shift = shift + first * trained["shift"].float()

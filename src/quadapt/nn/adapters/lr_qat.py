@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, base_layout
+from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, base_layout, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -60,4 +60,4 @@ class LRQAT(GridAdapter):
     ) -> tuple[Tensor, Tensor | None]:
         assert isinstance(source, QuantWeight)
         first = source.scales * 2 ** (8 - self.bits)
-        return snap(first * trained["rho"].float().exp(), self.product(source).storage.scales), None
+        return snap(first * grown(trained["rho"]), self.product(source).storage.scales), None

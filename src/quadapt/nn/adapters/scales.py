@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.nn.adapters.base import Begins
-from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, base_layout
+from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, base_layout, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
@@ -61,7 +61,7 @@ class Scales(GridAdapter):
         self, source: Source, start: Tensor | None, trained: Trained, scaling: float
     ) -> tuple[Tensor, Tensor | None]:
         assert isinstance(source, QuantWeight)
-        storage, growth, base = self.product(source).storage, trained["rho"].float().exp(), source.offsets
+        storage, growth, base = self.product(source).storage, grown(trained["rho"]), source.offsets
         scales = snap(source.scales * growth, storage.scales)
         if storage.offsets == "absent":
             return scales, None
