@@ -21,7 +21,7 @@ def prepare(
     model: str | nn.Module,
     *,
     method: str = "qa-lora",
-    calibration: str | Sequence[Tensor] = (),
+    calibration: str | Sequence[str] | Sequence[Tensor] = (),
     target_modules: Sequence[str] = (),
     skip: Sequence[str] = (),
     device: str = "auto",
@@ -34,7 +34,7 @@ def prepare(
     Args:
         model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
         method: As in `quadapt tune`: qa-lora, l4q, qlora, ..
-        calibration: Text for roundings and starts that are calibrated: a file or hub name (only if `model` is a name),
+        calibration: Text for roundings and starts that are calibrated: files or hub names (only if `model` is a name),
             or token ids `[sequences, length]`, batch by batch.
         target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
         skip: Layers to leave unquantized.
@@ -124,7 +124,7 @@ def _placed(model: str | nn.Module, config: TuneConfig) -> tuple[nn.Module, str 
 
 
 def _batches(
-    calibration: str | Sequence[Tensor], name: str, model: nn.Module, config: TuneConfig, seed: int
+    calibration: str | Sequence[str] | Sequence[Tensor], name: str, model: nn.Module, config: TuneConfig, seed: int
 ) -> list[Tensor]:
     from quadapt.data import calibration_batches, read
     from quadapt.errors import ConfigError
@@ -132,19 +132,21 @@ def _batches(
     from quadapt.hf.folder import load_tokenizer
 
     device = next(model.parameters()).device
-    if isinstance(calibration, str):
+    names = [calibration] if isinstance(calibration, str) else [each for each in calibration if isinstance(each, str)]
+    batches = [each for each in calibration if isinstance(each, Tensor)]
+    if names:
         length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
-        calibration = calibration_batches(
-            read(calibration), load_tokenizer(name), length=length, sequences=config.calibration_sequences, seed=seed
+        batches = calibration_batches(
+            read(names), load_tokenizer(name), length=length, sequences=config.calibration_sequences, seed=seed
         ).batches
-    if not len(calibration):
+    if not batches:
         plan = config.quantization()
         what, else_ = ("rounding", "nearest") if plan.needs_data else ("start", "zero")
         raise ConfigError(
             f"{what}={getattr(plan, what).name!r} needs text to calibrate on. Give calibration='FILE', or "
             f"{what}={else_!r}"
         )
-    return [batch.to(device) for batch in calibration]
+    return [batch.to(device) for batch in batches]
 
 
 def merge(model: nn.Module, *, probe: Tensor | None = None, requantize: bool = False) -> tuple[nn.Module, Certificate]:

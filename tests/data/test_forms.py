@@ -1,10 +1,14 @@
 """The forms in which the field keeps its data are read as what they mean."""
 
+import contextlib
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quadapt.data import read
+from quadapt.data.forms import FORMS, layout_of
 from quadapt.data.prompt import ALPACA, ALPACA_INPUT
 from quadapt.errors import DataError
 
@@ -220,3 +224,37 @@ def test_what_is_wrong_with_a_row_is_named(case, rows_of):
         rows_of(row)
     for part in ("a.jsonl:1: ", *parts):
         assert part in str(error.value)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "gpt", "[{}]"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+COLUMNS = st.sampled_from(
+    [name for form in FORMS for names in (*form.required.values(), *form.optional.values()) for name in names]
+)
+
+
+@settings(max_examples=300)
+@given(row=st.dictionaries(COLUMNS, VALUES, max_size=4))
+def test_any_row_is_read_or_refused(row):
+    with contextlib.suppress(DataError):
+        layout = layout_of(row)
+        cells = layout.cells(row)
+        kinds = (layout.form.kind, "messages") if layout.form.as_chat else (layout.form.kind,)
+        assert all(isinstance(cell, str) for kind in kinds for cell in layout.row(cells, kind).values())

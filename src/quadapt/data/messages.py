@@ -71,7 +71,7 @@ def tools(cell: Any) -> list[Row]:
         return []
     schemas = [from_json(each) for each in (cell if isinstance(cell, list) else [cell])]
     for schema in schemas:
-        if not isinstance(schema, dict) or not isinstance(schema.get("function", schema).get("name"), str):
+        if _function_of(schema) is None:
             raise DataError(f"holds {describe(schema)}. Each tool must be an object with the name of a function in it")
     check_values(schemas)
     return [each if "function" in each else {"type": "function", "function": each} for each in schemas]
@@ -211,13 +211,19 @@ def _calls(message: Row) -> list[Row]:
     return _as_calls(found or older)
 
 
+def _function_of(value: Any) -> Row | None:
+    """What names a function, in a call or a schema: all of it, or what stands under `function`."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
+
+
 def _as_calls(cell: Any) -> list[Row]:
     """Each as `{"type": "function", "function": {"name": .., "arguments": {..}}}`."""
     calls = []
     for call in cell if isinstance(cell, list) else [cell]:
         call = from_json(call)
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        function = _function_of(call)
+        if function is None:
             raise DataError(f"the call of a tool is {describe(call)}. It must have a name, and arguments")
         arguments = from_json(function.get("arguments") or {})
         kept = {key: value for key, value in call.items() if key != "function"} if "function" in call else {}
