@@ -1,0 +1,123 @@
+"""Folders that the commands cannot do right by are refused before anything is written, whichever command is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import SHORT, byte_tokenizer, give, write_data
+from safetensors.torch import load_file, save_file
+
+import quadapt
+from quadapt.errors import CheckpointError
+
+Make = Callable[..., Any]
+
+
+def _bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=264,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=64,
+            num_labels=3,
+        )
+    )
+
+
+def _gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=64, n_layer=1, n_head=4, n_positions=64))
+
+
+def _mamba() -> Any:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 16}
+    return MambaForCausalLM(MambaConfig(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[[Any], Path]:
+    """`folder(model)`: a folder with it and a tokenizer, beside data."""
+
+    def make(model: Any) -> Path:
+        model.save_pretrained(tmp_path / "dense")
+        byte_tokenizer().save_pretrained(tmp_path / "dense")
+        write_data(tmp_path)
+        return tmp_path
+
+    return make
+
+
+def _refused(place: Path, words: str, *commands: str) -> None:
+    data, output = ("--data", place / "story.txt"), ("--output", place / "out")
+    given = {
+        "quantize": ("--rounding", "nearest", *output),
+        "dry": ("--rounding", "nearest", "--dry-run", *output),
+        "tune": (*data, "--method", "qlora", *SHORT, *output),
+        "plan": ("--budget", "4", "--output", place / "out"),
+        "eval": data,
+        "chat": ("--prompt", "The fox"),
+    }
+    before = sorted(place.iterdir())
+    for command in commands:
+        name = "quantize" if command == "dry" else command
+        assert words in give(name, place / "dense", *given[command], code=2).error
+        assert sorted(place.iterdir()) == before
+
+
+def test_a_classifier(folder: Any) -> None:
+    place = folder(_bert())
+    words = "BertForSequenceClassification is no causal language model"
+    _refused(place, words, "quantize", "dry", "tune", "plan", "eval", "chat")
+
+
+def test_a_model_that_lacks_a_tensor(folder: Any, tiny_llama: Make) -> None:
+    place = folder(tiny_llama(vocab_size=264, bos_token_id=None, eos_token_id=0))
+    file = place / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.self_attn.k_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = "model.layers.0.self_attn.k_proj.weight: is not in the files"
+    _refused(place, words, "quantize", "dry", "tune", "plan", "eval", "chat")
+
+
+def test_transposed_layers(folder: Any) -> None:
+    """They are the reason; that no list of blocks has linear layers follows from it."""
+    words = (
+        "c_attn: is a Conv1D, a linear layer that stores its weight transposed (as c_attn, c_fc, c_proj of this model"
+    )
+    _refused(folder(_gpt2()), words, "quantize", "dry")
+
+
+def test_a_model_that_multiplies_with_weights(folder: Any) -> None:
+    place = folder(_mamba())
+    found = give(
+        "quantize", place / "dense", "--rounding", "nearest", "--skip", "A_log", "--output", place / "out", code=2
+    )
+    assert "mixer.dt_proj: MambaForCausalLM reads the weight of this layer" in found.error
+    assert not (place / "out").exists()
+    give(*given, "--skip", "dt_proj", code=0)
+
+
+def test_a_gguf_file_that_lacks_a_block(quantized_llama: Make, tmp_path: Path) -> None:
+    from quadapt.exporters.gguf import export_gguf
+
+    model = quantized_llama(vocab_size=264, bos_token_id=None, eos_token_id=0)
+    export_gguf(model, byte_tokenizer(), tmp_path / "whole.gguf")
+    ids = torch.arange(40, 60)[None]
+    again, _ = quadapt.load(tmp_path / "whole.gguf")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+    model.config.num_hidden_layers = 3
+    export_gguf(model, byte_tokenizer(), tmp_path / "short.gguf")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\..* and \d+ more: are not in the files"):
+        quadapt.load(tmp_path / "short.gguf")
