@@ -119,7 +119,6 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("eval", "adapter", "--data", "story.txt", "--base", "naerest"),
         ("'naerest'", "Did you mean 'nearest'?"),
     ),
-    "verify adapter": (("inspect", "adapter", "--verify"), ("is an adapter", "Merge it, then verify")),
     "export dense": (("export", "dense", "--output", "new"), ("'dense' is a dense model", "Quantize or tune it")),
     "export lora": (("export", "merged", "--format", "lora", "--output", "new"), ("'merged' is no adapter", "hf")),
     # data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def test_inspect_verifies_what_was_written(name: str) -> None:
     assert said["verified"] is True
     assert len(said["layers"]) == 14
     assert "verified: every tensor is what was written" in give("inspect", name, "--verify", code=0).out
+
+
+def test_inspect_verifies_an_adapter_and_names_its_base(tmp_path: Path) -> None:
+    said = give("inspect", "adapter", "--verify", code=0)
+    assert "verified: every tensor is what was written, and so is all that is said of it" in said.out
+    assert "has the fingerprint that it names" in said.out
+    copy = shutil.copytree("adapter", tmp_path / "copy")
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": "a"}))
+    assert "copy: tokenizer_config.json: not what was written" in give("inspect", copy, "--verify", code=2).error
 
 
 def test_inspect_shows_the_certificate_and_the_adapter() -> None:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import quadapt
 from quadapt.errors import CheckpointError, ConfigError
-from quadapt.hf.identity import QuadaptLoraConfig, identity_of
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import base_config, content_of, fingerprint_of
 from quadapt.methods import METHODS
@@ -334,75 +333,3 @@ def test_peft_may_still_set_a_part_by_hand(base: Any) -> None:
     set_peft_model_state_dict(model, {name: torch.ones_like(state[name])})
     set_peft_model_state_dict(model, {})
     assert bool((get_peft_model_state_dict(model)[name] == 1).all())
-
-
-# --- adapters of stock PEFT -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
-def test_stock_lora_trained_over_codes_names_its_base(task: str | None, base: Any, other: Any, tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=TARGETS, task_type=task)
-    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
-    assert type(config) is LoraConfig  # the caller's own is not touched
-    found = PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(found, QuadaptLoraConfig)
-    assert identity_of(found) == {"kind": "lora", "base_fingerprint": base_config(base).fingerprint}
-    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    with pytest.raises(CheckpointError, match="another base"):
-        PeftModel.from_pretrained(copy.deepcopy(other), tmp_path)
-
-
-def test_stock_lora_without_identity_loads_and_that_is_said(
-    base: Any, tiny_llama: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    stock = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    stock.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["auto_mapping"]) == ("LORA", None)  # over a dense model nothing changes
-    PeftModel.from_pretrained(tiny_llama(), tmp_path)
-    assert "names no base" not in caplog.text
-    with caplog.at_level(logging.WARNING, "quadapt"):
-        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert "names no base" in caplog.text
-
-
-def test_what_was_quantized_in_memory_is_named_by_no_folder(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    model = quadapt.prepare(str(tmp_path / "dense"), method="qa-lora", rounding="nearest", rank=2, device="cpu")
-    model.save_pretrained(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
-    with pytest.raises(CheckpointError, match="names no base, since its base was quantized in memory"):
-        quadapt.load(tmp_path / "adapter")
-
-
-# --- without quadapt --------------------------------------------------------------------------------------------------
-
-STRANGER = """
-import sys
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM
-
-dense, *adapters = sys.argv[1:]
-for adapter in adapters:
-    for load in (
-        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), adapter),
-        lambda: AutoModelForCausalLM.from_pretrained(dense).load_adapter(adapter),
-        lambda: AutoPeftModelForCausalLM.from_pretrained(adapter),
-    ):
-        try:
-            load()
-            print("loaded", adapter)
-        except Exception as error:
-            print(type(error).__name__, error)
-assert "quadapt" not in sys.modules
-"""
-
-
-def test_a_stranger_cannot_load_any_of_them(
-    saved: Path, tiny_llama: Callable[..., Any], run_python: Callable[..., str], tmp_path: Path
-) -> None:
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    folders = [str(saved / kind) for kind in (*OVER_CODES, *OVER_DENSE)]
-    printed = run_python(STRANGER, str(tmp_path / "dense"), *folders).splitlines()
-    assert [line for line in printed if line.startswith("loaded")] == []
-    assert len([line for line in printed if "QUADAPT" in line]) == 3 * len(folders)

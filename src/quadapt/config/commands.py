@@ -173,7 +173,7 @@ class InspectConfig(Settings):
     """Folder of a quantized model or an adapter."""
 
     verify: Annotated[bool, Flag()] = False
-    """Check that every tensor is still what was written; fail and name those that are not."""
+    """Check that tensors, configs, tokenizer and figures are still what was written; fail and name what is not."""
 
     layers: Annotated[bool, Flag()] = False
     """List every layer."""

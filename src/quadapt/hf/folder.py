@@ -26,7 +26,7 @@ from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.quantizer import base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, read_note, reading, reason_of
-from quadapt.hf.verify import other_digests
+from quadapt.hf.verify import digests_of
 from quadapt.hf.workspace import write_json
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.trial import check_runs
@@ -354,7 +354,7 @@ def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping
     tokenizer.save_pretrained(folder)
     copy_processor(model, folder)
     layers = {name: layer.quant_weight.digest() for name, layer in quantized_layers(model).items()}
-    write_json(folder / NOTE, {**note, "digests": {"layers": layers, "tensors": other_digests(folder, config)}})
+    write_note(folder, note, config, layers)
     (folder / "README.md").write_text(_card(config, note), encoding="utf-8")
 
 
@@ -364,6 +364,13 @@ def copy_processor(model: Any, folder: Path) -> None:
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
         if model.config.get_text_config() is not model.config and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def write_note(
+    folder: Path, note: Mapping[str, Any], config: QuadaptConfig | None = None, layers: Mapping[str, str] | None = None
+) -> None:
+    """Write `quadapt.json`, with digests of all else that is in the folder by now; see :func:`digests_of`."""
+    write_json(folder / NOTE, {**note, "digests": digests_of(folder, note, config, layers)})
 
 
 def _card(config: QuadaptConfig, note: Mapping[str, Any]) -> str:

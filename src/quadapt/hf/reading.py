@@ -180,7 +180,7 @@ class _Certificate(_Part):
     probe: str
     effect_lost: float
     kl: float
-    layers: Annotated[list[_MergedLayer], Field(min_length=1)]
+    layers: list[_MergedLayer]
 
 
 class _Adapter(_Part):
@@ -190,6 +190,8 @@ class _Adapter(_Part):
 class _Digests(_Part):
     layers: dict[str, str] = {}
     tensors: dict[str, str] = {}
+    files: dict[str, str] = {}
+    note: dict[str, str] = {}
 
 
 class Note(_Part):

@@ -11,12 +11,12 @@ from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.exporters import compressed_tensors, dense, gguf, gguf_lora, lora, nf8
 from quadapt.exporters.report import ExportReport
-from quadapt.hf.folder import NOTE, Folder, check_content, find_base, load, open_folder, over_any_base
+from quadapt.hf.folder import Folder, check_content, find_base, load, open_folder, over_any_base, write_note
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.merge import with_dense
 from quadapt.hf.peft_layer import adapted_layers
 from quadapt.hf.trained import merge_parts, parts_of, settle_ties
-from quadapt.hf.workspace import check_disk, check_output, remove, write_json
+from quadapt.hf.workspace import check_disk, check_output, remove
 from quadapt.jobs.merge import load_adapted
 from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
@@ -79,7 +79,7 @@ def _write(
     elif config.format == "nf8":
         report = nf8.export_nf8(model, new)
         tokenizer.save_pretrained(new)
-        write_json(new / NOTE, about)
+        write_note(new, about)
     elif config.format == "compressed-tensors":
         held: Any = "float16" if config.dtype == "auto" else config.dtype
         report = compressed_tensors.export_compressed_tensors(model, tokenizer, new, dtype=held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from quadapt.config import InspectConfig
@@ -9,7 +10,7 @@ from quadapt.errors import CheckpointError
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.folder import Folder, find_base, open_folder
 from quadapt.hf.reading import read_json, reading
-from quadapt.hf.verify import verify
+from quadapt.hf.verify import unverified, verify
 from quadapt.jobs.quantize import show_layers, show_left
 from quadapt.model.layer import LayerRow
 from quadapt.model.quantize import bits_of
@@ -60,14 +61,18 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
     return result
 
 
-def _verify(folder: Folder, found: QuadaptConfig, ui: UI) -> None:
-    wrong = verify(folder.path, folder.note.get("digests", {}), found)
+def _verify(folder: Folder, found: QuadaptConfig | None, ui: UI) -> None:
+    wrong = reading(folder.name, verify, folder.path, folder.note, found)
     if wrong:
+        lost = " The certificate does not hold." if folder.note.get("certificate") else ""
         raise CheckpointError(
             f"{folder.name}: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}: "
-            "not what was written. The certificate does not hold; write the folder again"
+            f"not what was written.{lost} Write the folder again, or copy it from its source"
         )
-    ui.show("verified: every tensor is what was written")
+    missing = unverified(folder.note)
+    ui.show(f"verified: every tensor is what was written{'' if missing else ', and so is all that is said of it'}")
+    if missing:
+        ui.show(f"not verified: {', '.join(missing)}, of which the version that wrote this kept no digests")
 
 
 def _show_certificate(folder: Folder, ui: UI) -> None:
@@ -86,10 +91,6 @@ def _show_certificate(folder: Folder, ui: UI) -> None:
 
 
 def _adapter(folder: Folder, config: InspectConfig, ui: UI) -> dict[str, Any]:
-    if config.verify:
-        raise CheckpointError(
-            f"{folder.name}: is an adapter; digests are kept for quantized and merged models. Merge it, then verify"
-        )
     note = folder.note
     try:
         base = find_base(folder)
@@ -103,8 +104,30 @@ def _adapter(folder: Folder, config: InspectConfig, ui: UI) -> dict[str, Any]:
     for name in ("adapter", "recipe", "bits", "steps", "final_loss", "eval_loss", "trainable_parameters"):
         if note.get(name) is not None:
             ui.show(f"{name}: {note[name]}")
+    if config.verify:
+        _verify_adapter(folder, base, ui)
     return {
         **{name: value for name, value in note.items() if name != "losses"},
         "kind": "adapter",
         "base": base,
+        **({"verified": True} if config.verify else {}),
     }
+
+
+def _verify_adapter(folder: Folder, base: str, ui: UI) -> None:
+    """Check an adapter: its settings against their own digest, all else against the digests, its base by its name."""
+    from peft import LoraConfig, PeftConfig
+
+    from quadapt.hf.identity import identity_of
+
+    about = reading(folder.name, PeftConfig.from_pretrained, folder.name)
+    _verify(folder, None, ui)
+    wanted = identity_of(about).get("base_fingerprint") if isinstance(about, LoraConfig) else None
+    path = Path(base) / "config.json"
+    found = (read_json(path).get("quantization_config") or {}).get("fingerprint") if path.exists() else None
+    if wanted and found and wanted != found:
+        raise CheckpointError(
+            f"{folder.name}: was trained over another base (fingerprint {wanted[:12]}) than {base} ({found[:12]})"
+        )
+    if wanted and found:
+        ui.show(f"its base {base} has the fingerprint that it names; inspect --verify checks that one, too")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
 from quadapt.errors import ConfigError
-from quadapt.hf.folder import NOTE, Folder, load_model
+from quadapt.hf.folder import Folder, load_model, write_note
 from quadapt.hf.identity import identity_of
 from quadapt.hf.start import START, read_start, set_start
-from quadapt.hf.workspace import Workspace, write_json
+from quadapt.hf.workspace import Workspace
 from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.source import dense_folder, device_of, versions
 from quadapt.methods import Recipe
@@ -147,7 +147,7 @@ def _write(
     inside.name_or_path = inside.config._name_or_path = named  # by which PEFT's model card names the base
     model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)
-    write_json(space.path / NOTE, {**summary, "base": where})
+    write_note(space.path, {**summary, "base": where})
 
 
 def _say_recipe(recipe: Recipe, ui: UI) -> None:

@@ -230,5 +230,10 @@ def quantized_layers(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str
 
 def fingerprint(weights: Mapping[str, QuantWeight]) -> str:
     """SHA-256 over the digests of all quantized layers: the identity of a quantized base."""
-    lines = "".join(f"{name}:{weight.digest()}\n" for name, weight in sorted(weights.items()))
+    return fingerprint_of_digests({name: weight.digest() for name, weight in weights.items()})
+
+
+def fingerprint_of_digests(digests: Mapping[str, str]) -> str:
+    """The same, of the digests themselves."""
+    lines = "".join(f"{name}:{digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
