@@ -4,7 +4,8 @@
     python scripts/build_docs.py --check    # only say (and fail) if something is out of date
 
 `docs/cli.md` comes from the settings, `docs/methods.md` from METHODS, `docs/python.md` from docstrings, and
-`docs/performance.md` and the tables of README.md from `benchmarks/results/`. Nothing in them is written by hand.
+`docs/performance.md`, `docs/reliability.md` and the tables of README.md from `benchmarks/results/`. Nothing in them is
+written by hand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed
 from benchmarks.gpu.rows import shown
 from compared import NOTE, RESULTS, ROOT, comparison, table
 from pydantic.fields import FieldInfo
+from reliability import reliability
 
 import quadapt
 from quadapt import errors
@@ -253,7 +255,7 @@ def with_tables(readme: str) -> str:
 def pages() -> dict[Path, str]:
     """Every file that this script writes, with its content."""
     docs = {"cli": cli(), "methods": methods(), "python": python(), "performance": performance()}
-    docs["comparison"] = comparison()
+    docs |= {"comparison": comparison(), "reliability": reliability()}
     written = {ROOT / "docs" / f"{name}.md": NOTE + text for name, text in docs.items()}
     return {**written, ROOT / "README.md": with_tables((ROOT / "README.md").read_text(encoding="utf-8"))}
 

@@ -12,12 +12,14 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def _work(shelf: Path, jobs: Any, said: Queue[Any]) -> None:
 
 
 def _batches(total: int, seed: int, kinds: list[str]) -> list[tuple[str, int, int]]:
-    """Kind, cases and seed of every batch; dear kinds first, so that the end is not one of them."""
+    """Kind, cases and seed of every batch, in an order in which the time left can be told."""
     from benchmarks.fuzz.kinds import KINDS
 
     found = []
@@ -56,10 +58,14 @@ def _batches(total: int, seed: int, kinds: list[str]) -> list[tuple[str, int, in
             size = BATCH if about.share > 0.01 else BATCH // 10
             found.append((kind, min(size, left), 1_000_000 * seed + 10_000 * at + number))
             left, number = left - size, number + 1
-    return found[::-1]
+    random.Random(seed).shuffle(found)
+    return found
 
 
-def _run(total: int, seed: int, kinds: list[str], processes: int) -> tuple[dict[str, Counter[str]], list[str], float]:
+def _run(
+    total: int, seed: int, kinds: list[str], processes: int, store: Callable[[dict[str, Counter[str]], float], None]
+) -> list[str]:
+    """Run all batches; `store` is given the counts so far and the seconds, after each."""
     from benchmarks.fuzz.models import make
 
     counts: dict[str, Counter[str]] = {}
@@ -91,9 +97,10 @@ def _run(total: int, seed: int, kinds: list[str], processes: int) -> tuple[dict[
             )
             for fault in wrong:
                 print(fault, file=sys.stderr, flush=True)
+            store(counts, spent)
         for worker in workers:
             worker.join()
-    return counts, faults, time.perf_counter() - began
+    return faults
 
 
 def _about() -> dict[str, Any]:
@@ -116,18 +123,19 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=[], help="only these")
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
-    counts, faults, seconds = _run(given.cases, given.seed, given.kinds, given.processes)
     before = json.loads(RESULTS.read_text())["kinds"] if given.kinds and RESULTS.exists() else {}
-    rows = {
-        kind: {
-            "inputs": found.total(),
-            "seed": given.seed,
-            **{key: found[key] for key in ("accepted", "refused", "faults")},
-        }
-        for kind, found in counts.items()
-    }
-    text = json.dumps({**_about(), "seconds": round(seconds), "kinds": {**before, **rows}}, indent=2)
-    RESULTS.write_text(text + "\n", encoding="utf-8")
+    about = _about()
+
+    def store(counts: dict[str, Counter[str]], seconds: float) -> None:
+        rows = dict(before)
+        for kind in sorted(counts):
+            found = counts[kind]
+            kept = {name: found[name] for name in ("accepted", "refused", "faults")}
+            rows[kind] = {"inputs": found.total(), "seed": given.seed, **kept}
+        text = json.dumps({**about, "seconds": round(seconds), "kinds": rows}, indent=2)
+        RESULTS.write_text(text + "\n", encoding="utf-8")
+
+    faults = _run(given.cases, given.seed, given.kinds, given.processes, store)
     sys.exit(bool(faults))
 
 
