@@ -101,9 +101,8 @@ def test_transposed_layers(folder: Any) -> None:
 
 def test_a_model_that_multiplies_with_weights(folder: Any) -> None:
     place = folder(_mamba())
-    found = give(
-        "quantize", place / "dense", "--rounding", "nearest", "--skip", "A_log", "--output", place / "out", code=2
-    )
+    given = ("quantize", place / "dense", "--rounding", "nearest", "--output", place / "out", "--skip", "A_log")
+    found = give(*given, code=2)
     assert "mixer.dt_proj: MambaForCausalLM reads the weight of this layer" in found.error
     assert not (place / "out").exists()
     give(*given, "--skip", "dt_proj", code=0)
