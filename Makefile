@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/quadapt demo --output report
+	$(BIN)/quadapt demo --output report --overwrite
 
 check: install
 	$(BIN)/ruff check

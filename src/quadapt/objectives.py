@@ -7,7 +7,6 @@ undo it layer by layer; asking for the output of the last block alone lets the l
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quadapt.files import writing
 from quadapt.model.select import find_blocks
 from quadapt.nn.resident import moved
 
@@ -96,9 +96,8 @@ class KeptTeacher:
             if all(name.exists() for name in names):
                 continue
             for name, hidden, real in zip(names, teacher(batch).cpu(), real_tokens(batch).cpu(), strict=True):
-                making = name.with_suffix(".partial")
-                save_file({"hidden": hidden[real].contiguous()}, making)
-                os.rename(making, name)
+                with writing(name) as making:
+                    save_file({"hidden": hidden[real].contiguous()}, making)
 
     def __call__(self, batch: Batch) -> Tensor:
         """`[batch, tokens, hidden]`; zeros at padding."""

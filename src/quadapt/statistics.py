@@ -8,7 +8,6 @@ the diagonal of the empirical Fisher information, the sum over sequences of the 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from quadapt.calibrate import BackwardWalk, BlockWalk, Watch
 from quadapt.errors import CalibrationError
+from quadapt.files import sweep, writing
 from quadapt.model.select import find_blocks
 from quadapt.nn.resident import indexed
 
@@ -50,6 +50,7 @@ class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
     def __init__(self, folder: Path, kinds: Iterable[str] = (MOMENT, FISHER)) -> None:
         self.folder, self.kinds = folder, tuple(kinds)
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         self._layers: dict[str, dict[str, tuple[Path, str]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             if not path.name.startswith("partial"):
@@ -98,9 +99,8 @@ class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
 
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=about)
-    os.replace(temporary, path)
+    with writing(path) as temporary:
+        save_file(tensors, temporary, metadata=about)
 
 
 def _triangle(matrix: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from commands import SHORT, digests, give
 
-from quadapt.hf import blocks
-from quadapt.jobs import quantize
+import quadapt
+from quadapt.hf import blocks, workspace
+from quadapt.jobs import quantize as quantizing
 from quadapt.report import memory
 from quadapt.train import loop as train
 
@@ -29,7 +30,7 @@ COMMANDS = {
 """Both round by GPTQ, whose blocks depend on those before; the adapter has dropout, whose random numbers must go on."""
 
 WATCHED: list[tuple[Any, str]] = [
-    *((os, "replace"), (os, "rename"), (shutil, "rmtree"), (quantize, "save_quantized")),
+    *((os, "replace"), (os, "rename"), (shutil, "rmtree"), (quantizing, "save_quantized")),
     *((blocks, "save_file"), (blocks.BlockFiles, "keep")),
     *((train._Watcher, "on_step_end"), (train._Watcher, "on_save")),
 ]
@@ -113,17 +114,11 @@ def test_an_overwriting_run_that_is_stopped_loses_neither_folder(
 def test_between_two_folders_the_finished_one_is_kept(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("quantize", "dense", "--rounding", "nearest", "--output", "out")
     give(*command, "--bits", "8", code=0)
-    rename = os.rename
-
-    def fail(old: Any, new: Any) -> None:
-        if str(old).endswith("out.partial"):
-            raise KeyboardInterrupt
-        rename(old, new)
-
-    monkeypatch.setattr(os, "rename", fail)
-    give(*command, "--overwrite", code=130)
-    monkeypatch.setattr(os, "rename", rename)
-    assert "going on with out.partial" in give(*command, "--overwrite", code=0).err
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "exchange", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        give(*command, "--overwrite", code=130)
+    said = give(*command, "--overwrite", code=0)  # the new one was whole, and only takes its place
+    assert "quantizing" not in said.err
     assert {item.name for item in away.iterdir()} == {"dense", "story.txt", "sums.jsonl", "out"}
 
 
@@ -199,7 +194,7 @@ def test_a_damaged_block_is_made_anew(damage: str, away: Path, monkeypatch: pyte
     command = (*COMMANDS["quantize"], "--output", "out")
     give(*command[:-1], "whole", code=0)
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "save_quantized", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(quantizing, "save_quantized", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         give(*command, code=130)
     file = away / "out.partial" / "blocks" / "model.layers.0.safetensors"
     file.write_bytes(file.read_bytes()[: 1000 if damage == "cut" else 0])
@@ -207,27 +202,61 @@ def test_a_damaged_block_is_made_anew(damage: str, away: Path, monkeypatch: pyte
     assert digests(away / "out") == digests(away / "whole")
 
 
-@pytest.mark.parametrize("change", [("--seed", "1"), ("--max-steps", "7")])
-def test_other_settings_start_over(
-    change: tuple[str, str], away: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("change", "shown"), [("--seed 1", "seed: 0 -> 1"), ("--max-steps 7", "max_steps: 6 -> 7")])
+def test_other_settings_are_refused_and_start_over_if_told_so(
+    change: str, shown: str, away: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop_at_step(5, TUNE, monkeypatch)
+    before = digests(away / "out.partial")
+    said = give(*TUNE, *change.split(), code=2)
+    assert f"would not go on with: {shown}. Give that run's own command" in said.error
+    assert digests(away / "out.partial") == before
     with caplog.at_level(logging.INFO, "quadapt"):
-        said = give(*TUNE, *change, code=0)
-    assert "out.partial belongs to a job with other settings: starting over" in caplog.text
+        said = give(*TUNE, *change.split(), "--overwrite", code=0)
+    assert "starting over" in caplog.text
     assert "going on" not in caplog.text + said.err
     assert "quantizing" in said.err
     assert {item.name for item in away.iterdir()} == {"dense", "story.txt", "sums.jsonl", "out"}
 
 
-def test_other_data_under_the_same_name_starts_over(
+def test_other_data_under_the_same_name_is_refused(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at_step(5, TUNE, monkeypatch)
+    story = (away / "story.txt").read_text()
+    (away / "story.txt").write_text(story.replace("fox", "owl"))
+    assert "data: its content has changed" in give(*TUNE, code=2).error
+    (away / "story.txt").write_text(story)
+    assert "going on" in give(*TUNE, code=0).err
+
+
+def test_what_does_not_change_the_result_does_not_matter(
     away: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Other names of the same content, another version of the same release, and settings of how it is reported."""
+    give(*TUNE[:-1], "whole", code=0)
     stop_at_step(5, TUNE, monkeypatch)
-    (away / "story.txt").write_text((away / "story.txt").read_text().replace("fox", "owl"))
+    os.utime(away / "story.txt")
+    shutil.copytree(away / "dense", away / "moved")
+    (away / "moved" / "README.md").write_text("a model")
+    shutil.copy(away / "story.txt", away / "copy.txt")
+    monkeypatch.setattr("quadapt.__version__", quadapt.__version__ + "1")
+    command = ["tune", "moved", *TUNE[2:], "--data", "copy.txt", "--device", "cpu", "--save-steps", "3"]
     with caplog.at_level(logging.INFO, "quadapt"):
-        give(*TUNE, code=0)
-    assert "starting over" in caplog.text
+        said = give(*command, "--eval-data", "sums.jsonl", code=0)
+    assert "going on with out.partial" in said.err
+    assert "going on from step 4 of 6" in caplog.text
+    assert digests(away / "out") == digests(away / "whole")
+
+
+def test_training_that_was_done_is_not_gone_on_with(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(*TUNE[:-1], "whole", code=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("quadapt.jobs.tune._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        for _ in range(2):
+            give(*TUNE, code=130)
+    said = give(*TUNE, "--json", code=0).json
+    assert said["steps"] == 6
+    assert [entry["step"] for entry in said["losses"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert digests(away / "out") == digests(away / "whole")
 
 
 def test_a_mistake_does_not_cost_an_interrupted_run(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:

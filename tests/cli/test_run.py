@@ -64,7 +64,8 @@ def test_missing_stages_are_done(job: Path) -> None:
     shutil.rmtree(job / "merged")
     (job / "model.gguf").unlink()
     again = give("run", "job.yaml", code=0)
-    assert done(again.err) == {"tune": False, "merge": True, "eval": True, "export": True}
+    # what is merged again is the same, and so is what it was measured on: content counts, not time
+    assert done(again.err) == {"tune": False, "merge": True, "eval": False, "export": True}
     assert (job / "model.gguf").exists()
 
 

@@ -23,6 +23,14 @@ def names(folder: Path) -> set[str]:
     return {item.name for item in folder.iterdir()}
 
 
+def finished(output: Path) -> Path:
+    """An output of an earlier run."""
+    with Workspace(output, {"command": "other"}) as space:
+        (space.path / "old").write_text("precious")
+        space.commit()
+    return output
+
+
 def interrupt(output: Path, job: dict[str, Any] = JOB, **settings: Any) -> None:
     """A run that fails after its first file."""
 
@@ -50,7 +58,7 @@ def test_the_output_exists_only_when_it_is_complete(tmp_path: Path) -> None:
         assert not output.exists()
         space.commit("blocks")
         assert space.path == output
-    assert names(output) == {"weights"}
+    assert names(output) == {"weights", "quadapt.json"}
     assert names(output.parent) == {"model"}
 
 
@@ -96,39 +104,82 @@ def test_the_same_job_goes_on(tmp_path: Path) -> None:
         assert space.resumed
         assert (space.path / "first").read_text() == "done"
         space.commit("first")
-    assert names(tmp_path / "model") == {"folder"}
+    assert names(tmp_path / "model") == {"folder", "quadapt.json"}
 
 
-@pytest.mark.parametrize("other", [{**JOB, "bits": 3}, {"command": "quantize"}, {**JOB, "seed": 0}], ids=str)
-def test_another_job_starts_over_and_says_so(
-    other: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({**JOB, "bits": 3}, "bits: 4 -> 3"),
+    ({"command": "quantize"}, "bits: 4 -> not given; "),
+    ({**JOB, "seed": 0}, "seed: not given -> 0"),
+]
+
+
+@pytest.mark.parametrize(("other", "change"), OTHERS, ids=str)
+def test_another_job_is_refused_and_says_what_differs(other: dict[str, Any], change: str, tmp_path: Path) -> None:
     interrupt(tmp_path / "model")
-    with caplog.at_level(logging.WARNING, "quadapt"), Workspace(tmp_path / "model", other) as space:
+    with pytest.raises(ConfigError, match=rf"{change}.*own command to go on, .*--overwrite to delete"):
+        Workspace(tmp_path / "model", other)
+    with Workspace(tmp_path / "model", JOB) as space:
+        assert space.resumed
+        assert (space.path / "first").read_text() == "done"
+
+
+def test_another_job_starts_over_if_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    interrupt(tmp_path / "model")
+    with (
+        caplog.at_level(logging.WARNING, "quadapt"),
+        Workspace(tmp_path / "model", {**JOB, "bits": 3}, overwrite=True) as space,
+    ):
         assert not space.resumed
         assert names(space.path) == {".lock", "job.json"}
-    assert "job with other settings: starting over" in caplog.text
+    assert "belongs to another job (bits: 4 -> 3): starting over" in caplog.text
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_text("{"), lambda path: path.unlink()])
-def test_work_of_unknown_origin_is_not_gone_on_with(
-    damage: Callable[[Path], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_nothing_can_be_gone_on_with_another_job_starts_over(tmp_path: Path) -> None:
+    interrupt(tmp_path / "model", keeps=False)
+    for job in (JOB, {**JOB, "bits": 3}):
+        with Workspace(tmp_path / "model", job, keeps=False) as space:
+            assert not space.resumed
+            assert names(space.path) == {".lock", "job.json"}
+            (space.path / "second").write_text("half")
+    interrupt(tmp_path / "other")  # but what another command can go on with is kept
+    with pytest.raises(ConfigError, match="bits: 4 -> 3"):
+        Workspace(tmp_path / "other", {**JOB, "bits": 3}, keeps=False)
+
+
+def test_work_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    interrupt(tmp_path / "model")
+    note = {"command": "tune", "version": "0.1.0", "settings": {"seed": 0}, "inputs": []}
+    (tmp_path / "model.partial" / "job.json").write_text(json.dumps(note))
+    with pytest.raises(ConfigError, match="begun by an earlier version"):
+        Workspace(tmp_path / "model", JOB)
+    assert (tmp_path / "model.partial" / "first").read_text() == "done"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text("{"),
+        lambda path: path.unlink(),
+        lambda path: path.write_text('{"form": 2, "job": 5, "keeps": true}'),
+        lambda path: path.write_text('{"form": 2, "job": {}, "keeps": true, "whole": [{}], "drop": [], "result": {}}'),
+        lambda path: path.write_text('{"form": 2, "job": {}, "keeps": 1, "whole": [], "drop": ["../x"], "result": {}}'),
+    ],
+)
+def test_work_of_unknown_origin_is_left_alone(damage: Callable[[Path], Any], overwrite: bool, tmp_path: Path) -> None:
     interrupt(tmp_path / "model")
     damage(tmp_path / "model.partial" / "job.json")
-    with caplog.at_level(logging.WARNING, "quadapt"), Workspace(tmp_path / "model", JOB) as space:
-        assert not space.resumed
-        assert names(space.path) == {".lock", "job.json"}
-    assert "starting over" in caplog.text
+    with pytest.raises(ConfigError, match=r"model\.partial', where .*, exists and is not of an interrupted run"):
+        Workspace(tmp_path / "model", JOB, overwrite=overwrite)
+    assert (tmp_path / "model.partial" / "first").read_text() == "done"
 
 
 # --- what is in the way -----------------------------------------------------------------------------------------------
 
 
 def test_an_output_that_exists_is_kept_unless_told(tmp_path: Path) -> None:
-    output = tmp_path / "model"
-    output.mkdir()
-    (output / "old").write_text("precious")
+    output = finished(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"exists\. Use --overwrite"):
         Workspace(output, JOB)
     assert names(tmp_path) == {"model"}
@@ -136,15 +187,13 @@ def test_an_output_that_exists_is_kept_unless_told(tmp_path: Path) -> None:
         (space.path / "new").write_text("better")
         assert (output / "old").exists()  # until the new one is complete
         space.commit()
-    assert names(output) == {"new"}
+    assert names(output) == {"new", "quadapt.json"}
 
 
 def test_a_run_that_fails_while_overwriting_keeps_the_old_output(tmp_path: Path) -> None:
-    output = tmp_path / "model"
-    output.mkdir()
-    (output / "old").write_text("precious")
+    output = finished(tmp_path / "model")
     interrupt(output, overwrite=True)
-    assert names(output) == {"old"}
+    assert names(output) == {"old", "quadapt.json"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -13,7 +13,7 @@ from quadapt.config.values import Count, Location, NotNegative, Positive, Seed, 
 class QuantizeConfig(Target, Grid, RowsOfData, Walk):
     """Quantize a model."""
 
-    model: Annotated[Location, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder or hub name of a causal language model."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
@@ -22,23 +22,23 @@ class QuantizeConfig(Target, Grid, RowsOfData, Walk):
     seed: Annotated[Seed, Flag((), "Machine")] = 0
     """Of the choice of calibration text."""
 
-    dry_run: Annotated[bool, Flag((), "Output")] = False
+    dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
 
 
 class PlanConfig(RowsOfData, Machine):
     """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
 
-    model: Annotated[Location, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder or hub name of a dense causal language model."""
 
     budget: Annotated[Positive, Flag((), "Plan")]
     """True bits per weight that the quantized layers may take on average: 2.75, say."""
 
-    output: Annotated[Location, Flag(("-o",), "Output")] = "plan.json"
+    output: Annotated[Location, Flag(("-o",), "Output", idle=True)] = "plan.json"
     """File to write; a figure goes beside it."""
 
-    overwrite: Annotated[bool, Flag((), "Output")] = False
+    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Replace the output if it exists."""
 
     method: Annotated[MethodName, Flag((), "Plan")] = "lq-lora"
@@ -51,7 +51,7 @@ class PlanConfig(RowsOfData, Machine):
     """Also count adapters in the budget, held as 16-bit floats or as nf8 (8.127 bits). Default: they do not count, as
     in the paper."""
 
-    fisher: Annotated[Location | None, Flag((), "Plan")] = None
+    fisher: Annotated[Location | None, Flag((), "Plan", reads=True)] = None
     """Weight errors by diagonal Fisher information: text to gather it on, of the kinds that tune takes, or a
     safetensors file that holds it, a tensor of the weight's shape for each layer. Default: all weights count alike."""
 
@@ -70,7 +70,7 @@ class PlanConfig(RowsOfData, Machine):
     skip: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
     """Layers to leave unquantized, by name or a part of it (comma separated, or repeated)."""
 
-    cache: Annotated[Location | None, Flag((), "Output")] = None
+    cache: Annotated[Location | None, Flag((), "Output", idle=True)] = None
     """Folder that keeps the measured errors: an interrupted run goes on there, another budget takes seconds. Default:
     plan-errors beside the output."""
 
@@ -78,16 +78,16 @@ class PlanConfig(RowsOfData, Machine):
 class MergeConfig(Target, Machine):
     """Merge an adapter into its quantized base."""
 
-    adapter: Annotated[Location, Flag(positional=True)]
+    adapter: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder of the adapter (what tune wrote)."""
 
-    base: Annotated[Location | None, Flag()] = None
+    base: Annotated[Location | None, Flag(reads=True)] = None
     """Where its base is, if it is not where it was."""
 
     any_base: Annotated[bool, Flag()] = False
     """Take the adapter though its base is another one than it was trained over. What comes of it is another model."""
 
-    data: Annotated[Sources, Flag()] = ()
+    data: Annotated[Sources, Flag(reads=True)] = ()
     """Text to compare the merged with the adapted model on. Default: the training data if it is still there, else
     random tokens."""
 
@@ -105,13 +105,13 @@ class MergeConfig(Target, Machine):
 class EvalConfig(RowsOfData, Machine):
     """Measure a model on held-out data."""
 
-    model: Annotated[Location, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder, hub name or GGUF file: anything that quadapt has written, or a dense model."""
 
-    data: Annotated[Sources, Field(min_length=1), Flag((), "Data")]
+    data: Annotated[Sources, Field(min_length=1), Flag((), "Data", reads=True)]
     """Data to measure on, of the kinds that tune takes."""
 
-    base: Annotated[Location | None, Flag()] = None
+    base: Annotated[Location | None, Flag(reads=True)] = None
     """Where an adapter's base is, if it is not where it was."""
 
     any_base: Annotated[bool, Flag()] = False
@@ -132,20 +132,23 @@ class EvalConfig(RowsOfData, Machine):
     samples: Annotated[Whole, Flag((), "Output")] = 3
     """Continuations or answers to print."""
 
-    batch_size: Annotated[Count, Flag((), "Machine")] = 8
+    batch_size: Annotated[Count, Flag((), "Machine", idle=True)] = 8
     """Sequences in one forward pass."""
 
-    output: Annotated[Location | None, Flag(("-o",), "Output")] = None
+    output: Annotated[Location | None, Flag(("-o",), "Output", idle=True)] = None
     """Also write the figures to this JSON file."""
+
+    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
+    """Replace the output if it exists."""
 
 
 class ExportConfig(Machine):
     """Write a model in a format that others serve."""
 
-    model: Annotated[Location, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder of a quantized model or of an adapter (it is merged first, if it merges exactly)."""
 
-    output: Annotated[Location, Flag(("-o",), "Output")]
+    output: Annotated[Location, Flag(("-o",), "Output", idle=True)]
     """File (gguf) or folder (hf, lora) to write."""
 
     format: Annotated[Literal["gguf", "hf", "lora", "nf8", "compressed-tensors"], Flag((), "Output")] = "gguf"
@@ -153,7 +156,7 @@ class ExportConfig(Machine):
     weights, for any server. lora: a standard PEFT adapter. nf8: the adapter in 8 bits, for quadapt alone.
     compressed-tensors: for vLLM, codes as they are, of integers with whole zero-points or none."""
 
-    base: Annotated[Location | None, Flag()] = None
+    base: Annotated[Location | None, Flag(reads=True)] = None
     """Where an adapter's base is, if it is not where it was."""
 
     any_base: Annotated[bool, Flag()] = False
@@ -162,14 +165,14 @@ class ExportConfig(Machine):
     dense: Annotated[Literal["f32", "f16"], Flag((), "Output")] = "f32"
     """gguf: type of the layers that a block format cannot hold; f16 rounds them."""
 
-    overwrite: Annotated[bool, Flag((), "Output")] = False
+    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Replace the output if it exists."""
 
 
 class InspectConfig(Settings):
     """Say what a folder holds."""
 
-    model: Annotated[Location, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder of a quantized model or an adapter."""
 
     verify: Annotated[bool, Flag()] = False
@@ -182,10 +185,10 @@ class InspectConfig(Settings):
 class ChatConfig(Machine):
     """Talk to a model."""
 
-    model: Annotated[Location, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True, reads=True)]
     """Anything that eval takes."""
 
-    base: Annotated[Location | None, Flag()] = None
+    base: Annotated[Location | None, Flag(reads=True)] = None
     """Where an adapter's base is, if it is not where it was."""
 
     any_base: Annotated[bool, Flag()] = False
@@ -207,11 +210,11 @@ class ChatConfig(Machine):
 class DemoConfig(Settings):
     """Tune the embedded model by every method at 4, 3 and 2 bits, and compare."""
 
-    output: Annotated[Location, Flag(("-o",), "Output")] = "report"
+    output: Annotated[Location, Flag(("-o",), "Output", idle=True)] = "report"
     """Folder for the report, the merged model and the GGUF file."""
 
-    overwrite: Annotated[bool, Flag((), "Output")] = True
-    """Replace the report if it exists."""
+    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
+    """Replace the report of an earlier run."""
 
     bits: Annotated[tuple[Literal[2, 3, 4, 8], ...], Field(min_length=1), Flag()] = (4, 3, 2)
     """Bit widths to compare, of 2, 3, 4 and 8."""

@@ -58,6 +58,12 @@ class Flag:
     positional: bool = False
     """Whether it is an argument rather than an option."""
 
+    idle: bool = False
+    """Whether the result is the same whatever it is: an interrupted run is gone on with though it has changed."""
+
+    reads: bool = False
+    """Whether it names what is read. That is never overwritten, and is compared by content, not by name."""
+
 
 class Settings(BaseModel):
     """Base of all settings: unknown names are errors, values do not change."""
@@ -65,6 +71,27 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @classmethod
+    def flags(cls) -> dict[str, Flag]:
+        """What is declared of each field beside its type."""
+        return {
+            name: next((item for item in field.metadata if isinstance(item, Flag)), Flag())
+            for name, field in cls.model_fields.items()
+        }
+
+    def idle(self) -> set[str]:
+        """Names of the settings that do not change the result, see :class:`Flag`."""
+        return {name for name, flag in self.flags().items() if flag.idle}
+
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Files, folders and names of the hub that are read, by the setting that names them."""
+        found = {name: getattr(self, name) for name, flag in self.flags().items() if flag.reads}
+        return {
+            name: (value,) if isinstance(value, str) else tuple(map(str, value))
+            for name, value in found.items()
+            if value
+        }
 
     @field_validator("target_modules", "skip", mode="before", check_fields=False)
     @classmethod
@@ -90,14 +117,14 @@ class Machine(Settings):
     device: Annotated[str, Flag((), "Machine")] = "auto"
     """cpu, cuda, cuda:1, ..; auto: a GPU if there is one."""
 
-    trust_remote_code: Annotated[bool, Flag((), "Machine")] = False
+    trust_remote_code: Annotated[bool, Flag((), "Machine", idle=True)] = False
     """Run code that comes with a model. Off: such models are refused."""
 
 
 class Walk(Machine):
     """Where and how to work through a dense model."""
 
-    offload: Annotated[Literal["auto", "none", "cpu"], Flag((), "Machine")] = "auto"
+    offload: Annotated[Literal["auto", "none", "cpu"], Flag((), "Machine", idle=True)] = "auto"
     """Where the dense model is while a GPU quantizes it. none: on the GPU. cpu: mapped from its files (what memory does
     not hold is read again), one block at a time on the GPU. auto: on the GPU if it fits. Results are the same."""
 
@@ -128,10 +155,10 @@ class RowsOfData(Settings):
 class Target(Settings):
     """Where results go."""
 
-    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output")]
+    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output", idle=True)]
     """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on."""
 
-    overwrite: Annotated[bool, Flag((), "Output")] = False
+    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Replace the output if it exists."""
 
 
@@ -151,7 +178,7 @@ class Grid(Settings):
     """Preset of all that follows. Merge exactly: qa-lora, ir-qa-lora, qa-lora-scales, peqa, e2e-qp, efficientqat, l4q,
     lr-qat. Do not: qlora, loftq, quailora, cloq, lq-lora, ir-qlora, gptq-lora, qat-lora."""
 
-    plan: Annotated[Location | None, Flag((), "Quantization")] = None
+    plan: Annotated[Location | None, Flag((), "Quantization", reads=True)] = None
     """Plan of the bits of every layer: a file that quadapt plan has written. It decides the grid, and the method if
     none is given."""
 
@@ -182,7 +209,7 @@ class Grid(Settings):
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
 
-    calibration_data: Annotated[Sources, Flag((), "Quantization")] = ()
+    calibration_data: Annotated[Sources, Flag((), "Quantization", reads=True)] = ()
     """Text to calibrate gptq and block-ap on: files, folders or hub names, read as --data is. Default for tune: the
     training data."""
 

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 class TuneConfig(Target, Grid, RowsOfData, Walk):
     """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
 
-    model: Annotated[Location, Flag(positional=True)]
+    model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder or hub name: a dense model (it is quantized first), or one that quadapt has quantized."""
 
-    data: Annotated[Sources, Field(min_length=1), Flag((), "Data")]
+    data: Annotated[Sources, Field(min_length=1), Flag((), "Data", reads=True)]
     """Training data: text, JSON lines, CSV, Parquet (also .gz), a folder, or a hub name; repeat it to mix several.
     Columns: text; prompt and completion; instruction, input and output; question and answer; messages or conversations;
     prompt, chosen and rejected; .."""
 
-    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output")] = ""
+    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output", idle=True)] = ""
     """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
     here, named after model, method and bits."""
 
-    eval_data: Annotated[Sources, Flag((), "Data")] = ()
+    eval_data: Annotated[Sources, Flag((), "Data", idle=True, reads=True)] = ()
     """Held-out data, of the same kinds."""
 
     eval_split: Annotated[Share, Flag((), "Data")] = 0.0
@@ -86,7 +86,7 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     objective: Annotated[Literal["cross-entropy", "rilq"], Flag((), "Training")] = "cross-entropy"
     """rilq: half of the objective is the distance of the last hidden state to the full-precision model's."""
 
-    teacher: Annotated[Location | None, Flag((), "Training")] = None
+    teacher: Annotated[Location | None, Flag((), "Training", reads=True)] = None
     """rilq: folder or hub name of the full-precision model. Default: the dense model, or what the base was made of."""
 
     keep_targets: Annotated[bool, Flag((), "Training")] = True
@@ -124,16 +124,16 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     gradient_accumulation: Annotated[Count, Flag(("--gradient-accumulation-steps",), "Training")] = 2
     """Forward passes per optimizer step. The default makes the papers' batch of 16."""
 
-    gradient_checkpointing: Annotated[bool, Flag((), "Training")] = False
+    gradient_checkpointing: Annotated[bool, Flag((), "Training", idle=True)] = False
     """Recompute activations in backward: less memory, about a third more time."""
 
     seed: Annotated[Seed, Flag((), "Training")] = 0
     """Of initialization, data order, dropout and calibration."""
 
-    save_steps: Annotated[Whole, Flag((), "Training")] = 0
+    save_steps: Annotated[Whole, Flag((), "Training", idle=True)] = 0
     """Steps between checkpoints to resume from. Default: a tenth of the run, at most 500."""
 
-    eval_steps: Annotated[Whole, Flag((), "Training")] = 0
+    eval_steps: Annotated[Whole, Flag((), "Training", idle=True)] = 0
     """Steps between evaluations on held-out data. Default: a tenth of the run; with --keep last only at the end."""
 
     keep: Annotated[Literal["best", "last"] | None, Flag((), "Training")] = None
@@ -143,10 +143,10 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     early_stopping: Annotated[Whole, Flag(("--early-stopping-patience",), "Training")] = 0
     """Stop after so many evaluations in a row without a lower held-out loss. Default: never."""
 
-    report_to: Annotated[str, Flag((), "Training")] = "none"
+    report_to: Annotated[str, Flag((), "Training", idle=True)] = "none"
     """Where Trainer also reports: none, tensorboard, wandb, .."""
 
-    dry_run: Annotated[bool, Flag((), "Output")] = False
+    dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
 
     @model_validator(mode="before")
@@ -160,6 +160,11 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
                 name = Path(os.path.expanduser(values["model"])).resolve().name
                 return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
         return values
+
+    def idle(self) -> set[str]:
+        """As the flags say; but held-out data that decides what is kept, or when to stop, changes the result."""
+        deciding = self.keeps == "best" or self.early_stopping
+        return super().idle() - ({"eval_data", "eval_steps"} if deciding else set())
 
     @property
     def keeps(self) -> Literal["best", "last"]:

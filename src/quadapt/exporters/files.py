@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from quadapt.errors import ExportError
+from quadapt.files import remove, rename_new, sync_tree, write_json, writing
+from quadapt.hf.notes import NOTE
 
 
 @contextmanager
@@ -20,31 +22,29 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise ExportError(f"{path}: is a folder. Give the name of a file, such as {path / 'model.gguf'}")
-    partial = path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with writing(path) as partial:
         yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write into; it becomes `path` at the end.
+    """A folder beside `path` to write into; it becomes `path` at the end, with a note that it is of our making.
 
     Raises:
         ExportError: `path` exists and is not an empty folder: files of two exports must not mix.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise ExportError(f"{path}: exists already. Remove it, or choose another folder")
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
+        if not (partial / NOTE).exists():
+            write_json(partial / NOTE, {"kind": "export"})
+        sync_tree(partial)
         if path.exists():
             path.rmdir()  # empty, see above; some systems do not rename onto a folder
-        os.replace(partial, path)
+        rename_new(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from quadapt.files import writing
 from quadapt.model.layer import LayerRow
 from quadapt.model.quantize import Done
 from quadapt.quant.format import Format
@@ -59,9 +59,8 @@ class BlockFiles:
             "rows": json.dumps([asdict(row) for row in done.rows]),
             "factors": json.dumps(list(done.factors)),
         }
-        temporary = target.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata=about)
-        os.replace(temporary, target)
+        with writing(target) as temporary:
+            save_file(tensors, temporary, metadata=about)
         return self._read(target)
 
     def _read(self, path: Path) -> Done:

@@ -9,7 +9,6 @@ Source: LQ-LoRA (arXiv 2311.12023) §5.1 and the helper of its code.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quadapt.files import writing
 from quadapt.hf.doors import check_state
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
@@ -43,9 +43,8 @@ def write_nf8(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[
             layouts[f"{name}.{part}"] = asdict(weight.layout)
             tensors |= {f"{name}.{part}.{each}": tensor for each, tensor in weight.tensors.items()}
             sizes[name] = sizes.get(name, 0) + weight.nbytes
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"layouts": json.dumps(layouts)})
-    os.replace(temporary, path)
+    with writing(path) as temporary:
+        save_file(tensors, temporary, metadata={"layouts": json.dumps(layouts)})
     return sizes
 
 

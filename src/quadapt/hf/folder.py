@@ -24,6 +24,7 @@ from quadapt.errors import CheckpointError, ConfigError, locate
 from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors, weight_files
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.notes import NOTE as NOTE
 from quadapt.hf.quantizer import base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, read_note, reading, reason_of
 from quadapt.hf.verify import digests_of
@@ -32,8 +33,6 @@ from quadapt.model.quantize import quantized_layers
 from quadapt.model.trial import check_runs
 
 Kind = Literal["model", "quantized", "adapter"]
-
-NOTE = "quadapt.json"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quadapt.files import writing
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.reading import reading
 
@@ -21,9 +21,8 @@ def write_start(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Non
     tensors: dict[str, Tensor] = {}
     for name, (up, down) in factors.items():
         tensors |= {f"{name}.up": up.contiguous().cpu(), f"{name}.down": down.contiguous().cpu()}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with writing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def read_start(path: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -30,6 +30,7 @@ from quadapt.hf.merge import Certificate, merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.workspace import Workspace, remove, write_json
+from quadapt.jobs.identity import job_of
 from quadapt.methods import METHODS, Recipe
 from quadapt.model.layer import Plan
 from quadapt.model.quantize import quantize_model, quantized_layers
@@ -88,7 +89,10 @@ def demo(config: DemoConfig, ui: UI) -> dict[str, Any]:
     """
     start = time.monotonic()
     output = Path(config.output)
-    with Workspace(output, {"demo": time.time()}, overwrite=config.overwrite) as space:
+    job = job_of("demo", config)
+    with Workspace(output, job, overwrite=config.overwrite, keeps=False) as space:
+        if space.finished is not None:
+            return space.finished
         with _embedded() as source, tempfile.TemporaryDirectory() as scratch:
             bench = _Bench(source, Path(scratch), config.seed, ui)
             found = list(bench.rows(config.bits))
@@ -102,7 +106,7 @@ def demo(config: DemoConfig, ui: UI) -> dict[str, Any]:
         }
         write_json(space.path / "report.json", summary)
         (space.path / "report.md").write_text(_markdown(found, summary), encoding="utf-8")
-        space.commit()
+        space.commit(result=summary)
     columns = ("bits", "model", "perplexity", "exact answers", "true bits", "MB")
     ui.table("held-out questions", columns, [_cells(row) for row in found])
     for row in found:

@@ -10,9 +10,11 @@ from typing import Any
 from quadapt.config import EvalConfig
 from quadapt.data import Rows, read_held_out
 from quadapt.evaluate import exact_match, generate_samples, perplexity
+from quadapt.files import sweep
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load
-from quadapt.hf.workspace import check_disk, write_json
+from quadapt.hf.workspace import check_disk, check_output, write_json
+from quadapt.jobs.identity import inputs_of
 from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
 
@@ -24,6 +26,7 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         QuadaptError: Input cannot be used, see the message.
     """
     if config.output:
+        check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs_of(config), folder=False)
         check_disk(Path(config.output).parent, 0)
     rows = read_held_out(config.data, max_bad_rows=config.most_bad_rows)
     for note in (*rows.notes, *rows.bad.notes()):
@@ -52,7 +55,8 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         batch=config.batch_size,
         progress=bar("perplexity"),
     )
-    result: dict[str, Any] = {"model": config.model, "data": rows.source, "perplexity": asdict(found)}
+    about = {"kind": "quadapt eval", "model": config.model, "data": rows.source}
+    result: dict[str, Any] = {**about, "perplexity": asdict(found)}
     ui.show(
         f"perplexity {found.perplexity:.4f} (loss {found.loss:.4f} nats per token, {found.tokens:,} tokens counted, "
         f"context {found.context}, stride {found.stride})"
@@ -79,7 +83,8 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         _show_samples(ui, [(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)])
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.output), result)
+        sweep(Path(config.output).parent)
+        write_json(Path(config.output), result, overwrite=config.overwrite)
     return result
 
 

@@ -28,7 +28,8 @@ from quadapt.hf.quantizer import base_config
 from quadapt.hf.reading import reading
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs.adapt import true_bits
-from quadapt.jobs.source import device_of, job_of
+from quadapt.jobs.identity import earlier_job, inputs_of, job_of
+from quadapt.jobs.source import device_of
 from quadapt.model.quantize import bits_of
 from quadapt.model.trial import check_runs
 from quadapt.quant.gptq import GPTQ
@@ -44,11 +45,13 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
     """
     folder = adapter_folder(config.adapter)
     where = find_base(folder, config.base)
-    inputs = [config.adapter, where, *config.data]
-    check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
-    job = job_of("merge", config.model_dump(mode="json"), inputs)
+    output = Path(config.output)
+    check_output(output, overwrite=config.overwrite, inputs=[*inputs_of(config), where])
+    job = job_of("merge", config, earlier_job(output), base=where)
     needs = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else 0
-    with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=int(1.2 * needs)) as space:
+    with Workspace(output, job, overwrite=config.overwrite, needs=int(1.2 * needs), keeps=False) as space:
+        if space.finished is not None:
+            return space.finished
         model, tokenizer = load_adapted(folder, where, config)
         bits = true_bits(model)
         probe, name = _probe(config, folder, tokenizer, context_of(model.config), ui)
@@ -72,14 +75,15 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
         check_runs(merged)
         note = _note(merged, certificate, folder, bits)
         save_quantized(merged, tokenizer, space.path, note)
-        space.commit()
+        result = {"output": config.output, **note}
+        space.commit(result=result)
     ui.show(str(certificate))
     ui.show(
         f"{note['bits']['merged']:.3f} true bits per quantized weight after the merge, {bits['base']:.3f} before "
         f"({bits['with_adapter']:.3f} with the adapter)"
     )
     ui.say(f"wrote {config.output}. Next: quadapt export {config.output} --format gguf --output FILE")
-    return {"output": config.output, **note}
+    return result
 
 
 def adapter_folder(name: str) -> Folder:

@@ -28,9 +28,11 @@ from quadapt.budget.table import GAIN, MORE_TURNS, TOLERANCE, TURNS
 from quadapt.config import PlanConfig
 from quadapt.data import calibration_batches, read
 from quadapt.errors import CalibrationError, CheckpointError, ConfigError, locate
+from quadapt.files import sweep
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.folder import load_model, load_tokenizer
-from quadapt.hf.workspace import check_disk, check_output, write_json
+from quadapt.hf.folder import Folder, load_model, load_tokenizer
+from quadapt.hf.workspace import Workspace, check_disk, check_output, write_json
+from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
 from quadapt.methods import Method, method
@@ -60,10 +62,29 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
             "lq-lora or qlora"
         )
     output = Path(config.output)
-    check_output(output, overwrite=config.overwrite)
-    if output.is_dir():
-        raise ConfigError(f"output={config.output!r} is a folder; a file is to be written. Use --output plan.json")
+    if output.suffix == ".png":
+        raise ConfigError(f"output={config.output!r}: the figure beside the plan has that name. Use --output plan.json")
+    check_output(output, overwrite=config.overwrite, inputs=inputs_of(config), folder=False)
     check_disk(output.parent, 0)
+    places = {path.name: path for path in (output, output.with_suffix(".png"))}
+    job = job_of("plan", config, earlier_job(output))
+    with Workspace(output, job, overwrite=config.overwrite, keeps=False, places=places, folder=False) as space:
+        if space.finished is not None:
+            return space.finished
+        found = _found(config, folder, device, chosen, ui)
+        made = space.path / output.name
+        write_json(made, {**found.as_json(), "fisher": config.fisher})
+        show_plan(found, ui)
+        drawn = str(output.with_suffix(".png")) if draw(found, made.with_suffix(".png"), ui) else None
+        result = {name: value for name, value in found.as_json().items() if name != "layers"}
+        result = {"output": config.output, "figure": drawn, **result, "layers": len(found.layers)}
+        space.commit(result=result)
+    ui.say(f"wrote {config.output}. Next: quadapt quantize {config.model} --plan {config.output} --output FOLDER")
+    return result
+
+
+def _found(config: PlanConfig, folder: Folder, device: str, chosen: Method, ui: UI) -> BudgetPlan:
+    """Measure what is not in the table yet, and choose."""
     ways, rank = candidates(chosen), chosen.recipe.rank if config.rank is None else config.rank
     measured = 0 if isinstance(chosen.start, Zero) else rank
     model = load_model(folder.name, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code)
@@ -80,7 +101,7 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
     weights = sum(out * columns for out, columns in shapes.values())
     with _silent_stdout():
         solution = solve(options, int(config.budget * weights))
-    found = BudgetPlan.of(
+    return BudgetPlan.of(
         solution,
         shapes,
         method=config.method,
@@ -89,13 +110,6 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
         rank=measured,
         adapters=config.count_adapters,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {**found.as_json(), "fisher": config.fisher})
-    show_plan(found, ui)
-    drawn = draw(found, output.with_suffix(".png"), ui)
-    ui.say(f"wrote {config.output}. Next: quadapt quantize {config.model} --plan {config.output} --output FOLDER")
-    result = {name: value for name, value in found.as_json().items() if name != "layers"}
-    return {"output": config.output, "figure": drawn, **result, "layers": len(found.layers)}
 
 
 @contextmanager
@@ -150,6 +164,7 @@ def _cache(config: PlanConfig) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"cache={str(folder)!r} is a file. Name a folder with --cache")
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     return folder
 
 

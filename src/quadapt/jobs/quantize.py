@@ -22,7 +22,8 @@ from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.start import START, write_start
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
-from quadapt.jobs.source import Place, dense_folder, device_of, job_of, within_memory
+from quadapt.jobs.identity import earlier_job, inputs_of, job_of
+from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
 from quadapt.model.layer import LayerRow, Plan
 from quadapt.model.quantize import bits_of, quantize_model
@@ -50,18 +51,20 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
         ui.say(f"{config.method} starts its adapter by {own}: tune does so; here the base is made alone")
     if config.dry_run:
         return dry.quantize(config, ui)
-    inputs = [config.model, *config.calibration_data, *([config.plan] if config.plan else [])]
-    check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
+    output = Path(config.output)
+    check_output(output, overwrite=config.overwrite, inputs=inputs_of(config))
     rows = None
     if config.calibration_data and plan.needs_data:
         rows = read(config.calibration_data, max_bad_rows=config.most_bad_rows)
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
     place = dry.place_of(config, folder.name, device, ui, target_modules=config.target_modules)
-    job = job_of("quantize", config.model_dump(mode="json"), inputs)
+    job = job_of("quantize", config, earlier_job(output))
     with (
-        Workspace(Path(config.output), job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
+        Workspace(output, job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
         measured_peak(device) as peak,
     ):
+        if space.finished is not None:
+            return space.finished
         if space.resumed:
             ui.say(f"going on with {space.path}")
         summary = quantize_into(
@@ -74,9 +77,10 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
             seed=config.seed,
         )
         summary["peak_memory"] = peak()
-        space.commit("blocks")
+        result = {"output": config.output, **summary}
+        space.commit("blocks", result=result)
     ui.say(f"wrote {config.output}")
-    return {"output": config.output, **summary}
+    return result
 
 
 def quantize_into(

@@ -10,12 +10,14 @@ from typing import Any
 
 from quadapt.config import EvalConfig, ExportConfig, MergeConfig, RunConfig, Settings, TuneConfig, checked
 from quadapt.errors import ConfigError
+from quadapt.files import remove, sweep, write_json
+from quadapt.hf.folder import find_base, open_folder
+from quadapt.hf.notes import FORM, JOB, NOTE, differences, mark
 from quadapt.hf.reading import read_json
-from quadapt.hf.workspace import remove, write_json
 from quadapt.jobs.evaluate import evaluate
 from quadapt.jobs.export import export
+from quadapt.jobs.identity import job_of
 from quadapt.jobs.merge import merge
-from quadapt.jobs.source import job_of
 from quadapt.jobs.tune import tune
 from quadapt.report.ui import UI
 
@@ -48,20 +50,34 @@ class Stage:
         return self.output.with_name(f".{self.name}.json")
 
     def job(self) -> dict[str, Any]:
-        """What it is to do, and with what."""
-        names = ("model", "adapter", "data", "eval_data", "calibration_data")
-        given = [getattr(self.settings, name, None) or () for name in names]
-        inputs = [name for each in given for name in ([each] if isinstance(each, str) else each)]
-        return dict(json.loads(json.dumps(job_of(self.name, self.settings.model_dump(mode="json"), inputs))))
+        """What it is to do, and with what: the base of an adapter belongs to that."""
+        more, base = {}, getattr(self.settings, "base", None)
+        for name in (getattr(self.settings, "adapter", None), getattr(self.settings, "model", None)):
+            if name is not None and (Path(name) / "adapter_config.json").exists():
+                more["base of it"] = find_base(open_folder(name), base)
+        return job_of(self.name, self.settings, self.before().get("job"), **more)
 
     def before(self) -> dict[str, Any]:
         """What the last call left in the stamp: its job, and its result if it came to an end."""
         return read_json(self.stamp) if self.stamp.exists() else {}
 
+    def changes(self) -> list[str]:
+        """What differs from the last call, in words."""
+        return differences({"form": 1, **self.before()}, {"form": FORM, "job": self.job()})
+
     def result(self) -> dict[str, Any] | None:
         """The result, if the stage has been done with these settings and inputs."""
         before = self.before()
-        return before.get("result") if self.output.exists() and before.get("job") == self.job() else None
+        if not self.output.exists() or self.changes():
+            return None
+        if "result" in before or (self.output / JOB).exists() or mark(self.output) == before.get("replaces"):
+            return before.get("result")
+        note = self.output / NOTE if self.output.is_dir() else self.output  # it was killed right after its last step
+        return {"output": str(self.output), **read_json(note)} if note.suffix == ".json" and note.exists() else None
+
+    def stamped(self, job: Mapping[str, Any], **more: Any) -> None:
+        """Note the job, and how far it has come."""
+        write_json(self.stamp, {"form": FORM, "job": job, **more})
 
 
 def run(config: RunConfig, where: str, ui: UI) -> dict[str, Any]:
@@ -73,6 +89,7 @@ def run(config: RunConfig, where: str, ui: UI) -> dict[str, Any]:
     folder = Path(config.output)
     stages = _stages(config, folder, where)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     if config.overwrite and all(stage.result() is not None for stage in stages):
         for stage in stages:
             remove(stage.stamp)
@@ -115,14 +132,19 @@ def _done(stage: Stage, config: RunConfig, ui: UI) -> dict[str, Any]:
     if result is not None:
         ui.say(f"{stage.name}: done before")
         return result
-    if stage.name == "tune" and stage.output.exists() and stage.before().get("job") != job and not config.overwrite:
-        raise ConfigError(
-            f"{str(stage.output)!r} was trained with other settings or data. Use overwrite: true to train again, or "
-            "another output"
-        )
+    if stage.output.exists() and not config.overwrite:
+        if not stage.stamp.exists():
+            raise ConfigError(f"{str(stage.output)!r} exists. Use overwrite: true to replace it, or another output")
+        if stage.name == "tune" and stage.changes():
+            raise ConfigError(
+                f"{str(stage.output)!r} was trained with other settings or data ({'; '.join(stage.changes())}). Use "
+                "overwrite: true to train again, or another output"
+            )
     ui.say(f"{stage.name} ..")
-    write_json(stage.stamp, {"job": job})
-    settings = stage.settings.model_copy(update={"overwrite": True} if "overwrite" in stage.kind.model_fields else {})
-    result = stage.work(settings, ui)
-    write_json(stage.stamp, {"job": job, "result": json.loads(json.dumps(result, default=str))})
+    if "replaces" not in stage.before() or stage.changes():
+        stage.stamped(job, replaces=mark(stage.output))
+    # What was trained is never given up on the way; what follows from it is made anew.
+    overwrite = config.overwrite or stage.name != "tune"
+    result = stage.work(stage.settings.model_copy(update={"overwrite": overwrite}), ui)
+    stage.stamped(job, result=json.loads(json.dumps(result, default=str)))
     return result

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -93,28 +92,6 @@ def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code
             "model", auto_class(config).from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     return model.eval()
-
-
-def identity(*names: str | None) -> list[Any]:
-    """What tells whether files (and the files in folders) are still the same: name, size and time of change."""
-    found: list[Any] = []
-    for name in names:
-        path = Path(name) if name else None
-        if path is None or not path.exists():
-            found.append(name)
-            continue
-        files = sorted(item for item in path.iterdir() if item.is_file()) if path.is_dir() else [path]
-        found.append(
-            [str(path.resolve()), [[item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in files]]
-        )
-    return found
-
-
-def job_of(command: str, settings: Mapping[str, Any], inputs: Sequence[str | None]) -> dict[str, Any]:
-    """What identifies a job, so that an interrupted one is gone on with only by its own command."""
-    idle = ("output", "overwrite", "dry_run", "offload")
-    kept = {name: value for name, value in settings.items() if name not in idle}
-    return {"command": command, "version": quadapt.__version__, "settings": kept, "inputs": identity(*inputs)}
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import ResourceError
 from quadapt.hf.workspace import check_disk
-from quadapt.jobs.source import identity
+from quadapt.jobs.identity import identity
 from quadapt.report.ui import UI
 from quadapt.statistics import FISHER, MOMENT, StatisticsFiles, gather
 

@@ -14,8 +14,9 @@ from quadapt.hf.folder import Folder, load_tokenizer, open_folder, read_config
 from quadapt.hf.start import START
 from quadapt.hf.workspace import Workspace, check_output, remove
 from quadapt.jobs import dry
+from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.quantize import quantize_into
-from quadapt.jobs.source import Place, device_of, job_of
+from quadapt.jobs.source import Place, device_of
 from quadapt.jobs.training import fit
 from quadapt.report.ui import UI
 
@@ -37,9 +38,8 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         ui.say(f"warning: seq_len={seq_len} is beyond the {context_of(about)} positions that the model was made for")
     if config.dry_run:
         return dry.tune(config, ui, seq_len=seq_len)
-    inputs = [config.model, *config.data, *config.eval_data, *config.calibration_data]
-    inputs += [config.plan] if config.plan else []
-    check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs)
+    output = Path(config.output)
+    check_output(output, overwrite=config.overwrite, inputs=inputs_of(config))
     tokenizer = load_tokenizer(folder.name, trust_remote_code=config.trust_remote_code)
     rows, held = _rows(config)
     data = _encoded(config, rows, held, tokenizer, seq_len, ui)
@@ -50,18 +50,21 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         place = dry.place_of(config, folder.name, device, ui, most_length=seq_len)
     needs = found.bytes_on_disk if folder.kind == "model" and chosen.adapter.base != "float" else 0
     dry.check_fits(dry.tuning(config, found, seq_len=seq_len), device, ui)
-    job = job_of("tune", config.model_dump(mode="json"), inputs)
-    with Workspace(Path(config.output), job, overwrite=config.overwrite, needs=needs) as space:
+    job = job_of("tune", config, earlier_job(output))
+    with Workspace(output, job, overwrite=config.overwrite, needs=needs) as space:
+        if space.finished is not None:
+            return space.finished
         if space.resumed:
             ui.say(f"going on with {space.path}")
         base = folder.path
         if folder.kind == "model" and chosen.adapter.base != "float":
             base = _make_base(space.path, config, ui, place, calibration, seq_len)
         summary = fit(config, space, base, folder, tokenizer, data, ui)
-        space.commit("checkpoints", "targets", START)
+        result = {"output": config.output, **summary}
+        space.commit("checkpoints", "targets", START, result=result)
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
-    return {"output": config.output, **summary}
+    return result
 
 
 def _check(config: TuneConfig, folder: Folder) -> None:

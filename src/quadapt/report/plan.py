@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quadapt.budget import BudgetPlan
 from quadapt.errors import MissingDependency, require
+from quadapt.files import writing
 from quadapt.report.ui import UI
 
 
@@ -68,7 +69,6 @@ def draw(plan: BudgetPlan, path: Path, ui: UI) -> str | None:
     bars.boxplot([[bits for _, bits in points] for points in kinds.values()], tick_labels=list(kinds))
     bars.tick_params(axis="x", rotation=60)
     bars.set(title=f"by kind; {plan.bits_per_weight:.3f} on average")
-    temporary = path.with_name(f".{path.name}.tmp")
-    canvas.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with writing(path) as temporary:
+        canvas.savefig(temporary, format="png", dpi=120)
     return str(path)
