@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import peft  # noqa: F401 - first: its import plugs in our layers, which need what follows
 import torch
 from torch import Tensor, nn
 
