@@ -17,34 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "fuzz.json"
 BATCH = 500
 """Cases that hypothesis makes from one seed: it forgets none of a batch, so batches are short."""
-
-
-def _work(shelf: Path, jobs: Any, said: Queue[Any]) -> None:
-    """Take batches from the queue until it is empty."""
-    import torch
-
-    from benchmarks.fuzz.run import fuzz
-
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    while True:
-        job = jobs.get()
-        if job is None:
-            return
-        kind, cases, number = job
-        began = time.perf_counter()
-        counts, faults = fuzz(kind, shelf, cases, number, stop=False)
-        said.put((kind, counts, faults, time.perf_counter() - began))
 
 
 def _batches(total: int, seed: int, kinds: list[str]) -> list[tuple[str, int, int]]:
@@ -67,6 +47,7 @@ def _run(
 ) -> list[str]:
     """Run all batches; `store` is given the counts so far and the seconds, after each."""
     from benchmarks.fuzz.models import make
+    from benchmarks.fuzz.run import work
 
     counts: dict[str, Counter[str]] = {}
     faults: list[str] = []
@@ -78,14 +59,12 @@ def _run(
         batches = _batches(total, seed, kinds)
         for batch in [*batches, *[None] * processes]:
             jobs.put(batch)
-        workers = [
-            context.Process(target=_work, args=(Path(folder), jobs, said), daemon=True) for _ in range(processes)
-        ]
+        workers = [context.Process(target=work, args=(Path(folder), jobs, said), daemon=True) for _ in range(processes)]
         for worker in workers:
             worker.start()
         done, all_ = 0, sum(batch[1] for batch in batches)
         for _ in batches:
-            kind, found, wrong, _ = said.get()
+            kind, found, wrong = said.get()
             counts.setdefault(kind, Counter()).update(found)
             faults += wrong
             done += found.total()

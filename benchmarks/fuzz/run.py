@@ -7,10 +7,14 @@ import random
 import shutil
 import tempfile
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from benchmarks.fuzz.kinds import KINDS
@@ -67,3 +71,15 @@ def fuzz(
     seed(number)(checked)()
     random.setstate(state)
     return counts, faults
+
+
+def work(shelf: Path, jobs: Any, said: Queue[Any]) -> None:
+    """Take batches from the queue until it is empty."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    while True:
+        job = jobs.get()
+        if job is None:
+            return
+        kind, cases, number = job
+        said.put((kind, *fuzz(kind, shelf, cases, number, stop=False)))
