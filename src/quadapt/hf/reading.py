@@ -178,8 +178,12 @@ class _Certificate(_Part):
     verdict: Literal["exact", "equivalent", "lossy"]
     dtype: str
     probe: str
+    logits_equal: bool
     effect_lost: float
     kl: float
+    argmax_changed: float
+    perplexity_before: float
+    perplexity_after: float
     layers: list[_MergedLayer]
 
 
