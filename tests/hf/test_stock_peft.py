@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, MissConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 
 import quadapt
-from quadapt.errors import CheckpointError
+from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.identity import QuadaptLoraConfig, identity_of
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import base_config
@@ -71,6 +71,24 @@ def test_what_was_quantized_in_memory_is_named_by_no_folder(tiny_llama: Callable
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
     with pytest.raises(CheckpointError, match="names no base, since its base was quantized in memory"):
         quadapt.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MissConfig(r=2, target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_tuners_of_peft_are_refused_over_codes_and_taken_off(config: Any, base: Any) -> None:
+    model = copy.deepcopy(base)
+    with pytest.raises(ConfigError, match=rf"q_proj: is quantized, and {config.peft_type.value} adapters"):
+        get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
+    config.target_modules = {"lm_head"}  # over a layer that is not quantized they are PEFT's own business
+    get_peft_model(model, config)
 
 
 # --- without quadapt --------------------------------------------------------------------------------------------------

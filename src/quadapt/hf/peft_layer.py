@@ -343,9 +343,31 @@ def register() -> None:
     def inject_admitted(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.peft_config[adapter_name] = admit(model, self.peft_config[adapter_name])
         inject(self, model, adapter_name, *args, **kwargs)
+        _refuse_other_tuners(model, self.peft_config[adapter_name])
 
     BaseTuner.inject_adapter = inject_admitted  # type: ignore[method-assign]
     into_peft()
+
+
+def _refuse_other_tuners(model: nn.Module, config: Any) -> None:
+    """Take PEFT's layers of other kinds than LoRA off quantized ones, and refuse them.
+
+    They would name no base, and their merges write into the codes: IA3's without an error.
+    """
+    found: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, AdaptedLayer)
+        and isinstance(module.get_base_layer(), QuantLinear)
+    }
+    for name, module in found.items():
+        model.set_submodule(name, module.get_base_layer())
+    if found:
+        raise ConfigError(
+            f"{next(iter(found))}: is quantized, and {config.peft_type.value} adapters of PEFT would neither name "
+            "their base nor merge. Use LoraConfig, or a method of quadapt (quadapt.prepare)"
+        )
 
 
 def _check_base(adapter: Adapter, *, quantized: bool) -> None:
