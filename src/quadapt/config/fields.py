@@ -132,11 +132,11 @@ class Walk(Machine):
 class RowsOfData(Settings):
     """What becomes of rows of data that cannot be used."""
 
-    max_bad_rows: Annotated[Whole | None, Flag((), "Data")] = None
+    max_bad_rows: Annotated[Whole | None, Flag((), "Data", idle=True)] = None
     """Skip and count rows that cannot be used, up to so many. Default: a thousandth of the rows, at least 10, and no
     more than there are good ones."""
 
-    strict: Annotated[bool, Flag((), "Data")] = False
+    strict: Annotated[bool, Flag((), "Data", idle=True)] = False
     """Skip no row: the first one that cannot be used is an error."""
 
     @field_validator("strict")
