@@ -17,16 +17,22 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from quadapt.data.collate import pad_token_id
-from quadapt.data.examples import examples, opening, tokenize
+from quadapt.data.examples import examples, tokenize
+from quadapt.data.prompt import PromptForm
 from quadapt.data.read import Rows
 from quadapt.errors import ConfigError, DataError
+from quadapt.hf.ending import turn_end
 from quadapt.hf.reading import generating
+from quadapt.hf.vocabulary import embedding_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps the list of batches to work on, like `tqdm`."""
+
+BARE = PromptForm("prompt")
+"""Prompts as they are."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def perplexity(
     if not tokens:
         raise DataError(f"{rows.source}: has no token to count: all rows are blank, or have a single token")
     windows.sort(key=lambda window: -len(window.ids))  # little padding; and memory is short at once or not at all
-    pad = pad_token_id(tokenizer)
+    pad = pad_token_id(tokenizer, embedding_rows(model))
     with evaluating(model):
         total = math.fsum(_loss(model, group, pad) for group in progress(_grouped(windows, batch)))
     loss = total / tokens
@@ -160,6 +166,7 @@ def exact_match(
     max_new_tokens: int = 32,
     batch: int = 32,
     samples: int = 3,
+    form: PromptForm = BARE,
     progress: Progress = iter,
 ) -> ExactMatch:
     """How often the model, given the prompt, generates the completion and then stops.
@@ -173,6 +180,7 @@ def exact_match(
         max_new_tokens: Longest answer, in tokens.
         batch: Prompts to answer together.
         samples: Prompts to hand back with their answers.
+        form: In which form they are; it decides how they are tokenized.
         progress: Wraps the list of batches.
 
     Raises:
@@ -184,7 +192,8 @@ def exact_match(
             "data with the columns prompt and completion"
         )
     prompts, completions = list(rows.data["prompt"]), list(rows.data["completion"])
-    answers = _continuations(model, tokenizer, prompts, list(rows.data["where"]), max_new_tokens, batch, progress)
+    ids = [form.ids(prompt, tokenizer) for prompt in prompts]
+    answers = _continuations(model, tokenizer, ids, list(rows.data["where"]), max_new_tokens, batch, progress)
     correct = sum(answer.strip() == completion.strip() for answer, completion in zip(answers, completions, strict=True))
     too_long = sum(len(ids) > max_new_tokens for ids in tokenize(tokenizer, completions))
     shown = [Sample(*each) for each in zip(prompts[:samples], completions, answers, strict=False)]
@@ -198,14 +207,16 @@ def generate_samples(
     *,
     max_new_tokens: int = 32,
     batch: int = 32,
+    form: PromptForm = BARE,
 ) -> list[str]:
-    """What the model says after each prompt, greedily, without the prompt.
+    """What the model says after each prompt, greedily, without the prompt; `form` says how the prompts are tokenized.
 
     Raises:
         DataError: A prompt leaves no room for `max_new_tokens` in the model's context.
     """
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    return _continuations(model, tokenizer, prompts, names, max_new_tokens, batch, iter)
+    ids = [form.ids(prompt, tokenizer) for prompt in prompts]
+    return _continuations(model, tokenizer, ids, names, max_new_tokens, batch, iter)
 
 
 @contextmanager
@@ -296,17 +307,15 @@ def _grouped(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 def _continuations(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    ids: Sequence[list[int]],
     names: Sequence[str],
     max_new_tokens: int,
     batch: int,
     progress: Progress,
 ) -> list[str]:
     """What the model says after each prompt, in the order of the prompts."""
-    head = opening(tokenizer)
-    ids = [head + each for each in tokenize(tokenizer, prompts)]
     _check_room(model, ids, names, max_new_tokens)
-    answers = [""] * len(prompts)
+    answers = [""] * len(ids)
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     with evaluating(model):
         for group in progress(_grouped(longest_first, batch)):
@@ -325,7 +334,8 @@ def _greedy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """Tokens after each prompt, up to the first end of sequence."""
-    device, pad, ends = _device(model), pad_token_id(tokenizer), _ends(model, tokenizer)
+    device, ends = _device(model), _ends(model, tokenizer)
+    pad = pad_token_id(tokenizer, embedding_rows(model))
     inputs = pad_sequence(
         [torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_value=pad, padding_side="left"
     )
@@ -351,10 +361,10 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a sequence: the tokenizer's, and those of the model's own settings (chat models have several)."""
+    """Tokens that end an answer: the tokenizer's, that of a turn, and those of the model's own settings."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = own if isinstance(own, list) else [own]
-    return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}
+    return {int(token) for token in (tokenizer.eos_token_id, turn_end(tokenizer), *listed) if token is not None}
 
 
 def _check_room(model: nn.Module, prompts: Sequence[list[int]], names: Sequence[str], max_new_tokens: int) -> None:

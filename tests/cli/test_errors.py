@@ -104,7 +104,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bad config": (("tune", "bad-config", *TUNE[2:]), ("bad-config/config.json: is damaged",)),
     "bad gguf": (("eval", "bad.gguf", "--data", "story.txt"), ("'bad.gguf' cannot be loaded", "not a GGUF file")),
     "quantized already": (("quantize", "q4", "--output", "new"), ("'q4' is quantized already", "quadapt tune q4")),
-    "tuned already": (("tune", "adapter", *TUNE[2:]), ("'adapter' is an adapter", "quadapt merge adapter")),
+    "tuned already": (
+        ("tune", "adapter", *TUNE[2:], "--method", "qlora"),
+        ("method='qlora': 'adapter' was trained with 'qa-lora', and that is fixed", "Leave it out"),
+    ),
     "no adapter": (("merge", "q4", "--output", "new"), ("'q4' is a quantized model, not an adapter",)),
     "dense": (("inspect", "dense"), ("'dense' is a dense model, not written by quadapt",)),
     "another base": (

@@ -90,7 +90,9 @@ def test_what_was_trained_is_not_thrown_away(job: Path) -> None:
     before = digests(job)
     changed = {**JOB, "tune": {**TUNE, "max_steps": 2}}
     said = give("run", write(changed), code=2)
-    assert "'job/adapter' was trained with other settings or data (max_steps: 3 -> 2). Use overwrite: true" in said.error
+    assert (
+        "'job/adapter' was trained with other settings or data (max_steps: 3 -> 2). Use overwrite: true" in said.error
+    )
     assert digests(job) == before
     assert done(give("run", write({**changed, "overwrite": True}), code=0).err) == dict.fromkeys(STAGES, True)
     assert digests(job) != before

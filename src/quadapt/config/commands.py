@@ -129,6 +129,13 @@ class EvalConfig(RowsOfData, Machine):
     max_new_tokens: Annotated[Count, Flag((), "Data")] = 32
     """Longest answer, on prompt/completion data."""
 
+    prompt_form: Annotated[Literal["auto", "prompt", "alpaca", "chat"], Flag((), "Data")] = "auto"
+    """How prompts are put. prompt: as they are. alpaca: in Stanford Alpaca's template. chat: through the tokenizer's
+    chat template. auto: as in training, which is recorded beside an adapter; else as the data stand."""
+
+    system: Annotated[str | None, Flag((), "Data")] = None
+    """A system message; only a chat template has a place for it."""
+
     samples: Annotated[Whole, Flag((), "Output")] = 3
     """Continuations or answers to print."""
 
@@ -199,6 +206,13 @@ class ChatConfig(Machine):
 
     max_new_tokens: Annotated[Count, Flag()] = 128
     """Longest answer."""
+
+    prompt_form: Annotated[Literal["auto", "prompt", "alpaca", "chat"], Flag()] = "auto"
+    """How prompts are put. prompt: as they are. alpaca: in Stanford Alpaca's template. chat: through the tokenizer's
+    chat template. auto: as in training, which is recorded beside an adapter; else chat, if there is a template."""
+
+    system: Annotated[str | None, Flag()] = None
+    """A system message; only a chat template has a place for it."""
 
     temperature: Annotated[NotNegative, Flag()] = 0.0
     """0: always the likeliest token."""

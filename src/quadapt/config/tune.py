@@ -55,6 +55,10 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     rank: Annotated[Count | None, Flag(("--r", "--lora-r"), "Adapter")] = None
     """Rank of the adapters. Default: the paper's, 64."""
 
+    train_tokens: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
+    """Tokens whose rows of embedding and head train too, by name or id: marks of turns that are new, or that no
+    training has told apart (repeat the flag for several)."""
+
     alpha: Annotated[Positive | None, Flag(("--lora-alpha",), "Adapter")] = None
     """The adapter is multiplied by alpha / rank. Default: the paper's, 16."""
 

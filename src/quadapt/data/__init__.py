@@ -1,5 +1,6 @@
 """Data: rows from files and the hub, sequences to train on, batches of them, and blocks to calibrate on."""
 
+from quadapt.data.ask import as_trained, asked, own_form
 from quadapt.data.calibration import Calibration, calibration_batches
 from quadapt.data.collate import Collator, pad_token_id
 from quadapt.data.encode import DataReport, Encoded, check_loss, encode, form_of
@@ -14,11 +15,14 @@ __all__ = [
     "Encoded",
     "PromptForm",
     "Rows",
+    "as_trained",
+    "asked",
     "calibration_batches",
     "check_loss",
     "check_packing",
     "encode",
     "form_of",
+    "own_form",
     "pad_token_id",
     "read",
     "read_held_out",

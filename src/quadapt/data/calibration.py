@@ -40,7 +40,14 @@ class Calibration:
 
 
 def calibration_batches(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, length: int, sequences: int = 128, batch: int = 8, seed: int = 0
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    sequences: int = 128,
+    batch: int = 8,
+    seed: int = 0,
+    at_least: int | None = None,
 ) -> Calibration:
     """Draw blocks of equal length from rows that are shuffled, tokenized as for training, and joined end to end.
 
@@ -53,6 +60,8 @@ def calibration_batches(
         sequences: Blocks to draw. Where there are fewer, all are taken.
         batch: Blocks in a batch.
         seed: The same seed draws the same blocks.
+        at_least: If there are fewer tokens than `length`, or than so many blocks of it need, blocks are shorter, so
+            that all of the text makes so many. None: `length` holds.
 
     Raises:
         ConfigError: `length`, `sequences` or `batch` is not positive.
@@ -69,6 +78,8 @@ def calibration_batches(
         tokens += len(example.ids)
         if tokens >= sequences * length:
             break
+    if at_least is not None and tokens < at_least * length:
+        length = max(2, tokens // at_least)
     if tokens < length:
         raise DataError(
             f"{rows.source}: has {tokens} tokens, too few for one block of {length} to calibrate on. Use "

@@ -19,14 +19,18 @@ NO_LOSS = -100
 """Label of a token that bears no loss."""
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
     """The id to pad with: the pad token's, or the end of sequence's (no loss is masked by ids, so none is lost).
+
+    Args:
+        tokenizer: Names them.
+        rows: Of the model's embedding: a pad token without one does not pad.
 
     Raises:
         DataError: The tokenizer has neither.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (rows is None or token < rows):
             return int(token)
     raise DataError(
         "the tokenizer has neither a pad token nor an end-of-sequence token. Set tokenizer.pad_token to "

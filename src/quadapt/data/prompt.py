@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2 import TemplateError
 
 from quadapt.errors import DataError
 
@@ -65,13 +67,21 @@ class PromptForm:
         kinds: dict[str, FormKind] = {"text": "text", "prompt": "prompt", "alpaca": "alpaca", "chat": "chat"}
         return cls(kinds.get(str(value.get("kind")), "text"), str(value.get("template") or ""))
 
-    def ask(self, prompt: str, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> str:
+    def ask(
+        self,
+        prompt: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """A prompt as it stands before the model's answer, to be tokenized without special tokens if `kind` is chat.
 
         Args:
             prompt: What the user says.
             tokenizer: Its chat template is used if `kind` is chat.
             system: A system message; it needs a chat template.
+            history: Messages before the prompt, if `kind` is chat; otherwise each prompt stands alone.
 
         Raises:
             DataError: There is no place for a system message, or the tokenizer has no chat template or another one.
@@ -82,10 +92,28 @@ class PromptForm:
             return alpaca(prompt) if self.kind == "alpaca" else prompt
         if self.template and template_digest(tokenizer) != self.template:
             raise DataError("the tokenizer's chat template is not the one that was trained with. Give the trained one")
-        messages = [{"role": "user", "content": prompt}]
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template to ask through. Ask with --prompt-form prompt")
+        first = [{"role": "system", "content": system}] if system else []
+        messages: Any = [*first, *history, {"role": "user", "content": prompt}]
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, TypeError, ValueError, KeyError) as error:  # on purpose or not
+            raise DataError(f"the chat template cannot render the prompt: {error}") from error
+
+    def ids(self, asked: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens of what `ask` gave, as training has them: a chat template writes its own opening tokens."""
+        from quadapt.data.examples import opening, tokenize  # which needs what stands above
+
+        return [*([] if self.kind == "chat" else opening(tokenizer)), *tokenize(tokenizer, [asked])[0]]
+
+    @classmethod
+    def recorded(cls, note: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+        """The form that a folder's note records; where there is none, what the tokenizer suggests."""
+        form = cls.from_dict(note.get("prompt") or {})
+        if form.kind != "text":
+            return form
+        return cls("chat" if tokenizer.chat_template else "prompt")
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:

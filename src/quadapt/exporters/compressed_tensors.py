@@ -20,6 +20,7 @@ from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
 from quadapt.exporters.tensors import TYPES, as_stored, refuse_adapters, tensors_of
+from quadapt.hf.ending import set_ends
 from quadapt.kernels import pack
 from quadapt.quant.weight import QuantWeight
 
@@ -64,6 +65,7 @@ def export_compressed_tensors(
     tensors = {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items())}
     with new_folder(path) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        set_ends(model, tokenizer)
         _save_config(model, layers, dtype, partial)
         tokenizer.save_pretrained(partial)
     rows = tuple(

@@ -14,6 +14,7 @@ from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, shape_of, tensors_of
+from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import copy_processor
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight, largest_move
@@ -69,6 +70,7 @@ def export_hf(
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        set_ends(model, tokenizer)
         _save_config(model, dtype, partial)
         tokenizer.save_pretrained(partial)
         copy_processor(model, partial)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quadapt.errors import ExportError
+from quadapt.hf.ending import turn_end
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TokenType
@@ -106,10 +107,14 @@ def _write_special(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]:
     before, after = _added(tokenizer)
     writer.add_add_bos_token(before)
     writer.add_add_eos_token(after)
-    more = [end for end in ends[1:] if tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS]
-    for end, write in zip(more, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+    turn = turn_end(tokenizer)
+    more = [end for end in ends[1:] if end != turn and tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS]
+    slots = [*([] if turn is not None else [writer.add_eot_token_id]), writer.add_eom_token_id]
+    if turn is not None:
+        writer.add_eot_token_id(turn)
+    for end, write in zip(more, slots, strict=False):
         write(end)
-    return [f"token {end} ends a text for this model, and llama.cpp does not stop at it" for end in more[2:]]
+    return [f"token {end} ends a text for this model, and llama.cpp does not stop at it" for end in more[len(slots) :]]
 
 
 def _ends(tokenizer: Any, model: Any) -> list[int]:

@@ -65,7 +65,6 @@ def base_note(folder_note: Any, where: str, output: Path) -> dict[str, Any]:
     """`quadapt.json` of such a folder: where the base is, and what trained the adapter."""
     final = Path(where).resolve()
     base = {"relative": os.path.relpath(final, output.resolve()), "absolute": str(final), "hub": None}
-    kept = {
-        name: folder_note.get(name) for name in ("method", "recipe", "steps", "final_loss", "eval_loss", "settings")
-    }
+    names = ("method", "recipe", "steps", "final_loss", "eval_loss", "settings", "prompt")
+    kept = {name: folder_note.get(name) for name in names}
     return {"kind": "adapter", "adapter": {"kind": "lora"}, **kept, "base": base}

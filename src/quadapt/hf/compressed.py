@@ -67,14 +67,26 @@ def read_nf8(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def attach(model: nn.Module, folder: Path) -> nn.Module:
-    """A PEFT model with the adapter of a folder, however that is held."""
+def attach(model: nn.Module, folder: Path, *, dropout: float | None = None) -> nn.Module:
+    """A PEFT model with the adapter of a folder, however that is held.
+
+    Args:
+        model: The base.
+        folder: Of the adapter.
+        dropout: Train on, with this dropout. None: for inference.
+    """
     from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
     if not (folder / NF8_FILE).exists():
-        return PeftModel.from_pretrained(model, str(folder))
+        if dropout is None:
+            return PeftModel.from_pretrained(model, str(folder))
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        config.lora_dropout = dropout
+        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
     config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
+    config.inference_mode = dropout is None
+    if dropout is not None:
+        config.lora_dropout = dropout
     adapted = get_peft_model(model, config)
     factors = read_nf8(folder / NF8_FILE)
     check_state(adapted, "default", factors)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+from torch import nn
 
 MOST_CONTEXT = 2048
 """Longest default context for calibration and evaluation, in tokens; also taken for models that do not name theirs."""
@@ -12,3 +15,18 @@ def context_of(config: Any) -> int:
     """Positions that a model was made for."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "max_position_embeddings", None) or MOST_CONTEXT)
+
+
+_POSITION = re.compile(r"(^|_)(wpe|pos|position|positions)(_|$)")
+
+
+def learnt_positions(model: nn.Module) -> str | None:
+    """Name of the table that holds a row for each position, if a model has one: it cannot go beyond; else None."""
+    most = context_of(model.config)
+    modules = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+    tables = {name: part.num_embeddings for name, part in modules}
+    tables |= {name: len(buffer) for name, buffer in model.named_buffers() if buffer.ndim == 2}
+    for name, rows in tables.items():  # some keep a few rows in front for padding
+        if _POSITION.search(name.rpartition(".")[2]) and most <= rows <= most + 8:
+            return name
+    return None

@@ -24,15 +24,19 @@ from quadapt.errors import CheckpointError, ConfigError, locate
 from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors, weight_files
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.ending import set_ends
 from quadapt.hf.notes import NOTE as NOTE
 from quadapt.hf.quantizer import base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, read_note, reading, reason_of
 from quadapt.hf.verify import digests_of
+from quadapt.hf.vocabulary import check_vocabulary, embedding_rows
 from quadapt.hf.workspace import write_json
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.trial import check_runs
 
 Kind = Literal["model", "quantized", "adapter"]
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,7 @@ def load(
     if folder.kind != "adapter":
         dense = load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         _check_runs(folder.name, dense)
-        return dense, load_tokenizer(folder.name, trust_remote_code=trust_remote_code)
+        return _ready(folder, dense, load_tokenizer(folder.name, trust_remote_code=trust_remote_code))
     where = find_base(folder, base)
     model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with over_any_base(any_base):
@@ -275,7 +279,17 @@ def load(
     model.eval()
     _check_runs(folder.name, model)
     holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
-    return model, load_tokenizer(holder, trust_remote_code=trust_remote_code)
+    return _ready(folder, model, load_tokenizer(holder, trust_remote_code=trust_remote_code))
+
+
+def _ready(folder: Folder, model: nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Model and tokenizer, if they belong together; what ends an answer is known to the model."""
+    with locate(folder.name):
+        check_vocabulary(tokenizer, embedding_rows(model))
+    own = folder.path / GENERATION
+    ends = read_json(own).get("eos_token_id") if folder.kind == "adapter" and own.exists() else None
+    set_ends(model, tokenizer, ends if isinstance(ends, list) else [ends])
+    return model, tokenizer
 
 
 def _check_runs(name: str, model: nn.Module) -> None:
@@ -349,6 +363,7 @@ def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping
     The folder should be one in the making, see `Workspace`.
     """
     config = base_config(model)
+    set_ends(model, tokenizer)
     model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     copy_processor(model, folder)

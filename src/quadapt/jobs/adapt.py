@@ -11,6 +11,7 @@ from torch import nn
 from quadapt.config import TuneConfig
 from quadapt.errors import ConfigError, QuadaptError
 from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.vocabulary import token_layers
 from quadapt.model.quantize import bits_of, quantized_layers
 from quadapt.model.select import matching, select
 from quadapt.nn.adapters import Adapter
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("quadapt")
 
 
-def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> PeftModel:
+def adapt(model: nn.Module, config: TuneConfig, *, tokens: Sequence[int] = (), on_meta: bool = False) -> PeftModel:
     """A PEFT model with a fresh adapter over the layers that `target_modules` names.
 
     Args:
         model: Quantized; dense for methods that quantize in their forward.
         config: Names the method; its rank, alpha and dropout hold.
+        tokens: Ids of tokens whose rows of embedding and head train too.
         on_meta: Shapes alone, for estimates.
 
     Raises:
@@ -57,13 +59,18 @@ def adapt(model: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> Pef
         start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
     )
     try:
-        return get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
+        settings.trainable_token_indices = token_layers(model, tokens)
+        adapted = get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
     except QuadaptError:
         raise
     except ValueError as error:  # layers that a family cannot have adapted (Mamba's out_proj)
         raise ConfigError(
             f"PEFT refuses the adapter ({error}). Name the layers that are to get one with --target-modules"
         ) from error
+    for name, parameter in adapted.named_parameters():  # in half precision small steps would be lost
+        if "trainable_tokens_delta" in name:
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def _layouts(model: nn.Module, adapter: Adapter, skip: Sequence[str]) -> dict[str, Layout]:

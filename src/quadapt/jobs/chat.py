@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from quadapt.config import ChatConfig
+from quadapt.data import PromptForm, pad_token_id
 from quadapt.errors import DataError
 from quadapt.hf.context import context_of
-from quadapt.hf.folder import load
+from quadapt.hf.folder import load, open_folder
 from quadapt.hf.reading import generating
+from quadapt.hf.vocabulary import embedding_rows
 from quadapt.jobs.source import device_of
 from quadapt.report.ui import UI
 
@@ -26,15 +28,19 @@ def chat(config: ChatConfig, ui: UI) -> dict[str, Any]:
         any_base=config.any_base,
         trust_remote_code=config.trust_remote_code,
     )
+    form = form_of_folder(config, tokenizer)
     torch.manual_seed(config.seed)
     history: list[dict[str, str]] = []
     if config.prompt is not None:
-        said = answer(model, tokenizer, config, config.prompt, history)
+        said = answer(model, tokenizer, config, config.prompt, history, form)
         ui.show(said)
         return {"prompt": config.prompt, "answer": said}
     ui.say(
         "an empty line or Ctrl-D ends"
-        + ("" if tokenizer.chat_template else "; the model has no chat template and continues your text")
+        + {
+            "chat": "",
+            "alpaca": "; each line is put into Alpaca's template, as in training, and stands alone",
+        }.get(form.kind, "; the model continues your text")
     )
     while True:
         try:
@@ -43,24 +49,34 @@ def chat(config: ChatConfig, ui: UI) -> dict[str, Any]:
             break
         if not prompt:
             break
-        ui.show(answer(model, tokenizer, config, prompt, history))
+        ui.show(answer(model, tokenizer, config, prompt, history, form))
     return {"turns": history}
 
 
+def form_of_folder(config: ChatConfig, tokenizer: Any) -> PromptForm:
+    """The form to ask in: what is given, else that of training, else what the tokenizer suggests."""
+    if config.prompt_form != "auto":
+        return PromptForm(config.prompt_form)
+    note = {} if config.model.endswith(".gguf") else open_folder(config.model).note
+    return PromptForm.recorded(note, tokenizer)
+
+
 @torch.no_grad()
-def answer(model: nn.Module, tokenizer: Any, config: ChatConfig, prompt: str, history: list[dict[str, str]]) -> str:
-    """What the model says; a model with a chat template remembers the turns before.
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    config: ChatConfig,
+    prompt: str,
+    history: list[dict[str, str]],
+    form: PromptForm,
+) -> str:
+    """What the model says to a prompt in the form of training; through a chat template it knows the turns before.
 
     Raises:
         DataError: There is nothing to answer, or the conversation no longer fits the model's context.
     """
-    if tokenizer.chat_template:
-        turns = [*history, {"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ]
-    else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    whole = form.ask(prompt, tokenizer, system=config.system, history=history)
+    ids = torch.tensor([form.ids(whole, tokenizer)], dtype=torch.long)
     if not ids.shape[1]:
         raise DataError("the prompt is empty. Give the model something to go on from")
     room = context_of(model.config) - ids.shape[1]
@@ -75,7 +91,7 @@ def answer(model: nn.Module, tokenizer: Any, config: ChatConfig, prompt: str, hi
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids).to(device),
         max_new_tokens=min(config.max_new_tokens, room),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=pad_token_id(tokenizer, embedding_rows(model)),
         **sampled,
     )
     said = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -158,18 +158,18 @@ def quantizing(
     return MemoryEstimate(libraries=memory.library_bytes(place.device), weights=weights, adapters=0, step=step)
 
 
-def tune(config: TuneConfig, ui: UI, *, seq_len: int) -> dict[str, Any]:
+def tune(config: TuneConfig, name: str, ui: UI, *, seq_len: int) -> dict[str, Any]:
     """`tune --dry-run`."""
-    found = sketch(config.model, config)
+    found = sketch(name, config)
     return show(found, tuning(config, found, seq_len=seq_len), ui)
 
 
-def tuning(config: TuneConfig, found: Sketch, *, seq_len: int) -> MemoryEstimate:
+def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[int] = ()) -> MemoryEstimate:
     """Memory that training will take. Uses up the sketch's model."""
     from quadapt.jobs.adapt import adapt
 
     device, weights = device_of(config), found.bytes_on_disk
-    model = adapt(found.model, config, on_meta=True)
+    model = adapt(found.model, config, tokens=tokens, on_meta=True)
     trainable = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -179,10 +179,37 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int) -> MemoryEstimate
     )
 
 
-def check_fits(estimate: MemoryEstimate, device: str, ui: UI) -> None:
+def check_quantizing(
+    config: QuantizeConfig | TuneConfig,
+    name: str,
+    place: Place,
+    ui: UI,
+    *,
+    target_modules: Sequence[str] = (),
+    most_length: int = MOST_CONTEXT,
+) -> None:
+    """Raise ResourceError if the machine lacks the memory to quantize, before that begins.
+
+    What is mapped from files need not fit, so that of a model on the CPU one block counts.
+    """
+    found = sketch(name, config, target_modules=target_modules)
+    cast = config.dtype == "float32" and found.dense > memory.parameter_bytes(found.model)
+    weights = found.dense if cast else found.part
+    estimate = quantizing(config, found, place, most_length=most_length)
+    if place.device == "cpu":
+        estimate = replace(estimate, weights=weights)
+    check_fits(estimate, place.device, ui, advice="Use a shorter --calibration-length, or --rounding nearest")
+
+
+def check_fits(
+    estimate: MemoryEstimate,
+    device: str,
+    ui: UI,
+    *,
+    advice: str = "Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits",
+) -> None:
     """Raise ResourceError if the machine lacks the memory; warn if others use what is missing."""
     total, available = memory.machine_bytes(device)
-    advice = "Use a smaller --batch-size or --seq-len, --gradient-checkpointing, or fewer --bits"
     if estimate.total > total:
         raise ResourceError(
             f"about {estimate.total / 1e9:.1f} GB of memory are needed, {device} has {total / 1e9:.1f} GB. {advice}"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from quadapt.config import EvalConfig
-from quadapt.data import Rows, read_held_out
+from quadapt.data import PromptForm, Rows, as_trained, asked, own_form, read_held_out
 from quadapt.evaluate import exact_match, generate_samples, perplexity
 from quadapt.files import sweep
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.folder import load
+from quadapt.hf.folder import load, open_folder
 from quadapt.hf.workspace import check_disk, check_output, write_json
 from quadapt.jobs.identity import inputs_of
 from quadapt.jobs.source import device_of
@@ -41,6 +41,10 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         any_base=config.any_base,
         trust_remote_code=config.trust_remote_code,
     )
+    form, word = _form(config, rows)
+    if word:
+        ui.say(word)
+    rows, questions = asked(rows, form, tokenizer, config.system)
     context = config.context or min(context_of(model.config), MOST_CONTEXT)
 
     def bar(label: str) -> Any:
@@ -61,11 +65,12 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         f"perplexity {found.perplexity:.4f} (loss {found.loss:.4f} nats per token, {found.tokens:,} tokens counted, "
         f"context {found.context}, stride {found.stride})"
     )
-    if rows.kind == "prompt-completion":
+    if questions is not None:
         match = exact_match(
             model,
             tokenizer,
-            rows,
+            questions,
+            form=form,
             max_new_tokens=config.max_new_tokens,
             batch=4 * config.batch_size,
             samples=config.samples,
@@ -76,7 +81,10 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         _show_samples(ui, [(sample.prompt, sample.answer, sample.expected) for sample in match.samples])
     elif config.samples:
         prompts = _openings(rows, config.samples)
-        answers = generate_samples(model, tokenizer, prompts, max_new_tokens=min(config.max_new_tokens, context // 2))
+        if form.kind == "chat":
+            prompts = [form.ask(prompt, tokenizer, system=config.system) for prompt in prompts]
+        most = min(config.max_new_tokens, context // 2)
+        answers = generate_samples(model, tokenizer, prompts, max_new_tokens=most, form=form)
         result["samples"] = [
             {"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)
         ]
@@ -88,10 +96,22 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
     return result
 
 
+def _form(config: EvalConfig, rows: Rows) -> tuple[PromptForm, str]:
+    """The form to ask in: what is given, else that of training, else that of the data; and what is to be said of it."""
+    note = {} if config.model.endswith(".gguf") else open_folder(config.model).note
+    trained = PromptForm.from_dict(note.get("prompt") or {})
+    if config.prompt_form != "auto":
+        return PromptForm(config.prompt_form), ""
+    if trained.kind == "text":
+        return PromptForm(own_form(rows)), ""
+    return as_trained(rows, trained)
+
+
 def _openings(rows: Rows, count: int) -> list[str]:
     """The first words of some rows."""
     if rows.kind == "messages":
-        return [str(rows.chat(index)[0]["content"]) for index in range(min(count, len(rows)))]
+        chats = [rows.chat(index) for index in range(min(count, len(rows)))]
+        return [next((str(turn["content"]) for turn in chat if turn["role"] == "user"), "") for chat in chats]
     texts = [str(text) for text in rows.data["text"][:count]]
     if len(texts) < count:  # one long document: begin at paragraphs of it
         texts = [part for part in texts[0].split("\n\n") if part.strip()][:count]

@@ -153,5 +153,6 @@ def _note(merged: nn.Module, certificate: Certificate, folder: Folder, bits: dic
         "bits_per_weight": bits_of(layouts),
         "bits": {**bits, "merged": bits_of(layouts)},
         "certificate": certificate.as_dict(),
+        "prompt": folder.note.get("prompt"),
         "trained": {name: folder.note.get(name) for name in ("method", "recipe", "steps")},
     }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quadapt.config import Grid, QuantizeConfig
-from quadapt.data import Rows, calibration_batches, read
+from quadapt.data import Calibration, Rows, calibration_batches, read
 from quadapt.errors import ConfigError
 from quadapt.hf.blocks import BlockFiles
 from quadapt.hf.context import MOST_CONTEXT, context_of
@@ -23,12 +23,14 @@ from quadapt.hf.start import START, write_start
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
+from quadapt.jobs.ready import check_length
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
 from quadapt.model.layer import LayerRow, Plan
 from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
 from quadapt.model.trial import check_reads, check_runs
+from quadapt.nn.block_ap import BlockAP
 from quadapt.quant.weight import Layout
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
@@ -57,10 +59,13 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     if config.calibration_data and plan.needs_data:
         rows = read(config.calibration_data, max_bad_rows=config.most_bad_rows)
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
+    if config.calibration_length:
+        check_length(sketch.model, config.calibration_length, "calibration_length", ui)
     place = dry.place_of(config, folder.name, device, ui, target_modules=config.target_modules)
+    dry.check_quantizing(config, folder.name, place, ui, target_modules=config.target_modules)
     job = job_of("quantize", config, earlier_job(output))
     with (
-        Workspace(output, job, overwrite=config.overwrite, needs=sketch.bytes_on_disk) as space,
+        Workspace(output, job, overwrite=config.overwrite, needs=2 * sketch.bytes_on_disk) as space,
         measured_peak(device) as peak,
     ):
         if space.finished is not None:
@@ -121,11 +126,12 @@ def quantize_into(
     calibration = None
     if plan.needs_text:
         assert calibration_rows is not None
-        length = config.calibration_length or min(context_of(model.config), most_length)
-        calibration = calibration_batches(
-            calibration_rows, tokenizer, length=length, sequences=config.calibration_sequences, seed=seed
+        calibration = calibration_for(config, calibration_rows, tokenizer, context_of(model.config), most_length, seed)
+        ui.say(
+            f"calibrating on {calibration.sequences} sequences of {calibration.length} tokens of {calibration.source}"
+            + (", which is all there is" if calibration.length < min(context_of(model.config), most_length) else "")
+            * (config.calibration_length is None)
         )
-        ui.say(f"calibrating on {calibration.sequences} sequences of {length} tokens of {calibration.source}")
     batches = calibration.batches if calibration else []
     with within_memory(place):
         statistics = statistics_for(plan.start.needs, name, model, selection.chosen, batches, ui, place.device)
@@ -161,6 +167,24 @@ def quantize_into(
     adopt(model, left=selection.left, made=made)
     check_runs(model)
     return write_model(model, tokenizer, path, done.rows, made, ui)
+
+
+def calibration_for(config: Grid, rows: Rows, tokenizer: Any, context: int, most_length: int, seed: int) -> Calibration:
+    """Text to calibrate on: as long as the model takes, up to `most_length`; shorter where there is little of it.
+
+    Raises:
+        DataError: There is less than one sequence of the length that the user gave, or hardly a token.
+    """
+    rounding = config.quantization().rounding
+    at_least = 2 * rounding.batch_size if isinstance(rounding, BlockAP) else 1
+    return calibration_batches(
+        rows,
+        tokenizer,
+        length=config.calibration_length or min(context, most_length),
+        sequences=config.calibration_sequences,
+        seed=seed,
+        at_least=None if config.calibration_length else at_least,
+    )
 
 
 def write_model(

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
 from quadapt.errors import ConfigError
+from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, load_model, write_note
 from quadapt.hf.identity import identity_of
 from quadapt.hf.start import START, read_start, set_start
+from quadapt.hf.vocabulary import embedding_rows, token_ids
 from quadapt.hf.workspace import Workspace
 from quadapt.jobs.adapt import adapt, true_bits
+from quadapt.jobs.card import adapter_card
+from quadapt.jobs.continued import Earlier
 from quadapt.jobs.source import dense_folder, device_of, versions
 from quadapt.methods import Recipe
 from quadapt.model.trial import check_runs
@@ -35,8 +39,9 @@ def fit(
     tokenizer: Any,
     data: tuple[Encoded, Encoded | None],
     ui: UI,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter over a base and write it into the workspace; what `quadapt.json` says about it."""
+    """Train an adapter, fresh or an earlier one, over a base, and write it; what `quadapt.json` says about it."""
     from transformers.trainer_utils import set_seed
 
     from quadapt.train import Run, train, trainable_parameters
@@ -45,7 +50,12 @@ def fit(
     quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     check_runs(quantized)
     set_seed(config.seed)
-    model = adapt(quantized, config)
+    if earlier is not None:
+        model = earlier.attach(quantized, chosen.recipe.dropout)
+        ui.say(f"going on from {earlier.folder.name}")
+    else:
+        model = adapt(quantized, config, tokens=token_ids(config.train_tokens, tokenizer))
+    collate = Collator(pad_token_id(tokenizer, embedding_rows(quantized)))
     if (space.path / START).exists():
         set_start(model, read_start(space.path / START))
     _say_recipe(chosen.recipe, ui)
@@ -54,7 +64,7 @@ def fit(
     fields = {
         name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"
     }
-    objective = _objective(config, space, model, data[0], Collator(pad_token_id(tokenizer)), ui)
+    objective = _objective(config, space, model, folder.name, data[0], collate, ui)
     run = Run(recipe=chosen.recipe, device=device, **{**fields, "keep": config.keeps})
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
@@ -62,7 +72,7 @@ def fit(
             data[0].data,
             run,
             space.path / "checkpoints",
-            collate=Collator(pad_token_id(tokenizer)),
+            collate=collate,
             eval_data=None if data[1] is None else data[1].data,
             objective=objective,
             tick=tick,
@@ -75,6 +85,8 @@ def fit(
         "recipe": asdict(chosen.recipe),
         "bits": true_bits(model),
         "data": {**asdict(data[0].report), "example": None},
+        **({} if earlier is None else {"from": earlier.about()}),
+        "prompt": data[0].form.as_dict(),
         "steps": trained.steps,
         "final_loss": trained.final_loss,
         "eval_loss": trained.eval_loss,
@@ -107,13 +119,13 @@ def _held_out_words(trained: Trained) -> str:
 
 
 def _objective(
-    config: TuneConfig, space: Workspace, model: Any, data: Encoded, collate: Collator, ui: UI
+    config: TuneConfig, space: Workspace, model: Any, dense: str, data: Encoded, collate: Collator, ui: UI
 ) -> RILQ | None:
     """RILQ's objective, if it is asked for: with targets from disk, or from the teacher as it goes."""
     if config.objective == "cross-entropy":
         return None
     quantized = getattr(model.config, "quantization_config", None)
-    name = config.teacher or (quantized.made.get("source") if quantized else config.model)
+    name = config.teacher or (quantized.made.get("source") if quantized else dense)
     if not name:
         raise ConfigError("objective='rilq' needs the full-precision model. Say where it is with --teacher")
     dense_folder(name)
@@ -147,6 +159,9 @@ def _write(
     inside.name_or_path = inside.config._name_or_path = named  # by which PEFT's model card names the base
     model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)
+    set_ends(model.get_base_model(), tokenizer)
+    model.get_base_model().generation_config.save_pretrained(space.path)
+    (space.path / "README.md").write_text(adapter_card({**summary, "base": where}), encoding="utf-8")
     write_note(space.path, {**summary, "base": where})
 
 

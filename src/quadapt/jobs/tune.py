@@ -8,14 +8,17 @@ from typing import Any
 
 from quadapt.config import TuneConfig
 from quadapt.data import Encoded, Rows, check_loss, encode, read, read_held_out, split_rows
-from quadapt.errors import CheckpointError, ConfigError
+from quadapt.errors import ConfigError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import Folder, load_tokenizer, open_folder, read_config
 from quadapt.hf.start import START
+from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace, check_output, remove
 from quadapt.jobs import dry
+from quadapt.jobs.continued import going_on
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.quantize import quantize_into
+from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
 from quadapt.jobs.source import Place, device_of
 from quadapt.jobs.training import fit
 from quadapt.report.ui import UI
@@ -30,36 +33,51 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, see the message.
     """
-    folder, device, chosen = open_folder(config.model), device_of(config), config.chosen_method()
-    _check(config, folder)
+    folder, earlier = open_folder(config.model), None
+    if folder.kind == "adapter":
+        config, earlier = going_on(config, folder)
+        folder = earlier.base
+    else:
+        _check(config, folder)
+    _check_run(config)
+    device, chosen = device_of(config), config.chosen_method()
+    makes_base = folder.kind == "model" and chosen.adapter.base != "float"
     about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
-    if seq_len > context_of(about):
-        ui.say(f"warning: seq_len={seq_len} is beyond the {context_of(about)} positions that the model was made for")
+    found = dry.sketch(folder.name, config)
+    check_length(found.model, seq_len, "seq_len", ui)
+    if makes_base and config.calibration_length:
+        check_length(found.model, config.calibration_length, "calibration_length", ui)
     if config.dry_run:
-        return dry.tune(config, ui, seq_len=seq_len)
+        return dry.tune(config, folder.name, ui, seq_len=seq_len)
     output = Path(config.output)
-    check_output(output, overwrite=config.overwrite, inputs=inputs_of(config))
-    tokenizer = load_tokenizer(folder.name, trust_remote_code=config.trust_remote_code)
+    check_output(output, overwrite=config.overwrite, inputs=[folder.name, *inputs_of(config)])
+    own = earlier is not None and (earlier.folder.path / "tokenizer_config.json").exists()
+    holder = earlier.folder.name if earlier is not None and own else folder.name
+    tokenizer = load_tokenizer(holder, trust_remote_code=config.trust_remote_code)
     rows, held = _rows(config)
     data = _encoded(config, rows, held, tokenizer, seq_len, ui)
     calibration = read(config.calibration_data, max_bad_rows=config.most_bad_rows) if config.calibration_data else rows
-    found = dry.sketch(folder.name, config)
+    look_over(config, found, folder.name, tokenizer, data, ui)
     place = Place(device, device)
-    if folder.kind == "model" and chosen.adapter.base != "float":
+    if makes_base:
         place = dry.place_of(config, folder.name, device, ui, most_length=seq_len)
-    needs = found.bytes_on_disk if folder.kind == "model" and chosen.adapter.base != "float" else 0
-    dry.check_fits(dry.tuning(config, found, seq_len=seq_len), device, ui)
-    job = job_of("tune", config, earlier_job(output))
+        dry.check_quantizing(config, folder.name, place, ui, most_length=seq_len)
+    tokens = token_ids(config.train_tokens, tokenizer)
+    estimate = dry.tuning(config, found, seq_len=seq_len, tokens=tokens)
+    needs = disk_needs(config, found, estimate.adapters // 4, data[0].report.tokens, quantizes=makes_base)
+    dry.check_fits(estimate, device, ui)
+    about_base = {} if earlier is None else {"base": folder.name}
+    job = job_of("tune", config, earlier_job(output), **about_base)
     with Workspace(output, job, overwrite=config.overwrite, needs=needs) as space:
         if space.finished is not None:
             return space.finished
         if space.resumed:
             ui.say(f"going on with {space.path}")
         base = folder.path
-        if folder.kind == "model" and chosen.adapter.base != "float":
+        if makes_base:
             base = _make_base(space.path, config, ui, place, calibration, seq_len)
-        summary = fit(config, space, base, folder, tokenizer, data, ui)
+        summary = fit(config, space, base, folder, tokenizer, data, ui, earlier)
         result = {"output": config.output, **summary}
         space.commit("checkpoints", "targets", START, result=result)
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
@@ -70,14 +88,6 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
 def _check(config: TuneConfig, folder: Folder) -> None:
     """Raise QuadaptError if the settings do not go with what the folder holds."""
     chosen = config.chosen_method()
-    if folder.kind == "adapter":
-        raise CheckpointError(
-            f"{config.model!r} is an adapter. To train on, merge it first: quadapt merge {config.model} --output FOLDER"
-        )
-    if config.keep == "best" or config.early_stopping:
-        wanted = f"early_stopping={config.early_stopping}" if config.early_stopping else "keep='best'"
-        if not (config.eval_data or config.eval_split):
-            raise ConfigError(f"{wanted} goes by the loss on held-out data. Give --eval-data or --eval-split")
     if folder.kind == "quantized" and config.given():
         raise ConfigError(
             f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give "
@@ -102,6 +112,14 @@ def _check(config: TuneConfig, folder: Folder) -> None:
             f"start={chosen.start.name!r} fits what quantization changes, and {config.model!r} is quantized already. "
             "Give the dense model, or use --start zero"
         )
+
+
+def _check_run(config: TuneConfig) -> None:
+    """Raise ConfigError if the settings of training contradict each other, or need what is not installed."""
+    if (config.keep == "best" or config.early_stopping) and not (config.eval_data or config.eval_split):
+        wanted = f"early_stopping={config.early_stopping}" if config.early_stopping else "keep='best'"
+        raise ConfigError(f"{wanted} goes by the loss on held-out data. Give --eval-data or --eval-split")
+    check_reporter(config.report_to)
 
 
 def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:

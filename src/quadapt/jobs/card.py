@@ -1,0 +1,33 @@
+"""The model card of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ASKED = {
+    "prompt": "as they stand in the data, without any template",
+    "alpaca": "in Stanford Alpaca's template",
+    "chat": "through the tokenizer's chat template",
+}
+
+
+def adapter_card(note: Mapping[str, Any]) -> str:
+    """What `quadapt.json` says of an adapter, for people."""
+    base = note["base"]
+    where = base["hub"] or base["relative"] or base["absolute"]
+    held, kept = note.get("eval_loss"), note["kept"]
+    lines = [
+        f"An adapter ({note['method']}) over {where}, written by quadapt. Load both with `quadapt.load(folder)`.",
+        f"Trained for {note['steps']} steps; the loss at the end was {note['final_loss']:.4f} nats per token."
+        + (f" Loss on held-out data: {held:.4f}, at step {kept['step']}, which is what is here." if held else ""),
+    ]
+    if "from" in note:
+        lines.append(
+            f"It goes on from the adapter {note['from']['adapter']}, trained for {note['from']['steps']} steps."
+        )
+    asked = _ASKED.get(note["prompt"]["kind"])
+    if asked:
+        lines.append(f"Prompts were put {asked}; `quadapt chat` and `quadapt eval` ask likewise.")
+    body = "\n\n".join(lines)
+    return f"---\nlibrary_name: peft\ntags: [lora, quadapt]\n---\n\n# An adapter ({note['method']})\n\n{body}\n"

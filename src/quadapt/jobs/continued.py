@@ -1,0 +1,108 @@
+"""Go on from an adapter: over the same base, with new data, into a new folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quadapt.config import TuneConfig, checked
+from quadapt.config.fields import Grid
+from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.compressed import attach
+from quadapt.hf.folder import Folder, find_base, open_folder
+from quadapt.hf.peft_layer import adapter_of
+from quadapt.hf.reading import reading
+from quadapt.methods import METHODS
+
+_OF_ADAPTER = ("target_modules", "rank", "alpha", "pooling", "init", "form", "start", "fisher", "train_tokens")
+_OF_BASE = ("plan", "offload", *(name for name in Grid.model_fields if name.startswith("calibration")))
+"""Settings of quantizing alone; here they have no meaning."""
+
+FIXED = (*(name for name in Grid.model_fields if name not in _OF_BASE), *_OF_ADAPTER)
+"""Settings that an adapter fixes for all further training."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The adapter to go on from."""
+
+    folder: Folder
+    """Where it is."""
+
+    base: Folder
+    """The model under it."""
+
+    def about(self) -> dict[str, Any]:
+        """What the new adapter's note says of it."""
+        before = self.folder.note.get("from") or {}
+        steps = int(self.folder.note.get("steps") or 0) + int(before.get("steps") or 0)
+        return {"adapter": str(self.folder.path.resolve()), "steps": steps}
+
+    def attach(self, model: nn.Module, dropout: float) -> Any:
+        """The PEFT model with the adapter as it was left, ready to train on.
+
+        Raises:
+            CheckpointError: The base is another one, or the adapter's files are damaged.
+        """
+        return reading(self.folder.name, attach, model, self.folder.path, dropout=dropout)
+
+
+def going_on(config: TuneConfig, folder: Folder) -> tuple[TuneConfig, Earlier]:
+    """Settings with those that the adapter fixes, and the adapter.
+
+    Raises:
+        ConfigError: One of those was given, and is another.
+        CheckpointError: The base is not there, or the adapter is none that quadapt trains.
+    """
+    from peft import PeftConfig
+
+    about: Any = reading(folder.name, PeftConfig.from_pretrained, folder.name)
+    base = open_folder(find_base(folder))
+    kind = reading(folder.name, adapter_of, about)
+    if base.kind == "adapter" or (base.kind == "model") != (kind.base == "float"):
+        raise CheckpointError(
+            f"{folder.name}: a {kind.kind} adapter over {base.name!r}, a {base.kind} model, cannot be trained on. "
+            "Train a new one over it"
+        )
+    noted = {name: value for name, value in (folder.note.get("settings") or {}).items() if name in FIXED}
+    likely = (name for name, each in METHODS.items() if each.adapter.kind == kind.kind)
+    method = noted.get("method") or next(likely, None)
+    if method is None:
+        raise CheckpointError(f"{folder.name}: no method trains {kind.kind} adapters")
+    fixed = {**noted, "method": method, "rank": about.r, "alpha": about.lora_alpha}
+    need = {"model": config.model, "data": config.data, "output": config.output}
+    old = checked(TuneConfig, {**need, **fixed}, f"{folder.name}: ")
+    _refuse_others(config, old)
+    taken = {name: getattr(old, name) for name in FIXED}
+    return config.model_copy(update=taken), Earlier(folder, base)
+
+
+def _refuse_others(config: TuneConfig, old: TuneConfig) -> None:
+    for name in _OF_BASE:
+        if name in config.model_fields_set and getattr(config, name) != TuneConfig.model_fields[name].default:
+            raise ConfigError(f"{name} has no meaning here: the base of {config.model!r} lies ready. Leave it out")
+    if config.dense_steps:
+        raise ConfigError(f"dense_steps: {config.model!r} has been trained with its quantizer already. Leave it out")
+    for name in FIXED:
+        wanted, fixed = getattr(config, name), getattr(old, name)
+        if name in config.model_fields_set and wanted != fixed and not _same(old, name, wanted):
+            raise ConfigError(
+                f"{name}={wanted!r}: {config.model!r} was trained with {fixed!r}, and that is fixed. Leave it out, or "
+                "train a new adapter over its base"
+            )
+
+
+def _same(old: TuneConfig, name: str, value: Any) -> bool:
+    """Whether the value only says what is the case anyway: the default, say."""
+    if name in ("target_modules", "skip", "train_tokens"):
+        return False
+    try:
+        one, other = (each.chosen_method() for each in (old, old.model_copy(update={name: value})))
+    except ConfigError:
+        return False
+    parts = ("format", "storage", "rounding", "start", "adapter")
+    return all(getattr(one, part) == getattr(other, part) for part in parts) and all(
+        getattr(one.recipe, part) == getattr(other.recipe, part) for part in ("rank", "alpha")
+    )
