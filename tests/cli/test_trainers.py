@@ -92,3 +92,29 @@ def test_stock_lora_under_the_stock_trainer(place: Path, shelf: dict[str, Any]) 
 
     _, certificate = merge(model, requantize=Nearest())
     assert certificate.verdict == "lossy"
+
+
+@pytest.mark.parametrize("method", ["l4q", "peqa"])
+def test_trl_prefers_with_the_untrained_adapter_as_its_reference(method: str, away: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = [{"prompt": f"{at} + 1 =", "chosen": f" {at + 1}", "rejected": f" {at}"} for at in range(4)]
+    model = quadapt.prepare("dense", method=method, rounding="nearest", bits=4, rank=2, device="cpu")
+    before = logits(model.eval())
+    about = DPOConfig(
+        str(away / "runs"), max_steps=1, learning_rate=0.01, max_length=32, report_to="none", use_cpu=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    trainer = DPOTrainer(model, args=about, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    assert trainer.train().training_loss == pytest.approx(0.6931, abs=0.01)  # model and reference are equal yet
+    inside = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    trained = logits(inside)
+    inside.set_adapter("ref")
+    assert torch.equal(logits(inside), before)
+    inside.set_adapter("default")
+    assert not torch.equal(trained, before)
+    merged, certificate = quadapt.merge(trainer.model)
+    assert certificate.verdict == "exact"
+    assert torch.equal(logits(merged), trained)

@@ -257,10 +257,13 @@ def test_the_dense_matrix_is_wanted_or_not(tiny_llama: Make) -> None:
         adapted(at("lr-qat", 4).adapter, copy.deepcopy(quantized))
 
 
-def test_a_second_adapter_is_refused(tiny_llama: Make) -> None:
+def test_one_adapter_is_active_at_a_time(tiny_llama: Make) -> None:
     model = adapted(at("l4q", 4).adapter, tiny_llama())
-    with pytest.raises(ConfigError, match="a second adapter"):
-        model.add_adapter("other", model.peft_config["default"])
+    model.add_adapter("other", lora_config(at("l4q", 4).adapter, rank=4, alpha=4))
+    with pytest.raises(ConfigError, match="default, other each train the grid"):
+        model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ConfigError, match="trained by default, other; a further adapter must"):
+        model.add_adapter("third", lora_config(METHODS["qa-lora"].adapter, rank=4, alpha=4))
 
 
 def test_a_bias_of_the_adapter_is_refused(tiny_llama: Make) -> None:

@@ -129,8 +129,8 @@ def into_peft() -> None:
 
     from quadapt.hf.identity import ours
 
-    _wrap(PeftModel, "load_adapter", _load_into_peft_model)
-    _wrap(hotswap, "check_hotswap_configs_compatible", _check_swap)
+    wrap(PeftModel, "load_adapter", _load_into_peft_model)
+    wrap(hotswap, "check_hotswap_configs_compatible", _check_swap)
 
     def checked(stock: Callable[..., Any], model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         name = kwargs.get("adapter_name", args[0] if args else "default")
@@ -138,7 +138,7 @@ def into_peft() -> None:
             check_state(model, name, state)
         return stock(model, state, *args, **kwargs)
 
-    _wrap(peft_model, "set_peft_model_state_dict", checked)  # as load_adapter calls it; the public function stays
+    wrap(peft_model, "set_peft_model_state_dict", checked)  # as load_adapter calls it; the public function stays
 
 
 def _load_into_peft_model(
@@ -169,7 +169,7 @@ def into_transformers() -> None:
     """Put our checks behind transformers' `model.load_adapter`, once."""
     from transformers.integrations.peft import PeftAdapterMixin
 
-    _wrap(PeftAdapterMixin, "load_adapter", _load_into_model)
+    wrap(PeftAdapterMixin, "load_adapter", _load_into_model)
 
 
 def _load_into_model(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +209,7 @@ def _check_loaded(model: Any, name: str, folder: Any, state: Mapping[str, Tensor
         raise CheckpointError(f"the adapter's file lacks {missing[:3]}, or has {extra[:3]} too many. Download it again")
 
 
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replace a function by `around(function, ...)`, unless that has been done."""
     stock = getattr(owner, name)
     if getattr(stock, "_quadapt", False):

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from quadapt.errors import ConfigError, locate
+from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.nn.adapters import Adapter, GridAdapter
 from quadapt.nn.adapters.base import add_low_rank
 from quadapt.nn.adapters.grid import Source
@@ -74,10 +74,7 @@ class GridLoraLinear(nn.Module, LoraLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Add the adapter (PEFT's hook)."""
         if adapter_name not in self.adapters:
-            raise ConfigError(
-                f"a second adapter ({adapter_name!r}) over a layer whose grid {next(iter(self.adapters))!r} trains is "
-                "not supported. Delete that one first, or merge it"
-            )
+            self.adapters[adapter_name] = self._another(config)
         adapter, source = self.adapters[adapter_name], self.source
         device = self.get_base_layer().get_parameter("weight").device
         with locate(kwargs.get("target_name") or "layer"):
@@ -95,6 +92,39 @@ class GridLoraLinear(nn.Module, LoraLayer):
             self.lora_start[adapter_name] = nn.Parameter(start, requires_grad=False)
             self.frozen_peft_weight_names[adapter_name] = ("lora_start",)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _another(self, config: LoraConfig) -> GridAdapter:
+        """A further adapter over the same layer, such as the frozen reference of a preference trainer."""
+        from quadapt.hf.peft_layer import adapter_of
+
+        adapter = adapter_of(config)
+        fits = isinstance(self.source, QuantWeight) != (adapter.base == "float")
+        if not isinstance(adapter, GridAdapter) or not fits or self.merged:
+            raise ConfigError(
+                f"this layer's grid is trained by {', '.join(self.adapters) or 'an adapter'}; a further adapter must "
+                f"train it too, over the same weights, with none merged, and {adapter.kind} cannot. Merge or delete "
+                "the other first"
+            )
+        return adapter
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter (PEFT's hook).
+
+        Raises:
+            ConfigError: More than one of them would train this layer's grid at once.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        ours = [name for name in names if name in self.adapters]
+        if len(ours) > 1:
+            raise ConfigError(
+                f"adapters {', '.join(ours)} each train the grid of this layer; set one of them at a time"
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter (PEFT's hook)."""
+        super().delete_adapter(adapter_name)
+        self.adapters.pop(adapter_name, None)
 
     def _factors(self, adapter_name: str, inputs: int, r: int, how: Any) -> None:
         """Give `lora_A` the shape that the adapter has, or take both factors away."""
@@ -115,12 +145,12 @@ class GridLoraLinear(nn.Module, LoraLayer):
 
     @property
     def adapter_name(self) -> str:
-        """PEFT's name of the adapter."""
-        return next(iter(self.adapters))
+        """PEFT's name of the active adapter, or of the first if none is."""
+        return next(iter(self.active()), next(iter(self.adapters), ""))
 
     @property
     def adapter(self) -> GridAdapter:
-        """The adapter."""
+        """The active adapter, or the first."""
         return self.adapters[self.adapter_name]
 
     @property
@@ -128,31 +158,30 @@ class GridLoraLinear(nn.Module, LoraLayer):
         """Layout of the quantized matrix that a merge gives."""
         return self.adapter.product(self.source)
 
-    def trained(self) -> dict[str, Tensor]:
-        """What has been trained, by name."""
-        name = self.adapter_name
-        found = {part: getattr(self, f"lora_{part}")[name] for part in self.adapter.names}
+    def trained(self, name: str = "") -> dict[str, Tensor]:
+        """What an adapter (by default the active one) has trained, by name."""
+        name = name or self.adapter_name
+        found = {part: getattr(self, f"lora_{part}")[name] for part in self.adapters[name].names}
         if name in self.lora_A:
             found |= {"A": self.lora_A[name].weight, "B": self.lora_B[name].weight}
         return found
 
-    def parts(self) -> tuple[Source, Tensor | None, dict[str, Tensor], float]:
-        """What the adapter computes from: source, start, trained tensors, scaling."""
-        name = self.adapter_name
-        return self.source, self.lora_start.get(name), self.trained(), float(self.scaling[name])
+    def parts(self, name: str = "") -> tuple[Source, Tensor | None, dict[str, Tensor], float]:
+        """What an adapter (by default the active one) computes from: source, start, trained tensors, scaling."""
+        name = name or self.adapter_name
+        return self.source, self.lora_start.get(name), self.trained(name), float(self.scaling[name])
 
     @property
     def on(self) -> bool:
         """Whether the adapter is part of the forward."""
-        return not self.disable_adapters and not self.merged and self.adapter_name in self.active_adapters
+        return not self.disable_adapters and not self.merged and bool(self.active())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, with the adapter if it is active."""
         self._check_forward_args(x, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         if not self.on:
-            return self.base_layer(x)
+            base: Any = self._unmerged if self.disable_adapters and self.merged else self.base_layer
+            return base(x)
         if self.dense_steps:
             _, _, trained, scaling = self.parts()
             return add_low_rank(self.base_layer(x), autocast(x), trained["A"], trained["B"], scaling)
@@ -173,13 +202,19 @@ class GridLoraLinear(nn.Module, LoraLayer):
         """Names of the adapters of this layer that are active: one, or none."""
         return [name for name in self.active_adapters if name in self.adapters]
 
-    def merged_weight(self) -> QuantWeight:
-        """The quantized weight that training arrived at.
+    def merged_weight(self, name: str = "") -> QuantWeight:
+        """The quantized weight that training of an adapter (by default the active one) arrived at.
 
         Raises:
             MergeError: The adapter cannot merge.
         """
-        return self.adapter.merge(*self.parts())
+        return self.adapters[name or self.adapter_name].merge(*self.parts(name))
+
+    def check_merge(self, names: list[str] | None = None) -> None:
+        """Raise MergeError if more than one adapter is to merge; each alone can."""
+        names = [name for name in (self.active() if names is None else names) if name in self.adapters]
+        if len({*names, *self.merged_adapters}) > 1:
+            raise MergeError(f"adapters {', '.join(names)} each give this layer a grid of its own. Merge one of them")
 
     def first_weight(self) -> QuantWeight:
         """The quantized weight from before the first step."""
@@ -207,7 +242,8 @@ class GridLoraLinear(nn.Module, LoraLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.adapters]
         if names:
-            weight, self._unmerged = self.merged_weight(), self.get_base_layer()
+            self.check_merge(names)
+            weight, self._unmerged = self.merged_weight(names[0]), self.get_base_layer()
             self.settle(weight, self.merged_bias())
             self.merged_adapters.extend(names)
 

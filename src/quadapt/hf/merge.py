@@ -23,8 +23,9 @@ from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
 from quadapt.hf.identity import check_merging
 from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers
-from quadapt.hf.quantizer import adopt, base_config
+from quadapt.hf.quantizer import adopt
 from quadapt.hf.trained import Part, adapters_off, check_state, merge_parts, parts_of, settle_ties, trained_tokens
+from quadapt.hf.tuner import about
 from quadapt.hf.wrapped import unwrapped
 from quadapt.model.layer import Plan, quantize_layer
 from quadapt.model.quantize import quantize_model, quantized_layers
@@ -154,7 +155,7 @@ def _merge(
     batches: Sequence[Tensor],
     progress: Callable[[Sequence[Any]], Iterable[Any]],
 ) -> tuple[nn.Module, Certificate]:
-    layers = adapted_layers(model)
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.active()}
     besides = _check(model, layers, requantize)
     own = not quantized_layers(model) or check_merging(model)
     if given is None:
@@ -172,7 +173,7 @@ def _merge(
         )
     with adapters_off(model):
         base = _logits(model, probe)
-    made, left = _about(model)
+    made, left = about(model)
     merge_parts(model)
     if requantize is not None and requantize.needs:
         merged, rows = _round_again(model, layers, requantize, batches)
@@ -218,19 +219,8 @@ def _check(model: Any, layers: dict[str, AdaptedLayer], requantize: Rounding | N
     check_state(model)
     for name, layer in layers.items():
         with locate(name), torch.no_grad():
-            layer.merged_bias()
-            if requantize is None and any(layer.adapters[active].exactness == "none" for active in layer.active()):
-                layer.merged_weight()
+            layer.merged_bias() if requantize is not None else layer.check_merge()
     return besides
-
-
-def _about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """How a quantized base was made and what it leaves unquantized; of a dense base there is nothing to say."""
-    if not quantized_layers(model):
-        kinds = {layer.adapters[name].kind for layer in adapted_layers(model).values() for name in layer.adapters}
-        return {"method": ", ".join(sorted(kinds))}, {}
-    config = base_config(model)
-    return dict(config.made), config.left
 
 
 def _merge_layer(name: str, layer: AdaptedLayer, requantize: Rounding | None) -> MergedLayer:

@@ -20,6 +20,7 @@ from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.doors import into_peft
 from quadapt.hf.grid_layer import GridLoraLinear, initialize
 from quadapt.hf.identity import KEY, QuadaptLoraConfig, admit, identity_of, settings_of
+from quadapt.hf.tuner import finish_injection, into_tuners
 from quadapt.model.select import refuse_foreign
 from quadapt.nn.adapters import Adapter, CodesAdapter, GridAdapter, LoRA, adapter_from
 from quadapt.nn.adapters.base import MergedForm
@@ -136,7 +137,11 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         adapter = adapter_of(config)
         with locate(kwargs.get("target_name") or "layer"):
             adapter.check(self.quant.layout, r, config.lora_dropout)
-        assert isinstance(adapter, CodesAdapter)
+            if not isinstance(adapter, CodesAdapter):
+                raise ConfigError(
+                    f"a {adapter.kind} adapter trains the grid itself, and this layer has adapters over its codes "
+                    f"({', '.join(self.adapters)}). Delete or merge these first"
+                )
         self.adapters[adapter_name] = adapter
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]
         inputs = adapter.inputs(self.quant.layout)
@@ -196,11 +201,9 @@ class QuantLoraLinear(nn.Module, LoraLayer):
                 "adapter_names: a batch that mixes adapters is not supported over quantized layers. "
                 "Run one batch per adapter"
             )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         active = [] if self.disable_adapters or self.merged else self.active()
         x = autocast(x)
-        weight = self.quant.quant_weight
+        weight, bias = self._base()
         inside = [name for name in active if self.adapters[name].merged_form]
         move = (
             MergedForm(tuple((self.adapters[name], float(self.scaling[name])) for name in inside)) if inside else None
@@ -217,14 +220,20 @@ class QuantLoraLinear(nn.Module, LoraLayer):
                 y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
         if self.disable_adapters:
             y = self._as_at_first(x, y)
-        return self.quant.with_bias(y)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _base(self) -> tuple[QuantWeight, Any]:
+        """Weight and bias to compute with: from before the merges, where adapters are merged and switched off."""
+        if self.disable_adapters and self._unmerged:
+            return self._unmerged[0]
+        return self.quant.quant_weight, self.quant.bias
 
     def _as_at_first(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` of the quantized matrix alone, plus what the active adapters started from."""
         for name in self.active():
             if name in self.lora_first_A:
                 first = self.lora_first_A[name], self.lora_first_B[name]
-                y = self.adapters[name].side(x, y, self.quant.quant_weight, *first, self.scaling[name])
+                y = self.adapters[name].side(x, y, self._base()[0], *first, self.scaling[name])
         return y
 
     def active(self) -> list[str]:
@@ -262,6 +271,14 @@ class QuantLoraLinear(nn.Module, LoraLayer):
                     )
                 bias = (bias + self.scaling[name] * self.lora_B[name].bias).to(bias.dtype)
         return bias
+
+    def check_merge(self, names: list[str] | None = None) -> None:
+        """Raise MergeError if an adapter (an active one, unless named) cannot merge into codes, or its bias."""
+        names = [name for name in self.active() if name not in self.merged_adapters] if names is None else names
+        names = [name for name in names if name in self.adapters]
+        self.merged_bias(names)
+        if any(self.adapters[name].exactness == "none" for name in names):
+            self._merged(names)
 
     def first_weight(self) -> QuantWeight:
         """The quantized weight from before the first step: the base's."""
@@ -341,33 +358,14 @@ def register() -> None:
     inject: Callable[..., None] = BaseTuner.inject_adapter
 
     def inject_admitted(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self.peft_config[adapter_name] = admit(model, self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = admit(model, given)
         inject(self, model, adapter_name, *args, **kwargs)
-        _refuse_other_tuners(model, self.peft_config[adapter_name])
+        finish_injection(self, model, adapter_name, given)
 
     BaseTuner.inject_adapter = inject_admitted  # type: ignore[method-assign]
     into_peft()
-
-
-def _refuse_other_tuners(model: nn.Module, config: Any) -> None:
-    """Take PEFT's layers of other kinds than LoRA off quantized ones, and refuse them.
-
-    They would name no base, and their merges write into the codes: IA3's without an error.
-    """
-    found: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        and not isinstance(module, AdaptedLayer)
-        and isinstance(module.get_base_layer(), QuantLinear)
-    }
-    for name, module in found.items():
-        model.set_submodule(name, module.get_base_layer())
-    if found:
-        raise ConfigError(
-            f"{next(iter(found))}: is quantized, and {config.peft_type.value} adapters of PEFT would neither name "
-            "their base nor merge. Use LoraConfig, or a method of quadapt (quadapt.prepare)"
-        )
+    into_tuners()
 
 
 def _check_base(adapter: Adapter, *, quantized: bool) -> None:

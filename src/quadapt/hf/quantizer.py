@@ -148,7 +148,7 @@ def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> An
         ConfigError: Something else has quantized a part of it.
     """
     refuse_foreign(model)
-    weights = {name: layer.quant_weight for name, layer in quantized_layers(model).items()}
+    weights = {_plain(name): layer.quant_weight for name, layer in quantized_layers(model).items()}
     config = QuadaptConfig.of(
         {name: weight.layout for name, weight in weights.items()},
         left=left,
@@ -161,6 +161,16 @@ def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> An
     model.is_quantized = True
     model.quantization_method = config.quant_method
     return model
+
+
+def disown(model: Any, before: Any) -> None:
+    """Undo :func:`adopt`: the model is again what `before`, its quantization config from then, says; None: dense."""
+    if before is not None:
+        model.config.quantization_config = before
+        model.hf_quantizer = QuadaptQuantizer(before, pre_quantized=True)
+        return
+    del model.config.quantization_config, model.hf_quantizer
+    model.is_quantized, model.quantization_method = False, None
 
 
 def fingerprint_of(model: nn.Module) -> str:

@@ -1,0 +1,186 @@
+"""What PEFT does to a whole model at once, where our layers need more than its walk over them gives.
+
+A model that is merged stays known to transformers as what it now is: quantized, with the fingerprint of the weights it
+has, so that an adapter trained over it is not taken for one of the base.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from quadapt.errors import ConfigError, locate
+from quadapt.hf.doors import wrap
+from quadapt.hf.identity import identity_of, settings_of
+from quadapt.hf.quantizer import adopt, base_config, disown
+from quadapt.model.quantize import quantized_layers
+from quadapt.model.select import left_over
+from quadapt.nn.quant_linear import QuantLinear
+
+log = logging.getLogger("quadapt")
+
+BEFORE = "_quadapt_before"
+"""Attribute of a base model in which adapters are merged for the time being: its config from before, or None."""
+
+
+def into_tuners() -> None:
+    """Put what our layers need around PEFT's operations on LoRA models, once."""
+    wrap(LoraModel, "_unload_and_optionally_merge", _unload)
+    wrap(LoraModel, "merge_adapter", _merge)
+    wrap(LoraModel, "unmerge_adapter", _unmerge)
+    wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
+
+
+def about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """How a quantized base was made and what it leaves unquantized; of a dense base there is nothing to say."""
+    from quadapt.hf.peft_layer import adapted_layers
+
+    if not quantized_layers(model):
+        kinds = {layer.adapters[name].kind for layer in adapted_layers(model).values() for name in layer.active()}
+        return {"method": ", ".join(sorted(kinds))}, {}
+    config = base_config(model)
+    return dict(config.made), config.left
+
+
+def _check(model: Any, names: list[str] | None) -> None:
+    """Raise MergeError if an adapter cannot merge; the layer is named, and nothing has been merged yet."""
+    from quadapt.hf.peft_layer import adapted_layers
+
+    for name, layer in adapted_layers(model).items():
+        with locate(name), torch.no_grad():
+            layer.check_merge(names)
+
+
+def _unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `merge_and_unload` and `unload`."""
+    from quadapt.hf.peft_layer import adapted_layers
+    from quadapt.hf.trained import merge_parts, settle_ties
+
+    layers = list(adapted_layers(self.model).values())
+    if not layers and not quantized_layers(self.model):
+        return stock(self, merge, *args, **kwargs)
+    names = kwargs.get("adapter_names")
+    made, left = about(self.model) if merge else ({}, {})
+    if merge:
+        _check(self.model, names)
+        if names is None:
+            merge_parts(self.model)
+    changed = any(layer.merged for layer in layers) or (merge and any(layer.active() for layer in layers))
+    model = stock(self, merge, *args, **kwargs)
+    if merge:
+        settle_ties(model, [])
+        if changed:
+            _declare(model, made, left)
+    model.__dict__.pop(BEFORE, None)
+    return model
+
+
+def _declare(model: Any, made: Mapping[str, Any], left: Mapping[str, str]) -> None:
+    """Make transformers know what a model holds after a merge that nothing has measured."""
+    adopt(
+        model,
+        left=left or left_over(model, "no adapter trained over it"),
+        made={**made, "merge": "by PEFT, without a certificate"},
+    )
+
+
+def _merge(stock: Callable[..., Any], self: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
+    """PEFT's `merge_adapter`: the base model is another one until `unmerge_adapter`."""
+    from quadapt.hf.peft_layer import adapted_layers
+
+    _check(self.model, adapter_names)
+    before, (made, left) = getattr(self.model.config, "quantization_config", None), about(self.model)
+    stock(self, adapter_names, **kwargs)
+    if any(layer.merged for layer in adapted_layers(self.model).values()):
+        self.model.__dict__.setdefault(BEFORE, before)
+        _declare(self.model, made, left)
+
+
+def _unmerge(stock: Callable[..., Any], self: Any) -> None:
+    """PEFT's `unmerge_adapter`."""
+    stock(self)
+    if BEFORE in self.model.__dict__:
+        disown(self.model, self.model.__dict__.pop(BEFORE))
+
+
+def _check_weighted(
+    stock: Callable[..., Any], self: Any, adapters: list[str], combination_type: str, svd_rank: int | None
+) -> Any:
+    """PEFT's `add_weighted_adapter` works on `lora_A` and `lora_B` alone, and with svd on the dense sum of both."""
+    found = stock(self, adapters, combination_type, svd_rank)
+    configs = [self.peft_config[name] for name in adapters]
+    kinds = [settings_of(config) for config in configs]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ConfigError(
+            f"add_weighted_adapter: {', '.join(adapters)} are of other kinds or settings; they do not add"
+        )
+    started = any(identity_of(config).get("start") for config in configs)
+    if kinds[0]["kind"] not in ("lora", "pooled") or started:
+        raise ConfigError(
+            f"add_weighted_adapter adds lora_A and lora_B alone, and a {kinds[0]['kind']} adapter trains more. "
+            "Merge one of them, and train on over the merged model"
+        )
+    if kinds[0]["kind"] == "pooled" and found[0].endswith("svd"):
+        raise ConfigError(
+            f"add_weighted_adapter: combination_type={combination_type!r} makes factors over all inputs, and pooled "
+            "adapters have one for each group. Use 'cat' or 'linear'"
+        )
+    return found
+
+
+def finish_injection(self: Any, model: nn.Module, adapter_name: str, given: Any) -> None:
+    """After an adapter was put over a model: refuse what would do wrong over codes, and copy what is to be a copy.
+
+    trl's preference trainers add a reference adapter with the very config object of the trained one, and then copy
+    its tensors by names that those of ours which are no `nn.Linear` do not have.
+    """
+    _refuse_other_tuners(model, given)
+    twin = next((name for name, known in self.peft_config.items() if name != adapter_name and known is given), None)
+    if twin is not None and _copy(model, twin, adapter_name):
+        log.warning("the adapter %r was given the config of %r, and starts as a copy of it", adapter_name, twin)
+
+
+def _refuse_other_tuners(model: nn.Module, config: Any) -> None:
+    """Take PEFT's layers of other kinds than LoRA off quantized ones, and refuse them.
+
+    They would name no base, and their merges write into the codes: IA3's without an error.
+    """
+    from quadapt.hf.peft_layer import AdaptedLayer
+
+    found: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, AdaptedLayer)
+        and isinstance(module.get_base_layer(), QuantLinear)
+    }
+    for name, module in found.items():
+        model.set_submodule(name, module.get_base_layer())
+    if found:
+        raise ConfigError(
+            f"{next(iter(found))}: is quantized, and {config.peft_type.value} adapters of PEFT would neither name "
+            "their base nor merge. Use LoraConfig, or a method of quadapt (quadapt.prepare)"
+        )
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, source: str, target: str) -> bool:
+    """Copy all tensors of one adapter of ours into another; whether there were any."""
+    from quadapt.hf.peft_layer import adapted_layers
+
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        for part in layer.adapter_layer_names:
+            held: Any = getattr(layer, part)
+            if source in held and target in held:
+                one, other = held[source], held[target]
+                pairs = [(one, other)] if isinstance(one, torch.Tensor) else zip(one.parameters(), other.parameters())  # noqa: B905
+                for old, new in pairs:
+                    new.copy_(old)
+    return bool(layers)

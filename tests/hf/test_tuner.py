@@ -1,0 +1,180 @@
+"""PEFT's operations on a whole model: merging, adding up, further adapters; the model stays known as what it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from quadapt.errors import CheckpointError, ConfigError, MergeError
+from quadapt.hf.merge import merge
+from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.quantizer import base_config, content_of, fingerprint_of
+from quadapt.methods import METHODS
+from quadapt.nn.adapters import Adapter, Elastic, LoRA, Pooled
+from quadapt.quant.format import Format
+
+TEXT = torch.arange(2, 34).view(2, 16)
+GRID = ("l4q", "peqa")
+
+
+@pytest.fixture(scope="module")
+def make(quantized_llama: Callable[..., Any], tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
+    """`make(adapter)`: a PEFT model over the base that the adapter needs, in which all that trains has moved."""
+
+    def build(adapter: Adapter, **settings: Any) -> PeftModel:
+        base = tiny_llama() if adapter.base == "float" else quantized_llama(Format(bits=4, group_size=32))
+        config = lora_config(adapter, rank=2, alpha=4, target_modules=["q_proj", "down_proj"], **settings)
+        model = get_peft_model(base, config).eval()
+        move(model)
+        return model
+
+    return build
+
+
+def move(model: nn.Module, seed: int = 3) -> None:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.03 * torch.randn_like(parameter)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=TEXT).logits
+
+
+# --- merging by PEFT --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*GRID, "qa-lora"])
+def test_what_peft_merges_is_quantized_for_transformers_too_and_a_base_of_its_own(
+    method: str, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make(METHODS[method].adapter)
+    before, old = logits(model), fingerprint_of(model)
+    merged = model.merge_and_unload()
+    assert torch.equal(logits(merged), before)
+    assert base_config(merged).fingerprint == content_of(merged) != old
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(again), before)
+    get_peft_model(again, lora_config(Pooled(), rank=2, alpha=4, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "over"
+    )
+    base = make(METHODS[method].adapter).unload()
+    with pytest.raises((CheckpointError, ConfigError), match=r"another base|this layer is dense"):
+        PeftModel.from_pretrained(base, tmp_path / "over")
+
+
+@pytest.mark.parametrize("method", [*GRID, "qa-lora"])
+def test_merging_for_the_time_being_changes_the_fingerprint_for_as_long(method: str, make: Callable[..., Any]) -> None:
+    model = make(METHODS[method].adapter)
+    config, before = copy.deepcopy(model.config.to_dict()), logits(model)
+    old = fingerprint_of(model.get_base_model())
+    model.merge_adapter()
+    base = model.get_base_model()
+    assert base_config(base).fingerprint == content_of(base) != old
+    with model.disable_adapter():  # computes with the weights from before, and leaves the merged ones where they are
+        assert not torch.equal(logits(model), before)
+    assert base_config(base).fingerprint == content_of(base) != old
+    assert torch.equal(logits(model), before)
+    model.unmerge_adapter()
+    assert fingerprint_of(base) == old
+    assert model.config.to_dict() == config
+    assert torch.equal(logits(model), before)
+
+
+def test_a_merge_by_peft_merges_dense_parts_and_token_rows_or_nothing(make: Callable[..., Any]) -> None:
+    model = make(Pooled())
+    model.add_adapter(
+        "dense",
+        LoraConfig(
+            r=2, target_modules=["lm_head"], trainable_token_indices={"embed_tokens": [4]}, task_type="CAUSAL_LM"
+        ),
+    )
+    model.base_model.set_adapter(["default", "dense"])
+    move(model)
+    before = logits(model)
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), before, rtol=1e-4, atol=1e-4)
+    lora = make(LoRA())
+    state = copy.deepcopy(lora.state_dict())
+    for merging in (lora.merge_and_unload, lora.merge_adapter):
+        with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj"):
+            merging()
+    assert all(torch.equal(value, state[name]) for name, value in lora.state_dict().items())
+
+
+# --- further adapters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*GRID, "qa-lora"])
+def test_an_adapter_given_the_very_config_of_another_starts_as_its_copy(method: str, make: Callable[..., Any]) -> None:
+    """As trl's preference trainers make their reference; the merge is of the one that is active."""
+    model = make(METHODS[method].adapter)
+    first = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("default")
+    move(model)
+    trained = logits(model)
+    model.set_adapter("ref", inference_mode=True)
+    assert torch.equal(logits(model), first)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.set_adapter("default")
+    merged, certificate = merge(model)
+    assert certificate.verdict == "exact"
+    assert torch.equal(logits(merged), trained)
+    assert not torch.equal(trained, first)
+
+
+def test_a_fresh_config_gives_a_fresh_adapter(make: Callable[..., Any]) -> None:
+    model = make(METHODS["l4q"].adapter)
+    trained = logits(model)
+    model.add_adapter("second", lora_config(METHODS["l4q"].adapter, rank=2, alpha=4, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    assert not torch.equal(logits(model), trained)
+    layers = adapted_layers(model)
+    assert not layers["model.layers.0.mlp.down_proj"].active()
+    assert not layers["model.layers.0.self_attn.q_proj"].lora_rho["second"].any()
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), trained)
+
+
+# --- what PEFT would do wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("adapter", "how", "why"),
+    [
+        (Elastic(), "cat", "trains more"),
+        (METHODS["peqa"].adapter, "cat", "trains more"),
+        (Pooled(), "svd", "Use 'cat' or 'linear'"),
+    ],
+    ids=["elastic", "peqa", "pooled"],
+)
+def test_adapters_that_do_not_add_up_are_refused(
+    adapter: Adapter, how: str, why: str, make: Callable[..., Any]
+) -> None:
+    model = make(adapter)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    with pytest.raises(ConfigError, match=why):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum", combination_type=how)
+
+
+def test_pooled_adapters_add_up_by_concatenation(make: Callable[..., Any]) -> None:
+    model = make(Pooled(form="side"))
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    before = logits(model)
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
