@@ -10,7 +10,7 @@ PORTABLE := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INST
 NUMERIC := tests/kernels tests/quant tests/nn tests/model tests/budget tests/hf/test_merge.py tests/hf/test_grid_layer.py \
 	tests/hf/test_start.py tests/hf/test_contract.py tests/test_calibrate.py tests/test_statistics.py tests/test_objectives.py
 
-.PHONY: help install demo test test-portable check bench gpu fuzz docs clean
+.PHONY: help install demo test test-portable check bench gpu fuzz kill docs clean
 
 help:
 	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
@@ -20,6 +20,7 @@ help:
 	@echo "make check     lint and types alone"
 	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"
 	@echo "make gpu       every Triton kernel and method checked, and timed where there is a GPU (8 minutes; needs no install)"
+	@echo "make kill      every command killed at every file-system event, and given again"
 	@echo "make fuzz      100,000 damaged inputs of every kind (25 minutes; CASES=.. for more)"
 	@echo "make docs      docs/ and the tables of the README, from the code and from what demo and bench found"
 
@@ -61,6 +62,10 @@ gpu:
 
 fuzz: install
 	$(BIN)/python -m benchmarks.fuzz --cases $(or $(CASES),100000) --seed $(or $(SEED),1)
+
+# Every file-system event of every command; MOST=20 takes so many of each, spread over them.
+kill: install
+	PYTHONPATH=src:. $(BIN)/python -m tests.kill --most $(or $(MOST),1000000) --moments $(or $(MOMENTS),100) --seed $(or $(SEED),0)
 
 docs: install
 	if [ -f report/report.json ]; then cp report/report.json benchmarks/results/demo.json; fi

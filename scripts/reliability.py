@@ -22,13 +22,37 @@ which there is no digest.
 """
 
 
+KILL = """\
+## Killed, and given again
+
+`make kill` kills each command (SIGKILL) at its file-system events: opening for writing, rename, unlink, mkdir, rmdir,
+link, truncate, utime and fsync, at which the file is also cut in half; and tune at random moments. Then the same
+command is given again. Counted are outputs that differ from an uninterrupted run's in anything but times; losses: a
+file of the user is gone, or neither the old nor the new output is whole at the moment of the kill; and reruns that are
+refused, fail or hang.
+"""
+
+
 def reliability() -> str:
     """The page."""
     parts = ["# Reliability\n"]
     stored = RESULTS / "fuzz.json"
     if stored.exists():
         parts.append(_fuzz(json.loads(stored.read_text(encoding="utf-8"))))
+    stored = RESULTS / "kill.json"
+    if stored.exists():
+        parts.append(_kill(json.loads(stored.read_text(encoding="utf-8"))))
     return "\n".join(parts)
+
+
+def _kill(found: dict[str, Any]) -> str:
+    columns = ("events", "killed", "differing", "lost", "stuck")
+    rows = [(f"`{title}`", *(f"{row[name]:,}" for name in columns)) for title, row in found["commands"].items()]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    spread = "" if found["most"] >= 10**6 else f"At most {found['most']} events of each command, spread evenly. "
+    return "\n".join(
+        [KILL, table(("command", *columns), rows), f"{spread}Commit {found['commit'][:12]}, {versions}.\n"]
+    )
 
 
 def _fuzz(found: dict[str, Any]) -> str:

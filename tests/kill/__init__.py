@@ -1,0 +1,1 @@
+"""Kill every command at every file-system event, give it again, and compare: `python -m tests.kill`."""

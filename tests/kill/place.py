@@ -1,0 +1,54 @@
+"""What the campaign's commands read, and the commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from commands import SHORT, byte_tokenizer, quadapt, write_data
+
+_TUNE = ("tune", "{}/dense", "--data", "{}/sums.jsonl", "--bits", "4", "--group-size", "32")
+_STEPS = ("--max-steps", "4", "--save-steps", "2", *SHORT)
+
+COMMANDS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "quantize": (("quantize", "{}/dense", "--rounding", "nearest", "--output", "out"), None),
+    "quantize --overwrite": (("quantize", "{}/dense", "--rounding", "nearest", "--output", "out", "--overwrite"), "hf"),
+    "merge --overwrite": (("merge", "{}/adapter", "--output", "out", "--overwrite"), "q4"),
+    "plan": (("plan", "{}/dense", "--budget", "4", "--method", "qlora", "--output", "out.json"), None),
+    "eval --output": (("eval", "{}/q4", "--data", "{}/sums.jsonl", "--limit", "2", "--output", "out.json"), None),
+    "export gguf --overwrite": (("export", "{}/merged", "--output", "out", "--overwrite"), "out.gguf"),
+    "export hf --overwrite": (("export", "{}/merged", "--format", "hf", "--output", "out", "--overwrite"), "hf"),
+    "export lora": (("export", "{}/adapter", "--format", "lora", "--output", "out"), None),
+    "tune": ((*_TUNE, *_STEPS, "--output", "out"), None),
+}
+"""By title: the command, in which `{}` is the folder of inputs, and the old output that it is to replace."""
+
+
+def fill(folder: Path) -> Path:
+    """Make the inputs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.trainer_utils import set_seed
+
+    folder.mkdir(parents=True)
+    set_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=258,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "dense")
+    byte_tokenizer().save_pretrained(folder / "dense")
+    write_data(folder)
+    os.chdir(folder)
+    quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "3", "--group-size", "32", "--output", "q4")
+    quadapt(*(word.replace("{}", str(folder)) for word in (*_TUNE, *_STEPS)), "--output", "adapter")
+    quadapt("merge", "adapter", "--output", "merged")
+    quadapt("export", "q4", "--format", "hf", "--output", "hf")
+    quadapt("export", "q4", "--output", "out.gguf")
+    return folder
