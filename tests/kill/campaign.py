@@ -199,9 +199,7 @@ class Trials:
             return True
         if self.old is None:
             return False
-        now, old, new = (
-            {n: d for n, d in each.items() if self._of_output(n)} for each in (left, self.before, self.after)
-        )
+        now, old, new = (self._output(each) for each in (left, self.before, self.after))
         kept = {name: digest for name, digest in now.items() if name not in ("out/job.json", "out/.lock")}
         return kept not in (old, new)
 
