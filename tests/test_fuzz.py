@@ -68,6 +68,10 @@ def test_damage_is_what_it_is_called() -> None:
     assert damaged_json(text, [Edit("replace", 1, "x")]) == b'{"a": ["x", 2], "b": {"c": "d"}}'
     assert damaged_json(text, [Edit("wrap", 4, None)]) == b'{"a": [1, 2], "b": {"c": ["d"]}}'
     assert damaged_json(text, [Edit("rename", 3, "z")]) == b'{"a": [1, 2], "z": {"c": "d"}}'
+    shared: list[int] = []
+    twice = [Edit("replace", 0, shared), Edit("replace", 0, [shared])]
+    assert damaged_json(text, twice) == b'{"a": [[]], "b": {"c": "d"}}'
+    assert shared == []
     assert damaged_bytes(b"abcdef", [Edit("cut", 3, None)]) == b"abc"
     assert damaged_bytes(b"abcdef", [Edit("insert", 3, 7)]) == b"abc7def"
     file = (2).to_bytes(8, "little") + b"{}" + b"rest"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +76,10 @@ def damaged_json(data: bytes, changes: list[Edit]) -> bytes:
 def _changed(value: Any, change: Edit) -> Any:
     places = _places(value) if isinstance(value, dict | list) else []
     if not places:
-        return change.value
+        return deepcopy(change.value)
     holder, key = places[change.at % len(places)]
     if change.how == "replace":
-        holder[key] = change.value
+        holder[key] = deepcopy(change.value)  # later changes fall into it, and the next cases share it
     elif change.how == "delete":
         del holder[key]
     elif change.how == "wrap":
