@@ -56,8 +56,10 @@ def prepare(
 
     from quadapt.config import TuneConfig, checked
     from quadapt.errors import ConfigError
+    from quadapt.hf.folder import load_tokenizer
     from quadapt.hf.quantizer import adopt
     from quadapt.hf.start import set_start
+    from quadapt.hf.vocabulary import token_ids
     from quadapt.jobs.adapt import adapt
     from quadapt.model.quantize import quantize_model, quantized_layers
     from quadapt.model.select import select
@@ -102,7 +104,9 @@ def prepare(
         adopt(model, left=selection.left, made={"method": method})
         check_runs(model)
     set_seed(seed)
-    adapted = adapt(model.to(there) if loaded and there else model, config)
+    named = config.train_tokens and not all(token.isdecimal() for token in config.train_tokens)
+    tokens = token_ids(config.train_tokens, load_tokenizer(name) if loaded and named else None)
+    adapted = adapt(model.to(there) if loaded and there else model, config, tokens=tokens)
     set_start(adapted, factors)
     return adapted
 
