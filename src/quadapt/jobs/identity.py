@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import quadapt
-from quadapt.config import Machine, Settings
+from quadapt.config import Machine, Settings, Walk
 from quadapt.hf.notes import JOB, NOTE, note_of, partial_of
 from quadapt.jobs.source import device_of
 
@@ -44,6 +46,8 @@ def job_of(command: str, config: Settings, note: Mapping[str, Any] | None = None
     }
     if isinstance(config, Machine):
         settings["device"] = device_of(config).partition(":")[0]
+        if isinstance(config, Walk) and settings["device"] == "cpu":
+            settings["threads"] = torch.get_num_threads()  # last bits of statistics and gradients depend on them
     read = {name: names for name, names in config.reads().items() if name not in idle}
     read |= {name: (where,) for name, where in more.items()}
     inputs = {name: identity(*names) for name, names in read.items()}
