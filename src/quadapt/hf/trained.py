@@ -243,7 +243,8 @@ def innermost(module: Any) -> nn.Module:
 def settle_ties(model: Any, parts: list[Part]) -> list[Part]:
     """After a merge: embeddings that are equal share one weight again, those that came apart are declared untied."""
     apart = set()
-    for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    for target, source in dict((tied and getattr(model, "all_tied_weights_keys", None)) or {}).items():
         one, other = model.get_parameter(target), model.get_parameter(source)
         owner, _, leaf = target.rpartition(".")
         if one is other:
