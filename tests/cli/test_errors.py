@@ -148,7 +148,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("'story.txt' cannot be written into",),
     ),
     "onto a file": ((*QUANTIZE, "--output", "story.txt", "--overwrite"), ("output='story.txt' is a file",)),
-    "onto a folder": (("export", "merged", "--output", "q4", "--overwrite"), ("q4: is a folder", "q4/model.gguf")),
+    "onto a folder": (
+        ("export", "merged", "--output", "q4", "--overwrite"),
+        ("output='q4' is a folder", "another --output"),
+    ),
     "onto the input": (
         ("export", "merged", "--output", "merged", "--format", "hf", "--overwrite"),
         ("output='merged' would replace 'merged', which is read",),
@@ -254,8 +257,10 @@ def test_a_disk_that_fills_up_midway_leaves_no_output(away: Path, monkeypatch: p
 def test_too_little_memory_is_refused_and_scarce_memory_warned_of(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(away)
     monkeypatch.setattr(memory, "machine_bytes", lambda _: (10**7, 10**7))
-    said = give(*TUNE, code=2)
+    said = give(*TUNE, "--method", "l4q", code=2)
     assert "GB of memory are needed, cpu has 0.0 GB. Use a smaller --batch-size" in said.error
+    for quantizing in (TUNE, QUANTIZE):
+        assert "cpu has 0.0 GB. Use a shorter --calibration-length" in give(*quantizing, code=2).error
     assert tree(away) == before
     monkeypatch.setattr(memory, "machine_bytes", lambda _: (10**12, 10**7))
     assert "warning: about" in give(*TUNE, code=0).err
