@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 
@@ -92,7 +92,7 @@ class OnCard(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         if function not in _CROSSING and any(not isinstance(each, OnCard) and each.ndim for each in tensors):
             raise RuntimeError(f"{function}: expected all tensors to be on the card")
         stays = isinstance(tensors[0], OnCard)
@@ -100,17 +100,38 @@ class OnCard(Tensor):
             stays, kwargs = kwargs["device"].type == "card", {**kwargs, "device": "cpu"}
         ledger.operators += 1
         ledger.waits += not stays or function is _ATEN._local_scalar_dense.default
-        plain_args, plain_kwargs = tree_map_only(OnCard, lambda each: each.inner, (args, kwargs))
-        result = function(*plain_args, **plain_kwargs)
+        plain_args = _each(_inner, args)
+        result = function(*plain_args, **{name: _each(_inner, each) for name, each in kwargs.items()})
         if not stays:
             return result.clone() if any(result is each for each in plain_args) else result
-        return tree_map_only(Tensor, OnCard, result)
+        return _each(_outer, result)
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, OnCard) else value
+
+
+def _outer(value: Any) -> Any:
+    return OnCard(value) if isinstance(value, Tensor) else value
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for each in values:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (list, tuple)):
+            yield from _tensors(each)
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change every tensor that an operator takes or gives: lists are all it knows, and torch's own walk is slow."""
+    return type(value)([_each(change, each) for each in value]) if isinstance(value, (list, tuple)) else change(value)
 
 
 def _made(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Operators that are given no tensor: `torch.empty` and its like."""
-    assert not any(isinstance(each, OnCard) for each in tree_leaves((args, kwargs))), function
-    return tree_map_only(Tensor, OnCard, function(*args, **{**kwargs, "device": "cpu"}))
+    assert not any(True for _ in _tensors((*args, *kwargs.values()))), function
+    return _each(_outer, function(*args, **{**kwargs, "device": "cpu"}))
 
 
 def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: ARG001
