@@ -36,7 +36,9 @@ def test_compressed_files(name, content, rows, tmp_path):
     assert len(read(str(tmp_path))) == rows
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"text": "x"}', mtime=0)[:-9]], ids=["no gzip", "cut short"])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b'{"text": "x"}', mtime=0)[:-9]], ids=["no gzip", "cut short"]
+)
 def test_damaged_compressed_files(content, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be decompressed"):
