@@ -32,8 +32,8 @@ for name in {ABSENT!r}:
     sys.modules[name] = None
 from benchmarks.gpu import cases, steps  # a few of each: all are tests of their own
 every, named = cases.cases, steps.named
-cases.cases = lambda *sizes: itertools.islice(every(*sizes), 0, None, 25)
-steps.named = lambda device: named(device)[::6]
+cases.cases = lambda *sizes: itertools.islice(every(*sizes), 0, None, 60)
+steps.named = lambda device: named(device)[::12]
 sys.argv = ["gpu"]
 runpy.run_module("benchmarks.gpu", run_name="__main__")
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import quadapt as library
 from quadapt.report import memory
 
 QUANTIZE = ("quantize", "dense", "--calibration-data", "story.txt", "--calibration-length", "32", "--bits", "3")
+SIZES: dict[str, Any] = {"vocab_size": 258, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 0}
 TABLES = 4096
 """Bytes of the tables of constants that stay on a device once it has been used."""
 
@@ -22,8 +24,7 @@ TABLES = 4096
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUADAPT_CACHE", str(tmp_path / "cache"))
-    sizes = {"vocab_size": 258, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 0}
-    llama(4, **sizes).save_pretrained("dense")
+    llama(4, **SIZES).save_pretrained("dense")
     byte_tokenizer().save_pretrained("dense")
     write_data(tmp_path)
 
@@ -89,6 +90,7 @@ def test_where_nothing_is_quantized_there_is_nothing_to_keep_off_the_card() -> N
 
 
 def test_a_plan_is_made_on_the_card_with_the_model_on_the_cpu() -> None:
+    llama(2, **SIZES).save_pretrained("dense")  # two layers show it: thousands of operators for each
     fisher = ("--fisher", "story.txt", "--calibration-length", "32", "--calibration-sequences", "9")
     least = ("plan", "dense", "--budget", "3.5", "--rank", "2", "--target-modules", "down_proj", *fisher)
     ledger.reset()
