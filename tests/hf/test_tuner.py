@@ -74,6 +74,21 @@ def test_what_peft_merges_is_quantized_for_transformers_too_and_a_base_of_its_ow
         PeftModel.from_pretrained(base, tmp_path / "over")
 
 
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_a_merge_that_changes_dense_layers_alone_gives_another_base(
+    by_peft: bool, quantized_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    over_head = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(quantized_llama(), over_head).eval()
+    old = fingerprint_of(model)
+    move(model)
+    merged: Any = model.merge_and_unload() if by_peft else merge(model)[0]
+    assert base_config(merged).fingerprint == content_of(merged) != old
+    get_peft_model(merged, lora_config(Pooled(), rank=2, alpha=4)).save_pretrained(tmp_path / "over")
+    with pytest.raises(CheckpointError, match="another base"):
+        PeftModel.from_pretrained(quantized_llama(), tmp_path / "over")
+
+
 @pytest.mark.parametrize("method", [*GRID, "qa-lora"])
 def test_merging_for_the_time_being_changes_the_fingerprint_for_as_long(method: str, make: Callable[..., Any]) -> None:
     model = make(METHODS[method].adapter)

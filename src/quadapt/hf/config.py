@@ -34,7 +34,8 @@ class QuadaptConfig(QuantizationConfigMixin):
         schemes: Content: formats and storages, each with the layers (and their shapes) that have it.
         left: Content: why each other matrix is not quantized.
         made: Content: how it was made (method, rounding, calibration), for people to read.
-        fingerprint: Content: SHA-256 of the quantized layers; adapters name their base by it.
+        fingerprint: Content: SHA-256 of the quantized layers, and of `besides`; adapters name their base by it.
+        besides: Content: SHA-256 of what merges have changed outside of the quantized layers; empty if nothing.
         version: Of the stored form.
         quant_method: Always "quadapt".
     """
@@ -53,10 +54,11 @@ class QuadaptConfig(QuantizationConfigMixin):
         left: Mapping[str, str] | None = None,
         made: Mapping[str, Any] | None = None,
         fingerprint: str = "",
+        besides: str = "",
         version: int = VERSION,
         quant_method: str = "quadapt",
     ) -> None:
-        _check_fields(version, schemes, left, made, fingerprint)
+        _check_fields(version, schemes, left, made, fingerprint, besides)
         if version > VERSION:
             raise CheckpointError(
                 f"the checkpoint has version {version} of the stored form, this quadapt reads up to {VERSION}. "
@@ -64,12 +66,8 @@ class QuadaptConfig(QuantizationConfigMixin):
             )
         self.quant_method, self.version = "quadapt", version  # type: ignore[assignment]  # an enum of transformers' own
         if schemes:
-            self.schemes, self.left, self.made, self.fingerprint = (
-                list(schemes),
-                dict(left or {}),
-                dict(made or {}),
-                fingerprint,
-            )
+            self.schemes, self.left, self.made = list(schemes), dict(left or {}), dict(made or {})
+            self.fingerprint, self.besides = fingerprint, besides
         else:
             self.bits, self.group_size, self.levels, self.zero = bits, group_size, levels, zero
             self.scales, self.range, self.skip = scales, range, list(skip)
@@ -88,7 +86,12 @@ class QuadaptConfig(QuantizationConfigMixin):
 
     @staticmethod
     def of(
-        layouts: Mapping[str, Layout], *, left: Mapping[str, str], made: Mapping[str, Any], fingerprint: str
+        layouts: Mapping[str, Layout],
+        *,
+        left: Mapping[str, str],
+        made: Mapping[str, Any],
+        fingerprint: str,
+        besides: str = "",
     ) -> QuadaptConfig:
         """The config of a checkpoint that holds these layers."""
         schemes: dict[tuple[Format, Storage, bool], dict[str, list[int]]] = {}
@@ -105,6 +108,7 @@ class QuadaptConfig(QuantizationConfigMixin):
             left=left,
             made=made,
             fingerprint=fingerprint,
+            besides=besides,
         )
 
     @property
@@ -138,6 +142,7 @@ def _check_fields(*values: Any) -> None:
         "left": (Mapping, NoneType),
         "made": (Mapping, NoneType),
         "fingerprint": (str,),
+        "besides": (str,),
     }
     for (name, types), value in zip(wanted.items(), values, strict=True):
         if not isinstance(value, types) or isinstance(value, bool):

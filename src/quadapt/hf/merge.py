@@ -24,7 +24,16 @@ from quadapt.hf.context import context_of
 from quadapt.hf.identity import check_merging
 from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers
 from quadapt.hf.quantizer import adopt
-from quadapt.hf.trained import Part, adapters_off, check_state, merge_parts, parts_of, settle_ties, trained_tokens
+from quadapt.hf.trained import (
+    Part,
+    adapters_off,
+    changed_besides,
+    check_state,
+    merge_parts,
+    parts_of,
+    settle_ties,
+    trained_tokens,
+)
 from quadapt.hf.tuner import about
 from quadapt.hf.wrapped import unwrapped
 from quadapt.model.layer import Plan, quantize_layer
@@ -189,7 +198,8 @@ def _merge(
     made["merge"] = "requantized" if requantize else verdict
     if not own:
         made["base"] = "another than the adapter was trained over, as asked"
-    adopt(merged, left=left or left_over(merged, "no adapter trained over it"), made=made)
+    left = left or left_over(merged, "no adapter trained over it")
+    adopt(merged, left=left, made=made, besides=changed_besides(merged, besides))
     if tokens:
         probe_name += f" and {len(tokens)} tokens whose embeddings trained"
     return merged, _compare(

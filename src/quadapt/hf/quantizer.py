@@ -141,8 +141,14 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> Any:
+def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any], besides: str = "") -> Any:
     """Make a model that was quantized in place known to transformers as quantized, so that it saves as such.
+
+    Args:
+        model: Changed in place, and returned.
+        left: Why each other matrix is not quantized, by name.
+        made: How it was made, for people to read.
+        besides: Digest of what merges have changed outside of the quantized layers.
 
     Raises:
         ConfigError: Something else has quantized a part of it.
@@ -153,7 +159,8 @@ def adopt(model: Any, *, left: Mapping[str, str], made: Mapping[str, Any]) -> An
         {name: weight.layout for name, weight in weights.items()},
         left=left,
         made=made,
-        fingerprint=fingerprint(weights),
+        fingerprint=fingerprint(weights, besides),
+        besides=besides,
     )
     model.name_or_path = ""  # PEFT writes it into adapters as their base; what bears that name is another model
     model.hf_quantizer = QuadaptQuantizer(config, pre_quantized=True)
@@ -197,7 +204,8 @@ def content_of(model: nn.Module) -> str:
     weights = {_plain(name): layer.quant_weight for name, layer in quantized_layers(model).items()}
     if any(tensor.device.type == "meta" for weight in weights.values() for tensor in weight.tensors.values()):
         return ""
-    return fingerprint(weights)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return fingerprint(weights, getattr(config, "besides", ""))
 
 
 def _of_an_adapter(name: str) -> bool:

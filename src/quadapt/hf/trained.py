@@ -7,8 +7,9 @@ Stock LoRA over dense layers (head, embeddings, layers that were skipped), rows 
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from quadapt.errors import MergeError
 from quadapt.hf.peft_layer import AdaptedLayer
 from quadapt.nn.quant_linear import QuantLinear
+from quadapt.quant.weight import hash_tensor
 
 MOST_ROWS = 128
 """Rows of an embedding that trained as a whole whose tokens are added to a probe: those that moved most."""
@@ -116,7 +118,9 @@ def _in_place(model: Any) -> list[str]:
         for part in (*module.adapter_layer_names, *module.other_param_names)
     )
     configs = getattr(model, "peft_config", {})
-    how = {configs[name].bias for name in getattr(model, "active_adapters", ()) if hasattr(configs[name], "bias")}
+    active = getattr(model, "active_adapters", ())
+    active = () if callable(active) else active  # transformers' method of that name: PEFT's model of it is not given
+    how = {configs[name].bias for name in active if hasattr(configs[name], "bias")}
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     found = []
     for name, parameter in model.named_parameters():
@@ -257,6 +261,25 @@ def settle_ties(model: Any, parts: list[Part]) -> list[Part]:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
     return [replace(part, untied=True) if part.name in apart else part for part in parts]
+
+
+def changed_besides(model: nn.Module, parts: Sequence[Part]) -> str:
+    """SHA-256 of what this merge, and those before it, have changed outside of the quantized layers; empty if nothing.
+
+    It is part of the fingerprint: an adapter trained over the merged model is not one of the base, even if no quantized
+    layer differs.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    before: str = getattr(config, "besides", "")
+    if not parts:
+        return before
+    changed, state = {part.name for part in parts}, hashlib.sha256(before.encode())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        where = plain(name)
+        if where in changed or where.rpartition(".")[0] in changed:
+            state.update(where.encode())
+            hash_tensor(state, parameter.detach())
+    return state.hexdigest()
 
 
 def trained_tokens(model: Any) -> list[int]:

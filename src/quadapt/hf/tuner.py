@@ -7,8 +7,8 @@ has, so that an adapter trained over it is not taken for one of the base.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.model import LoraModel
@@ -22,6 +22,9 @@ from quadapt.hf.quantizer import adopt, base_config, disown
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.select import left_over
 from quadapt.nn.quant_linear import QuantLinear
+
+if TYPE_CHECKING:
+    from quadapt.hf.trained import Part
 
 log = logging.getLogger("quadapt")
 
@@ -60,13 +63,14 @@ def _check(model: Any, names: list[str] | None) -> None:
 def _unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
     """PEFT's `merge_and_unload` and `unload`."""
     from quadapt.hf.peft_layer import adapted_layers
-    from quadapt.hf.trained import merge_parts, settle_ties
+    from quadapt.hf.trained import merge_parts, parts_of, settle_ties
 
     layers = list(adapted_layers(self.model).values())
     if not layers and not quantized_layers(self.model):
         return stock(self, merge, *args, **kwargs)
     names = kwargs.get("adapter_names")
     made, left = about(self.model) if merge else ({}, {})
+    parts = parts_of(self.model) if merge else []
     if merge:
         _check(self.model, names)
         if names is None:
@@ -75,31 +79,36 @@ def _unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any
     model = stock(self, merge, *args, **kwargs)
     if merge:
         settle_ties(model, [])
-        if changed:
-            _declare(model, made, left)
+        if changed or parts:
+            _declare(model, made, left, parts)
     model.__dict__.pop(BEFORE, None)
     return model
 
 
-def _declare(model: Any, made: Mapping[str, Any], left: Mapping[str, str]) -> None:
+def _declare(model: Any, made: Mapping[str, Any], left: Mapping[str, str], parts: Sequence[Part]) -> None:
     """Make transformers know what a model holds after a merge that nothing has measured."""
+    from quadapt.hf.trained import changed_besides
+
     adopt(
         model,
         left=left or left_over(model, "no adapter trained over it"),
         made={**made, "merge": "by PEFT, without a certificate"},
+        besides=changed_besides(model, parts),
     )
 
 
 def _merge(stock: Callable[..., Any], self: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
     """PEFT's `merge_adapter`: the base model is another one until `unmerge_adapter`."""
     from quadapt.hf.peft_layer import adapted_layers
+    from quadapt.hf.trained import parts_of
 
     _check(self.model, adapter_names)
     before, (made, left) = getattr(self.model.config, "quantization_config", None), about(self.model)
+    parts = parts_of(self.model) if quantized_layers(self.model) else []
     stock(self, adapter_names, **kwargs)
-    if any(layer.merged for layer in adapted_layers(self.model).values()):
+    if parts or any(layer.merged for layer in adapted_layers(self.model).values()):
         self.model.__dict__.setdefault(BEFORE, before)
-        _declare(self.model, made, left)
+        _declare(self.model, made, left, parts)
 
 
 def _unmerge(stock: Callable[..., Any], self: Any) -> None:

@@ -96,7 +96,7 @@ def verify(folder: Path, note: Mapping[str, Any], config: QuadaptConfig | None =
     wanted = {**digests.get("layers", {}), **digests.get("tensors", {})}
     if config is not None:
         wanted["fingerprint"] = config.fingerprint
-        seen["fingerprint"] = fingerprint_of_digests(digests.get("layers", {}))
+        seen["fingerprint"] = fingerprint_of_digests(digests.get("layers", {}), config.besides)
     if "seal" in digests:
         wanted |= digests.get("files", {}) | {_entry(name): value for name, value in digests.get("note", {}).items()}
         wanted[_entry("digests")] = digests["seal"]

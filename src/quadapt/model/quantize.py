@@ -228,12 +228,18 @@ def quantized_layers(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str
     }
 
 
-def fingerprint(weights: Mapping[str, QuantWeight]) -> str:
-    """SHA-256 over the digests of all quantized layers: the identity of a quantized base."""
-    return fingerprint_of_digests({name: weight.digest() for name, weight in weights.items()})
+def fingerprint(weights: Mapping[str, QuantWeight], besides: str = "") -> str:
+    """SHA-256 over the digests of all quantized layers: the identity of a quantized base.
+
+    Args:
+        weights: Its quantized layers, by name.
+        besides: Digest of what merges have changed outside of these; empty if nothing.
+    """
+    return fingerprint_of_digests({name: weight.digest() for name, weight in weights.items()}, besides)
 
 
-def fingerprint_of_digests(digests: Mapping[str, str]) -> str:
+def fingerprint_of_digests(digests: Mapping[str, str], besides: str = "") -> str:
     """The same, of the digests themselves."""
     lines = "".join(f"{name}:{digest}\n" for name, digest in sorted(digests.items()))
+    lines += f"besides:{besides}\n" if besides else ""
     return hashlib.sha256(lines.encode()).hexdigest()
