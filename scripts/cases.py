@@ -67,9 +67,12 @@ CASES = {
     ),
     "10-adapter-on-another-base": Case("refused, with both fingerprints", (r"refused: .*another base",)),
     "11-changed-flag-erases-checkpoints": Case(
-        "the second command goes on from the first one's checkpoints",
-        (r"going on", r"(?s)after the interruption: .*after the second command: .*checkpoint-"),
-        (r"starting over", r"cannot access"),
+        "goes on, or refuses and says what differs (held-out data decides what is kept); no checkpoint is lost",
+        (
+            r"going on|would not go on with: .*eval_data",
+            r"(?s)after the interruption: .*after the second command: .*checkpoint-",
+        ),
+        (r"starting over$", r"cannot access"),
     ),
     "12-train-on-an-adapter": Case(
         "training goes on over the same base", (r"wrote more",), (r"is an adapter\. To train",)

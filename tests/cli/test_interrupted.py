@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import SHORT, digests, give
 
 import quadapt
@@ -239,7 +240,8 @@ def test_what_does_not_change_the_result_does_not_matter(
     (away / "moved" / "README.md").write_text("a model")
     shutil.copy(away / "story.txt", away / "copy.txt")
     monkeypatch.setattr("quadapt.__version__", quadapt.__version__ + "1")
-    command = ["tune", "moved", *TUNE[2:], "--data", "copy.txt", "--device", "cpu", "--save-steps", "3"]
+    moved = {"dense": "moved", "story.txt": "copy.txt"}
+    command = [*(moved.get(word, word) for word in TUNE), "--device", "cpu", "--save-steps", "3", "--keep", "last"]
     with caplog.at_level(logging.INFO, "quadapt"):
         said = give(*command, "--eval-data", "sums.jsonl", code=0)
     assert "going on with out.partial" in said.err
@@ -250,7 +252,7 @@ def test_what_does_not_change_the_result_does_not_matter(
 def test_training_that_was_done_is_not_gone_on_with(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give(*TUNE[:-1], "whole", code=0)
     with monkeypatch.context() as patch:
-        patch.setattr("quadapt.jobs.tune._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("quadapt.jobs.training._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         for _ in range(2):
             give(*TUNE, code=130)
     said = give(*TUNE, "--json", code=0).json
@@ -304,7 +306,17 @@ print(json.dumps(found))
 """
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """As the children have: the number of threads is part of what a job is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_one_thread")
 def test_killed_and_interrupted_by_the_system(away: Path, run_python: Callable[..., str]) -> None:
     reached = {"quantize": "blocks/*.safetensors", "tune": "checkpoints/checkpoint-2/complete.json"}
     jobs = [

@@ -131,11 +131,11 @@ BAD: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
     "section": ({**JOB, "exprot": {}}, ("job.yaml: exprot is not a setting", "Did you mean export?")),
     "no output": ({"tune": TUNE}, ("job.yaml: output is missing", "Folder of the job")),
     "value": ({**JOB, "tune": {**TUNE, "bits": 5}}, ("job.yaml: tune.bits=5", "2, 3, 4 or 8")),
-    "kind": ({**JOB, "tune": {**TUNE, "max_steps": "many"}}, ("tune.max_steps='many'", "valid integer")),
+    "kind": ({**JOB, "tune": {**TUNE, "max_steps": "many"}}, ("tune.max_steps='many'", "whole number")),
     "contradiction": ({**JOB, "tune": {**TUNE, "method": "qlora", "form": "side"}}, ("form", "Leave it out")),
     "own output": ({**JOB, "tune": {**TUNE, "output": "x"}}, ("tune.output is not a setting", "Leave it out")),
     "own model": ({**JOB, "eval": {"model": "x", "data": "y"}}, ("eval.model is not a setting", "Leave it out")),
-    "no section": ({**JOB, "tune": "dense"}, ("job.yaml: tune='dense'", "dictionary")),
+    "no section": ({**JOB, "tune": "dense"}, ("job.yaml: tune='dense'", "section")),
     "not YAML": ("tune: [1", ("job.yaml: is not YAML", "line 1")),
     "no settings": ("- tune", ("job.yaml: holds no settings", "output and tune")),
 }

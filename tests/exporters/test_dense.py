@@ -181,8 +181,9 @@ def test_a_failure_midway_leaves_no_folder(tokenizer: Any, tmp_path: Path) -> No
         export_hf(model, tokenizer, tmp_path / "dense", dtype="float16", shard_bytes=100_000)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     assert list((tmp_path / "dense").iterdir()) == []
-    (tmp_path / "dense.partial").mkdir()  # of a run that was killed
+    (tmp_path / "dense.partial").mkdir()  # somebody's own
     (tmp_path / "dense.partial" / "model-00001-of-00009.safetensors").write_bytes(b"old")
     export_hf(model, tokenizer, tmp_path / "dense")
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "dense.partial"]
+    assert (tmp_path / "dense.partial" / "model-00001-of-00009.safetensors").read_bytes() == b"old"
     assert [path.name for path in (tmp_path / "dense").glob("*.safetensors")] == ["model.safetensors"]

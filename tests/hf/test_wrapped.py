@@ -49,10 +49,13 @@ def autocast(model: Any) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    states = (AcceleratorState, GradientState, PartialState)
+    for state in states:  # of tests before this one, in the same process
+        state._shared_state.clear()
     try:
         return Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     finally:
-        for state in (AcceleratorState, GradientState, PartialState):
+        for state in states:
             state._shared_state.clear()
 
 

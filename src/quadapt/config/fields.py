@@ -84,6 +84,10 @@ class Settings(BaseModel):
         """Names of the settings that do not change the result, see :class:`Flag`."""
         return {name for name, flag in self.flags().items() if flag.idle}
 
+    def effective(self) -> dict[str, Any]:
+        """The settings as JSON, each as it acts: where a default depends on others, the value that it comes to."""
+        return self.model_dump(mode="json")
+
     def reads(self) -> dict[str, tuple[str, ...]]:
         """Files, folders and names of the hub that are read, by the setting that names them."""
         found = {name: getattr(self, name) for name, flag in self.flags().items() if flag.reads}

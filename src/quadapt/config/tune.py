@@ -170,6 +170,9 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
         deciding = self.keeps == "best" or self.early_stopping
         return super().idle() - ({"eval_data", "eval_steps"} if deciding else set())
 
+    def effective(self) -> dict[str, Any]:
+        return {**super().effective(), "keep": self.keeps}
+
     @property
     def keeps(self) -> Literal["best", "last"]:
         """Which state is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,4 +31,6 @@ def adapter_card(note: Mapping[str, Any]) -> str:
     if asked:
         lines.append(f"Prompts were put {asked}; `quadapt chat` and `quadapt eval` ask likewise.")
     body = "\n\n".join(lines)
-    return f"---\nlibrary_name: peft\ntags: [lora, quadapt]\n---\n\n# An adapter ({note['method']})\n\n{body}\n"
+    named = json.dumps(base["hub"] or base["absolute"], ensure_ascii=False)  # a quoted string of YAML, too
+    about = f"base_model: {named}\nlibrary_name: peft\ntags: [lora, quadapt]"
+    return f"---\n{about}\n---\n\n# An adapter ({note['method']})\n\n{body}\n"

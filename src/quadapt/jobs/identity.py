@@ -39,11 +39,7 @@ def job_of(command: str, config: Settings, note: Mapping[str, Any] | None = None
     """
     _remember((note or {}).get("seen"))
     flags, idle = config.flags(), config.idle()
-    settings = {
-        name: value
-        for name, value in config.model_dump(mode="json").items()
-        if name not in idle and not flags[name].reads
-    }
+    settings = {name: value for name, value in config.effective().items() if name not in idle and not flags[name].reads}
     if isinstance(config, Machine):
         settings["device"] = device_of(config).partition(":")[0]
         if isinstance(config, Walk) and settings["device"] == "cpu":
