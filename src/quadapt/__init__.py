@@ -30,6 +30,8 @@ def __getattr__(name: str) -> Any:
 
         return QuadaptConfig
     if name == "any_base":
+        import peft  # noqa: F401 - whole before the modules of ours that plug into it
+
         from quadapt.hf.identity import any_base
 
         return any_base
