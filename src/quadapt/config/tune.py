@@ -23,7 +23,8 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder or hub name: a dense model (it is quantized first), or one that quadapt has quantized."""
+    """Folder or hub name: a dense model (it is quantized first), one that quadapt has quantized, or an adapter that
+    tune has written (it is trained on, over the same base)."""
 
     data: Annotated[Sources, Field(min_length=1), Flag((), "Data", reads=True)]
     """Training data: text, JSON lines, CSV, Parquet (also .gz), a folder, or a hub name; repeat it to mix several.
