@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the whole output of each case")
     given = parser.parse_args()
     failed = 0
-    for folder in sorted(path for path in given.folder.iterdir() if (path / "run.sh").exists()):
+    for folder in sorted(path for path in given.folder.resolve().iterdir() if (path / "run.sh").exists()):
         if given.only and folder.name[:2] not in given.only:
             continue
         start = time.monotonic()
