@@ -34,15 +34,15 @@ def guard(work: Callable[[UI], Mapping[str, Any]]) -> tuple[int, str]:
         FaultError: It was called a bug, it ended by itself, or took too long.
     """
     said, out = io.StringIO(), io.StringIO()
-    code, began = 0, time.process_time()
+    code, began, cause = 0, time.process_time(), None
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(out):
         try:
             guarded(lambda ui: dict(work(ui)), as_json=False, debug=False)
         except typer.Exit as error:
-            code = error.exit_code
+            code, cause = error.exit_code, error.__context__
     text = said.getvalue()
     if code not in (0, 2):
-        raise FaultError(f"exit code {code}: {text[-1500:]}")
+        raise FaultError(f"exit code {code}: {text[-1500:]}") from cause
     if "Traceback" in text:
         raise FaultError(f"a traceback: {text[-1500:]}")
     if time.process_time() - began > LONGEST:

@@ -52,7 +52,7 @@ def fuzz(
             if stop or isinstance(error, KeyboardInterrupt):
                 raise
             counts["faults"] += 1
-            faults.append(f"{kind}: {example!r:.600}\n{''.join(traceback.format_exception(error)[-3:])[-2500:]}")
+            faults.append(f"{kind}: {example!r:.600}\n{_where(error)}")
         finally:
             faulthandler.cancel_dump_traceback_later()
             shutil.rmtree(scratch, ignore_errors=True)
@@ -71,6 +71,12 @@ def fuzz(
     seed(number)(checked)()
     random.setstate(state)
     return counts, faults
+
+
+def _where(error: BaseException) -> str:
+    """What was said, and where in the package its cause is."""
+    frames = traceback.format_tb((error.__cause__ or error).__traceback__)
+    return "".join([*frames[-5:], *traceback.format_exception_only(error)])[-3500:]
 
 
 def work(shelf: Path, jobs: Any, said: Queue[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def test_merge_keeps_all_of_it_exactly(pooled: Path, base: Path, tmp_path: Path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), answers(pooled, base)[0])
     shown = give("inspect", tmp_path / "merged", code=0).out
     assert "merged besides: model.embed_tokens, 2 token rows" in shown
+    note = json.loads((tmp_path / "merged" / "quadapt.json").read_text())
+    for damaged in (1.5, None, [1], [{"name": "model.norm"}]):
+        note["certificate"]["besides"] = damaged
+        (tmp_path / "merged" / "quadapt.json").write_text(json.dumps(note))
+        assert "quadapt.json: is damaged (certificate.besides" in give("inspect", tmp_path / "merged", code=2).error
 
 
 def test_requantizing_loses_what_rounding_loses_and_no_more(lora: Path, base: Path, tmp_path: Path) -> None:

@@ -210,6 +210,13 @@ def test_an_entry_that_was_taken_out_is_no_pass(folder: Path, base: Any) -> None
         PeftModel.from_pretrained(copy.deepcopy(base), folder)
 
 
+@pytest.mark.parametrize("entry", [1.5, [{}], {"quadapt": "l4q"}, {"quadapt": ["kind"]}])
+def test_an_entry_that_is_no_object_is_refused(entry: Any, folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(auto_mapping=entry))
+    with pytest.raises(CheckpointError, match="where the adapter's settings belong"):
+        PeftConfig.from_pretrained(folder)
+
+
 # --- the settings -----------------------------------------------------------------------------------------------------
 
 

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 _EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.utime"}
-_TIMES = {"seconds", "peak_memory", "digests", "losses", "seen"}
-"""What may differ between two runs in a JSON file: times, memory, and digests over them."""
+_TIMES = {"seconds", "peak_memory", "digests", "losses", "seen", "quadapt.json"}
+"""What may differ between two runs in a JSON file: times, memory, and digests over them, as over a note."""
+COMPLETE = "complete.json"
+"""The file that is written last into a checkpoint, by a rename."""
 _USERS = {"out.old": "mine", ".out.new": "mine too", "photos/one.jpg": "precious"}
 """Files of the user that lie where the command works."""
 
@@ -35,9 +37,9 @@ class Found:
 
     events: int = 0
     killed: int = 0
-    differing: list[int] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-    stuck: list[int] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, int]:
         """As it is stored."""
@@ -54,35 +56,36 @@ def _writes(event: str, arguments: tuple[Any, ...]) -> bool:
     return event in _EVENTS
 
 
-def _watched(root: Path, at: int) -> list[int]:
-    """From now on this process is killed at event number `at` below `root`; the count of events."""
-    count, fsync, where = [0], os.fsync, str(root)
+def _watched(root: Path, at: int) -> list[str]:
+    """From now on this process is killed at event number `at` below `root`; the paths of the events."""
+    seen: list[str] = []
+    fsync, where = os.fsync, str(root)
 
     def here(path: object) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return False
         return os.path.abspath(os.fsdecode(path)).startswith(where)
 
-    def event() -> None:
-        count[0] += 1
-        if count[0] == at:
+    def event(path: object) -> None:
+        seen.append(os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else "")
+        if len(seen) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
         if _writes(name, arguments) and any(here(path) for path in arguments[:2]):
-            event()
+            event(arguments[1] if name == "os.rename" else arguments[0])
 
     def watched_fsync(handle: int) -> None:
         path = os.readlink(f"/proc/self/fd/{handle}")
         if here(path):
-            if count[0] + 1 == at and at % 2 and os.path.isfile(path):
+            if len(seen) + 1 == at and at % 2 and os.path.isfile(path):
                 os.truncate(path, os.path.getsize(path) // 2)
-            event()
+            event(path)
         fsync(handle)
 
     sys.addaudithook(hook)
     os.fsync = watched_fsync
-    return count
+    return seen
 
 
 def _child(work: Callable[[], int], kill_after: float | None = None) -> int:
@@ -110,15 +113,15 @@ def _child(work: Callable[[], int], kill_after: float | None = None) -> int:
 
 
 def _given(command: tuple[str, ...], folder: Path, at: int = 0) -> int:
-    """Give a command in a folder, in this process; its exit code, and the count of events in `events`."""
+    """Give a command in a folder, in this process; its exit code; the paths of its events are in `events`."""
     from typer.testing import CliRunner
 
     from quadapt.cli import app
 
     os.chdir(folder)
-    count = _watched(folder, at)
+    seen = _watched(folder, at)
     code = CliRunner().invoke(app, list(command)).exit_code
-    (folder.parent / "events").write_text(str(count[0]))
+    (folder.parent / "events").write_text(json.dumps(seen))
     return code
 
 
@@ -137,7 +140,7 @@ def state(folder: Path) -> dict[str, str]:
             found[name] = "folder"
             continue
         content = path.read_bytes()
-        if path.suffix == ".json":
+        if path.suffix == ".json":  # the stamps of `run` among them, .tune.json and so on
             with suppress(ValueError):
                 content = json.dumps(_stripped(json.loads(content)), sort_keys=True).encode()
         found[name] = hashlib.sha256(content).hexdigest()
@@ -161,7 +164,8 @@ class Trials:
         if _child(lambda: _given(command, folder)) != 0:
             raise RuntimeError(f"{' '.join(command)}: fails without being killed")
         self.seconds = time.monotonic() - start
-        self.found.events = int((scratch / "events").read_text())
+        self.events: list[str] = json.loads((scratch / "events").read_text())
+        self.found.events = len(self.events)
         self.after = state(folder)
 
     def _folder(self) -> Path:
@@ -183,15 +187,17 @@ class Trials:
         if code >= 0:
             return  # it ended before
         self.found.killed += 1
+        where = f"event {number}" if kill_after is None else f"{kill_after:.3f} s"
         left = state(folder)
-        if self._lost(left):
-            self.found.lost.append(number)
+        if self._lost(left) or self._lost_checkpoints(left, number):
+            self.found.lost.append(where)
         again = _child(lambda: _given(self.command, folder))
         now = state(folder)
         if again != 0 and not (again == 2 and left == self.after):  # the last: all was done already
-            self.found.stuck.append(number)
+            self.found.stuck.append(f"{where}: exit code {again}")
         elif now != self.after:
-            self.found.differing.append(number)
+            differing = sorted(name for name in now.keys() | self.after.keys() if now.get(name) != self.after.get(name))
+            self.found.differing.append(f"{where}: {', '.join(differing[:4])}")
 
     def _lost(self, left: dict[str, str]) -> bool:
         """Whether a file of the user is gone, or neither the old nor the new output is whole."""
@@ -202,6 +208,12 @@ class Trials:
         now, old, new = (self._output(each) for each in (left, self.before, self.after))
         kept = {name: digest for name, digest in now.items() if name not in ("out/job.json", "out/.lock")}
         return kept not in (old, new)
+
+    def _lost_checkpoints(self, left: dict[str, str], number: int) -> bool:
+        """Whether a complete checkpoint was there before the kill, and now there is neither one nor the output."""
+        written = any(path.endswith("/" + COMPLETE) for path in self.events[: max(number - 1, 0)])
+        kept = any(name.endswith("/" + COMPLETE) for name in left)
+        return written and not kept and not any(name.endswith("adapter_config.json") for name in left)
 
     @staticmethod
     def _output(state: dict[str, str]) -> dict[str, str]:

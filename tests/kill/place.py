@@ -20,10 +20,23 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "eval --output": (("eval", "{}/q4", "--data", "{}/sums.jsonl", "--limit", "2", "--output", "out.json"), None),
     "export gguf --overwrite": (("export", "{}/merged", "--output", "out", "--overwrite"), "out.gguf"),
     "export hf --overwrite": (("export", "{}/merged", "--format", "hf", "--output", "out", "--overwrite"), "hf"),
+    "export compressed-tensors": (("export", "{}/whole", "--format", "compressed-tensors", "--output", "out"), None),
+    "export nf8": (("export", "{}/qlora", "--format", "nf8", "--output", "out"), None),
     "export lora": (("export", "{}/adapter", "--format", "lora", "--output", "out"), None),
     "tune": ((*_TUNE, *_STEPS, "--output", "out"), None),
+    "run": (("run", "{}/job.yaml"), None),
 }
 """By title: the command, in which `{}` is the folder of inputs, and the old output that it is to replace."""
+
+_JOB = """\
+output: out
+tune: {{model: {0}/dense, data: {0}/sums.jsonl, group_size: 32, max_steps: 4, save_steps: 2, seq_len: 32, batch_size: 2,
+  gradient_accumulation: 1, rank: 2, learning_rate: 0.02}}
+merge: {{}}
+eval: {{data: {0}/sums.jsonl, limit: 2}}
+export: {{}}
+"""
+"""All stages of `run`."""
 
 
 def fill(folder: Path) -> Path:
@@ -50,9 +63,12 @@ def fill(folder: Path) -> Path:
     os.chdir(folder)
     quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "3", "--group-size", "32", "--output", "q4")
     quadapt(*(word.replace("{}", str(folder)) for word in (*_TUNE, *_STEPS)), "--output", "adapter")
+    quadapt("tune", "q4", "--data", "sums.jsonl", "--method", "qlora", *_STEPS, "--output", "qlora")
     quadapt("merge", "adapter", "--output", "merged")
     quadapt("export", "q4", "--format", "hf", "--output", "hf")
     quadapt("export", "q4", "--output", "out.gguf")
+    quadapt("quantize", "dense", "--rounding", "nearest", "--zero", "integer", "--output", "whole")
+    (folder / "job.yaml").write_text(_JOB.format(folder))
     # Each trial is forked from this process: what plan and eval import is imported once, here, and not in all of them.
     quadapt("eval", "q4", "--data", "sums.jsonl", "--limit", "1")
     quadapt("plan", "dense", "--budget", "4", "--method", "qlora", "--target-modules", "q_proj", "--output", "one.json")

@@ -73,7 +73,13 @@ class QuadaptLoraConfig(LoraConfig):
             self._check()
 
     def _check(self) -> None:
-        entry = dict((self.auto_mapping or {}).get(KEY) or {})
+        mapping = {} if self.auto_mapping is None else self.auto_mapping
+        entry = (mapping.get(KEY) or {}) if isinstance(mapping, dict) else mapping
+        if not isinstance(entry, dict):
+            raise CheckpointError(
+                f"adapter_config.json: auto_mapping holds {entry!r:.80} where the adapter's settings belong. Restore "
+                "the file from its source"
+            )
         if not entry.get("base_fingerprint"):
             raise CheckpointError(_NAMELESS)
         if entry.get("digest") != _digest(self):

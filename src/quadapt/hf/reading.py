@@ -174,6 +174,12 @@ class _MergedLayer(_Part):
     codes_changed: int
 
 
+class _MergedPart(_Part):
+    name: str
+    kind: str
+    untied: bool
+
+
 class _Certificate(_Part):
     verdict: Literal["exact", "equivalent", "lossy"]
     dtype: str
@@ -185,6 +191,7 @@ class _Certificate(_Part):
     perplexity_before: float
     perplexity_after: float
     layers: list[_MergedLayer]
+    besides: list[_MergedPart] = []
 
 
 class _Adapter(_Part):
