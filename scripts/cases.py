@@ -93,7 +93,8 @@ CASES = {
     "23-saved-by-datasets": Case("trains", (r"wrote adapter",), (r"not valid JSON",)),
     "24-tokenizer-model-alone": Case("trains", (r"wrote adapter",), (r"tiktoken",)),
     "27-last-not-best": Case(
-        "the adapter of the lowest held-out loss is kept, and its step named", (r"best.*step \d+|step \d+.*best",)
+        "the adapter of the lowest held-out loss is kept, and its step named",
+        (r"held-out loss ([\d.]+) at step ([2-9]|1[0-4]), which is kept \((?!\1)[\d.]+ at the end",),
     ),
 }
 
