@@ -193,7 +193,7 @@ class Trials:
             self.found.lost.append(where)
         again = _child(lambda: _given(self.command, folder))
         now = state(folder)
-        if again != 0 and not (again == 2 and left == self.after):  # the last: all was done already
+        if again != 0 and not (again == 2 and now == self.after):  # the last: all was done already
             self.found.stuck.append(f"{where}: exit code {again}")
         elif now != self.after:
             differing = sorted(name for name in now.keys() | self.after.keys() if now.get(name) != self.after.get(name))

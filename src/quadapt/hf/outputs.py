@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,8 @@ def check_output(output: Path, *, overwrite: bool, inputs: Iterable[str | None] 
         return
     if os.path.lexists(output):
         if not overwrite:
+            with suppress(OSError):  # a run that was killed at its very last step has left this, empty
+                partial_of(output).rmdir()
             raise ConfigError(f"{shown} exists. Use --overwrite to replace it, or another --output")
         if output.is_dir() != folder:
             what, wanted = ("file", "folder") if folder else ("folder", "file")
