@@ -50,7 +50,7 @@ def test_a_bug_is_a_fault_and_so_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_wrong_acceptance_is_a_fault(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter whose numbers changed is found out by its numbers, whatever the loader thinks of it."""
     run = KINDS["models and adapters"].run
-    monkeypatch.setattr("benchmarks.fuzz.kinds._digest", lambda model: str(id(model)))
+    monkeypatch.setattr("benchmarks.fuzz.loading._digest", lambda model: str(id(model)))
     with pytest.raises(FaultError, match="other numbers than before"):
         run(shelf, tmp_path, ("adapter", "adapter_model.safetensors", []))
 
