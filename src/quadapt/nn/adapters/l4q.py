@@ -14,7 +14,7 @@ from quadapt.nn.adapters.base import Exactness, add_low_rank
 from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format, Zero
-from quadapt.quant.rounding import check_choice
+from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
