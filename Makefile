@@ -10,7 +10,7 @@ PORTABLE := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INST
 NUMERIC := tests/kernels tests/quant tests/nn tests/model tests/budget tests/hf/test_merge.py tests/hf/test_grid_layer.py \
 	tests/hf/test_start.py tests/hf/test_contract.py tests/test_calibrate.py tests/test_statistics.py tests/test_objectives.py
 
-.PHONY: help install demo test test-portable check bench gpu fuzz kill docs clean
+.PHONY: help install demo test test-portable check bench gpu fuzz kill docs wheel clean
 
 help:
 	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
@@ -22,6 +22,7 @@ help:
 	@echo "make gpu       every Triton kernel and method checked, and timed where there is a GPU (8 minutes; needs no install)"
 	@echo "make kill      every command killed at every file-system event, and given again"
 	@echo "make fuzz      100,000 damaged inputs of every kind (25 minutes; CASES=.. for more)"
+	@echo "make wheel     the package, built, installed where nothing else is, and put to work"
 	@echo "make docs      docs/ and the tables of the README, from the code and from what demo and bench found"
 
 install: $(INSTALLED)
@@ -71,5 +72,13 @@ docs: install
 	if [ -f report/report.json ]; then cp report/report.json benchmarks/results/demo.json; fi
 	$(BIN)/python scripts/build_docs.py
 
+# As somebody gets it who installs the package: in an environment that holds nothing else.
+wheel: install
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/empty
+	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/*.whl
+	cd build/wheel && empty/bin/python ../../scripts/smoke.py
+
 clean:
-	rm -rf $(VENV) report
+	rm -rf $(VENV) report build site

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from quadapt.hf.config import QuadaptConfig
     from quadapt.hf.identity import any_base
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["QuadaptConfig", "QuadaptError", "any_base", "export", "load", "merge", "prepare"]
 
 
@@ -35,7 +36,23 @@ def __getattr__(name: str) -> Any:
         from quadapt.hf.identity import any_base
 
         return any_base
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module 'quadapt' has no attribute {name!r}")
+
+
+def _version() -> str:
+    """The version that was installed; it was read off the tag when the package was built.
+
+    Sources that run without being installed (`PYTHONPATH=src`) do not know theirs, and count as older
+    than the first release.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("quadapt")
+    except PackageNotFoundError:
+        return "0.1.dev0"
 
 
 def _plug_into_transformers() -> None:
