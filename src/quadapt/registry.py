@@ -1,7 +1,7 @@
 """Registries: every piece of the library is known by its name, and says that name itself, where it is defined.
 
 A registry belongs to an axis ("start", "adapter", "exporter", ..). It finds its pieces in two places: the modules of
-its own package, all of which are imported when a name is first looked up, so that a new piece is one new file; and the
+its own packages, all of which are imported when a name is first looked up, so that a new piece is one new file; and the
 entry points of other installed packages, whose group is `quadapt.` and the plural of the axis::
 
     [project.entry-points."quadapt.adapters"]
@@ -30,18 +30,18 @@ class Registry(Mapping[str, T], Generic[T]):
 
     Args:
         axis: What the pieces are, in the singular, as error messages say it: `start`.
-        package: The package whose modules define them: `quadapt.nn.starts`.
+        packages: The packages whose modules define them: `quadapt.nn.starts`.
         group: Group of entry points through which other packages add theirs. Default: `quadapt.` and the plural of
             the axis.
     """
 
-    def __init__(self, axis: str, package: str, group: str | None = None) -> None:
-        self.axis, self.package, self.group = axis, package, group or f"quadapt.{axis}s"
+    def __init__(self, axis: str, *packages: str, group: str | None = None) -> None:
+        self.axis, self.packages, self.group = axis, packages, group or f"quadapt.{axis}s"
         self._pieces: dict[str, T] = {}
         self._complete = False
 
     def register(self, name: str) -> Callable[[D], D]:
-        """A decorator that makes a class, or a function, known by a name.
+        """A decorator that makes a class, or a function, known by a name; a class has it as its `name` from then on.
 
         Raises:
             ConfigError: The name is taken by another piece.
@@ -49,6 +49,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
         def add(piece: D) -> D:
             self._add(name, piece)
+            if isinstance(piece, type):
+                piece.name = name  # type: ignore[attr-defined]
             return piece
 
         return add
@@ -62,9 +64,9 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self) -> dict[str, T]:
         if not self._complete:
             self._complete = True  # first: what is imported below may look up names
-            found = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(found.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+            for package in self.packages:
+                for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                    importlib.import_module(f"{package}.{module.name}")
             for entry in entry_points(group=self.group):
                 piece = entry.load()
                 if entry.name not in self._pieces:

@@ -14,7 +14,8 @@ from torch import Tensor
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import kernels_for
 from quadapt.quant.format import Format, normal_levels
-from quadapt.quant.rounding import Nearest, ScaleUnderflow, find_grid, implied_offsets
+from quadapt.quant.grids import implied_offsets
+from quadapt.quant.rounding import Nearest, ScaleUnderflow, find_grid
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 

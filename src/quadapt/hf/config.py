@@ -80,7 +80,7 @@ class QuadaptConfig(QuantizationConfigMixin):
         if self.scales:
             floats = storage.offsets in ("fp16", "fp32") and self.scales in ("fp16", "fp32", "double")
             offsets = self.scales if floats else storage.offsets
-            storage = Storage(scales=self.scales, offsets=offsets)  # type: ignore[arg-type]
+            storage = Storage(scales=self.scales, offsets=offsets)
         rounding = Nearest(range=self.range)  # type: ignore[arg-type]
         return Plan(format=format, storage=storage, rounding=rounding)
 

@@ -16,7 +16,8 @@ from quadapt.nn.adapters.l4q import L4Q
 from quadapt.nn.quant_linear import autocast
 from quadapt.nn.resident import moved
 from quadapt.quant.fixed import mean, total
-from quadapt.quant.rounding import Nearest, Range, Rounding, Statistics, as_float, find_grid, implied_offsets
+from quadapt.quant.grids import as_float, implied_offsets
+from quadapt.quant.rounding import ROUNDINGS, Nearest, Rounding, Statistics, find_grid
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -40,6 +41,7 @@ class Example(NamedTuple):
         return Example(*moved(tuple(self), device))
 
 
+@ROUNDINGS.register("block-ap")
 @dataclass(frozen=True, kw_only=True)
 class BlockAP(Rounding):
     """Block-AP, EfficientQAT's first stage (Chen et al. 2024, arXiv:2407.11062, §3.2): block-wise training of all.
@@ -53,11 +55,10 @@ class BlockAP(Rounding):
         and 0.02. Its data are 4096 sequences of 2048 tokens.
     """
 
-    name: ClassVar[str] = "block-ap"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
     scope: ClassVar[Literal["layer", "block"]] = "block"
 
-    range: Range = "minmax"
+    range: str = "minmax"
     """Span of a group's levels at the start, as in `Nearest`."""
 
     epochs: int = 2

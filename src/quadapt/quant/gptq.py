@@ -18,25 +18,22 @@ from torch import Tensor
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.kernels import kernels_for, pack
 from quadapt.quant.fixed import cholesky, inverse_of_lower, mean
+from quadapt.quant.grids import as_float, check_choice, implied_offsets, snap
+from quadapt.quant.ranges import RANGES
 from quadapt.quant.rounding import (
-    RANGES,
-    Range,
+    ROUNDINGS,
     Rounding,
     Statistics,
-    as_float,
-    check_choice,
     check_finite,
     check_grid,
-    check_range,
     codes_of_zero,
     find_grid,
-    implied_offsets,
-    snap,
 )
 from quadapt.quant.storage import Linear
 from quadapt.quant.weight import Layout, QuantWeight
 
 
+@ROUNDINGS.register("gptq")
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Rounding):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323, Algorithm 1) for any levels.
@@ -45,7 +42,6 @@ class GPTQ(Rounding):
         smaller than its block of 128, columns that still lack the errors of the block at hand.
     """
 
-    name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
 
     damping: float = 0.01
@@ -54,7 +50,7 @@ class GPTQ(Rounding):
     block: int = 128
     """Columns whose errors are handed to the rest of the matrix in one product. Changes speed, not the result."""
 
-    range: Range = "minmax"
+    range: str = "minmax"
     """How a group's span is chosen, as in `Nearest`."""
 
     act_order: bool = False
@@ -70,8 +66,8 @@ class GPTQ(Rounding):
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
-        check_choice("range", self.range, RANGES)
-        check_range(self.range, layout.format)
+        check_choice("range", self.range, tuple(RANGES))
+        RANGES[self.range]().check(layout.format)
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
         kinds = (layout.storage.scales, layout.storage.offsets)

@@ -17,15 +17,21 @@ Differs: sigma is the code's 0.5411 (the standard deviation of NormalFloat's wei
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from quadapt.kernels.entropy import entropy_shift
+from quadapt.errors import ConfigError
+from quadapt.kernels.entropy import entropy_shift, group_crowding
 from quadapt.kernels.reference import midpoints
 from quadapt.quant.format import DELTA, Format
+from quadapt.quant.grids import implied_offsets, snap, spanning, squared_error, where
+from quadapt.quant.ranges import RANGES, Range
+from quadapt.quant.weight import Layout
 
 STEPS = 100
 """Candidates on either side of the median (the paper's n)."""
@@ -68,3 +74,53 @@ def shifted_range(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
         levels = torch.linspace(-1, 1, 2**format.bits, dtype=torch.float64, device=weight.device)
     tau, reach = entropy_shift(weight, midpoints(levels), fractions(), format.width(weight.shape[1]))
     return tau - reach, tau + reach
+
+
+@RANGES.register("icq")
+@dataclass(frozen=True, kw_only=True)
+class ICQ(Range):
+    """Levels symmetric about the shift whose codes have the highest entropy (the paper's search)."""
+
+    summary: ClassVar[str] = "symmetric about the shift of highest entropy (needs zero float)"
+
+    def check(self, format: Format) -> None:
+        if format.zero != "float":
+            raise ConfigError(
+                f"range='icq' shifts each group, and {format.name} has no free offsets. Use zero='float'"
+                + (", or range='icq-scale'" if format.levels == "int" else "")
+            )
+
+    def ends(self, weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        return shifted_range(weight, layout.format)
+
+
+@RANGES.register("icq-scale")
+@dataclass(frozen=True, kw_only=True)
+class ICQScale(Range):
+    """The range times the factor whose codes have the highest entropy (the authors' code for integers)."""
+
+    summary: ClassVar[str] = "scaled for the highest entropy of codes (integers)"
+
+    def check(self, format: Format) -> None:
+        if format.levels != "int":
+            raise ConfigError(
+                f"range='icq-scale' scales the span of integers, and {format.name} has no such. Use range='icq' with "
+                "zero='float'"
+            )
+
+    def __call__(self, weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        kept, kept_offsets = snap(layout.storage, *spanning(low, high, layout))
+        best = _crowding(weight, layout, kept, kept_offsets)
+        bound = GUARD * squared_error(weight, layout, kept, kept_offsets)
+        for factor in FACTORS:
+            tried, tried_offsets = snap(layout.storage, *spanning(low * factor, high * factor, layout))
+            crowding = _crowding(weight, layout, tried, tried_offsets)
+            better = (crowding < best) & (squared_error(weight, layout, tried, tried_offsets) <= bound)
+            best = torch.where(better, crowding, best)
+            kept, kept_offsets = where(better, tried, tried_offsets, kept, kept_offsets)
+        return kept, kept_offsets
+
+
+def _crowding(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    format, shift = layout.format, implied_offsets(layout, scales, offsets)
+    return group_crowding(weight, scales, shift, format.bits, format.width(weight.shape[1]))

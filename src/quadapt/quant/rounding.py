@@ -16,21 +16,22 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import kernels_for
-from quadapt.kernels.entropy import group_crowding
 from quadapt.kernels.reference import rows_per_chunk
-from quadapt.quant import icq
 from quadapt.quant import storage as stored
-from quadapt.quant.format import Format
+from quadapt.quant.grids import SMALLEST_SCALE, as_float, check_choice, implied_offsets, spanning
+from quadapt.quant.ranges import RANGES
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.registry import Registry
 
 Statistics = Mapping[str, Tensor]
 """What calibration gathered for a layer, by name: `second_moment` float `[in, in]`."""
 
 CodeAgainst = Literal["stored", "exact"]
 
-Range = Literal["minmax", "mse", "icq", "icq-scale"]
-RANGES: tuple[Range, ...] = ("minmax", "mse", "icq", "icq-scale")
+
+ROUNDINGS: Registry[type[Rounding]] = Registry("rounding", "quadapt.quant", "quadapt.nn")
+"""Roundings by name: `ROUNDINGS["gptq"]()`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +61,24 @@ class Rounding(ABC):
         """
 
 
+@ROUNDINGS.register("nearest")
 @dataclass(frozen=True, kw_only=True)
 class Nearest(Rounding):
     """Each weight to the nearest level of its group."""
 
-    name: ClassVar[str] = "nearest"
-
-    range: Range = "minmax"
-    """minmax: the levels span the group. mse: the span is shrunk to the one of least squared error (100 candidates).
-    icq: symmetric about the shift of highest entropy. icq-scale: the span is scaled for entropy. See `icq.py`."""
+    range: str = "minmax"
+    """How a group's span is chosen, by its name in `RANGES` (`ranges.py`, `icq.py`)."""
 
     code_against: CodeAgainst = "stored"
     """Compute codes with the scales and offsets as stored (rounded), or with the exact ones as QLoRA does."""
 
     def __post_init__(self) -> None:
-        check_choice("range", self.range, RANGES)
+        check_choice("range", self.range, tuple(RANGES))
         check_choice("code_against", self.code_against, ("stored", "exact"))
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
-        check_range(self.range, layout.format)
+        RANGES[self.range]().check(layout.format)
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)
@@ -100,6 +99,7 @@ class Nearest(Rounding):
         return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
 
 
+@ROUNDINGS.register("fixed-point")
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint(Rounding):
     """Eight bits for a matrix that will have fewer: the range of `bits`-bit codes in `256 / 2**bits` times finer steps.
@@ -107,19 +107,17 @@ class FixedPoint(Rounding):
     LR-QAT's frozen base (arXiv 2406.06385, Q n.(8-n)): its training moves weights between the coarse codes.
     """
 
-    name: ClassVar[str] = "fixed-point"
-
     bits: int = 4
     """Width of a code of the product: 2, 3 or 4."""
 
-    range: Range = "mse"
+    range: str = "mse"
     """How a group's span is chosen for the coarse codes, as in `Nearest`; what lies beyond it is clipped."""
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
         if layout.format.levels != "int" or layout.format.bits != 8 or layout.format.zero != "none":
             raise ConfigError(f"{layout.format.name}: a fixed-point base is made of symmetric 8-bit integers")
-        check_range(self.range, layout.format)
+        RANGES[self.range]().check(layout.format)
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)
@@ -151,11 +149,6 @@ def _encode(part: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None
     )
 
 
-def as_float(weight: Tensor) -> Tensor:
-    """Float32, but float64 stays: references run in it."""
-    return weight if weight.dtype == torch.float64 else weight.float()
-
-
 def find_grid(
     weight: Tensor, layout: Layout, range_: str = "minmax", *, check: bool = True
 ) -> tuple[Tensor, Tensor | None]:
@@ -177,106 +170,15 @@ def find_grid(
     low, high = kernels_for(weight.device).group_range(weight, width)
     if check:
         check_finite(weight, low, high)
-    if range_ == "icq":
-        low, high = icq.shifted_range(weight, layout.format)
-    scales, offsets = _grid(low, high, layout)
+    chosen = RANGES[range_]()
+    low, high = chosen.ends(weight, low, high, layout)
     if check:
-        check_grid(scales, offsets, layout.storage)
-    if range_ == "mse":
-        return _least_error(weight, low, high, layout)
-    if range_ == "icq-scale":
-        return _most_entropy(weight, low, high, layout)
-    return scales, offsets
-
-
-def _least_error(weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The grid of least squared error over `low` to `high`, both shrunk alike."""
-    best = torch.full_like(low, torch.inf)
-    kept, kept_offsets = _grid(low, high, layout)
-    for shrink in (1 - 0.8 * step / 100 for step in range(100)):
-        tried, tried_offsets = snap(layout.storage, *_grid(low * shrink, high * shrink, layout))
-        error = _squared_error(weight, layout, tried, tried_offsets)
-        better = error < best
-        best = torch.where(better, error, best)
-        kept, kept_offsets = _where(better, tried, tried_offsets, kept, kept_offsets)
-    return kept, kept_offsets
-
-
-def _most_entropy(weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The grid over `low` to `high`, both scaled alike, whose codes have the highest entropy (see `icq.py`)."""
-    kept, kept_offsets = snap(layout.storage, *_grid(low, high, layout))
-    best = _crowding(weight, layout, kept, kept_offsets)
-    bound = icq.GUARD * _squared_error(weight, layout, kept, kept_offsets)
-    for factor in icq.FACTORS:
-        tried, tried_offsets = snap(layout.storage, *_grid(low * factor, high * factor, layout))
-        crowding = _crowding(weight, layout, tried, tried_offsets)
-        better = (crowding < best) & (_squared_error(weight, layout, tried, tried_offsets) <= bound)
-        best = torch.where(better, crowding, best)
-        kept, kept_offsets = _where(better, tried, tried_offsets, kept, kept_offsets)
-    return kept, kept_offsets
-
-
-def _where(
-    better: Tensor, scales: Tensor, offsets: Tensor | None, kept: Tensor, kept_offsets: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    if offsets is not None and kept_offsets is not None:
-        kept_offsets = torch.where(better, offsets, kept_offsets)
-    return torch.where(better, scales, kept), kept_offsets
-
-
-def _squared_error(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
-    format, shift = layout.format, implied_offsets(layout, scales, offsets)
-    kernel, table = kernels_for(weight.device), format.table(weight)
-    return kernel.group_error(weight, scales, shift, table, format.bits, format.width(weight.shape[1]))
-
-
-def _crowding(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
-    format, shift = layout.format, implied_offsets(layout, scales, offsets)
-    return group_crowding(weight, scales, shift, format.bits, format.width(weight.shape[1]))
-
-
-def _grid(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """The grid that spans `low` to `high`. A group without extent gets the smallest scale: nothing divides by zero."""
-    bits, zero = layout.format.bits, layout.format.zero
-    if layout.format.levels != "int":
-        middle = (high + low) / 2 if zero == "float" else torch.zeros_like(low)
-        return _positive(torch.maximum(high - middle, middle - low)), middle if zero == "float" else None
-    if zero == "float":  # QA-LoRA's form: the offset is the smallest weight
-        return _positive((high - low) / (2**bits - 1)), low
-    if zero == "integer":  # GPTQ's form: the range contains zero, and zero is a level
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scales = _positive((high - low) / (2**bits - 1))
-        return scales, (-low / scales).round().clamp(0, 2**bits - 1)
-    half = 2 ** (bits - 1)  # levels -half .. half - 1 about zero; neither tail is clipped
-    return _positive(torch.maximum(-low / half, high / (half - 1))), None
-
-
-def _positive(scales: Tensor) -> Tensor:
-    return torch.where(scales > 0, scales, SMALLEST_SCALE)
-
-
-def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor | None:
-    """Offsets in units of weights, from what is stored for them (zero-points, nothing) and the scales."""
-    if offsets is None:
-        return None if layout.format.levels != "int" else -scales * 2 ** (layout.format.bits - 1)
-    return -scales * offsets if layout.format.zero == "integer" else offsets
-
-
-def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Round scales and offsets as stored. Double-quantized ones stay: their codes depend on the whole matrix."""
-
-    def rounded(values: Tensor, kind: str) -> Tensor:
-        return values.float().to(stored.FLOATS[kind]).to(values.dtype) if kind in stored.FLOATS else values
-
-    return rounded(scales, storage.scales), None if offsets is None else rounded(offsets, storage.offsets)
+        check_grid(*spanning(low, high, layout), layout.storage)
+    return chosen(weight, low, high, layout)
 
 
 class ScaleUnderflow(ShapeError):  # noqa: N818
     """Scales are too small (or too large) for fp16, or offsets too large; the layer needs fp32."""
-
-
-SMALLEST_SCALE = 32 * 2.0**-24
-"""Smallest scale that fp16 holds within 1/64."""
 
 
 def check_finite(weight: Tensor, *extremes: Tensor) -> None:
@@ -315,23 +217,3 @@ def check_grid(scales: Tensor, offsets: Tensor | None, storage: Storage) -> None
         raise ShapeError(
             "rounding errors that are handed on grow beyond all bounds. Calibrate on more text, or skip it"
         )
-
-
-def check_range(range_: str, format: Format) -> None:
-    """Raise ConfigError unless a grid of this format can be chosen in that way."""
-    if range_ == "icq" and format.zero != "float":
-        raise ConfigError(
-            f"range='icq' shifts each group, and {format.name} has no free offsets. Use zero='float'"
-            + (", or range='icq-scale'" if format.levels == "int" else "")
-        )
-    if range_ == "icq-scale" and format.levels != "int":
-        raise ConfigError(
-            f"range='icq-scale' scales the span of integers, and {format.name} has no such. Use range='icq' with "
-            "zero='float'"
-        )
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is unknown. Use {', '.join(allowed)}")

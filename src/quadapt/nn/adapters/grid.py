@@ -22,7 +22,7 @@ from quadapt.errors import ConfigError
 from quadapt.kernels import pack
 from quadapt.nn.adapters.base import Adapter, Exactness
 from quadapt.quant.fake_quant import FakeQuant, fake_quant_codes, fake_quant_matmul
-from quadapt.quant.rounding import check_choice, implied_offsets
+from quadapt.quant.grids import check_choice, implied_offsets
 from quadapt.quant.storage import FLOATS
 from quadapt.quant.weight import Layout, QuantWeight
 

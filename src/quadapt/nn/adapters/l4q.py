@@ -14,7 +14,7 @@ from quadapt.nn.adapters.base import Exactness, add_low_rank
 from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format, Zero
-from quadapt.quant.rounding import check_choice
+from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -80,7 +80,7 @@ class L4Q(GridAdapter):
         format = Format(bits=self.bits, group_size=self.group_size, zero=self.offsets)
         kind: Held = "fp32" if self.scales == "fp32" else "fp16"
         offsets = {"none": "absent", "integer": "integer", "float": kind}[self.offsets]
-        return Layout(format=format, storage=Storage(scales=kind, offsets=offsets), out=out, columns=columns)  # type: ignore[arg-type]
+        return Layout(format=format, storage=Storage(scales=kind, offsets=offsets), out=out, columns=columns)
 
     def how(self, layout: Layout) -> FakeQuant:
         return FakeQuant(format=layout.format, columns=layout.columns, order=self.order, tolerance=self.tolerance)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quadapt.errors import ConfigError
 from quadapt.kernels import expand, pool
 from quadapt.nn.adapters.base import Begins, CodesAdapter, Exactness, add_low_rank
-from quadapt.quant.rounding import check_choice
+from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import FLOATS, Storage
 from quadapt.quant.weight import Layout, QuantWeight
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from quadapt.nn.starts.fit import best_offsets
 from quadapt.quant.rounding import Statistics
 from quadapt.quant.weight import QuantWeight
+from quadapt.registry import Registry
 
 Quantize = Callable[[Tensor], QuantWeight]
 """A rounding, bound to a layout and to the layer's statistics."""
@@ -63,11 +64,14 @@ class Start(ABC):
         """
 
 
+STARTS: Registry[type[Start]] = Registry("start", "quadapt.nn.starts")
+"""Starts by name."""
+
+
+@STARTS.register("zero")
 @dataclass(frozen=True, kw_only=True)
 class Zero(Start):
     """The quantized weight, and an adapter that is zero at first (QLoRA, QA-LoRA)."""
-
-    name: ClassVar[str] = "zero"
 
     def __call__(
         self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.nn.starts.base import Begun, Quantize, Start, folded
+from quadapt.nn.starts.base import STARTS, Begun, Quantize, Start, folded
 from quadapt.nn.starts.fit import Factors, balanced, leading, moment_of, objective, padded, solved, svd_factors
 from quadapt.quant.fixed import mean, one_thread, total
-from quadapt.quant.rounding import Statistics, check_choice
+from quadapt.quant.grids import check_choice
+from quadapt.quant.rounding import Statistics
 from quadapt.quant.weight import QuantWeight
 
 
@@ -39,6 +40,7 @@ class Calibrated(Start):
         """Factors for an error `[out, in]` under a second moment `[in, in]`, all float64."""
 
 
+@STARTS.register("quailora")
 @dataclass(frozen=True, kw_only=True)
 class QuAILoRA(Calibrated):
     """QuAILoRA (Lawton et al. 2024, arXiv:2410.14713, eqs. 2 to 6): alternating least squares from the SVD of `E`.
@@ -50,8 +52,6 @@ class QuAILoRA(Calibrated):
     Differs: the LoRA scaling is absorbed by the factors; the paper does not say. Singular Gram matrices are damped by
         1e-9 of their mean diagonal.
     """
-
-    name: ClassVar[str] = "quailora"
 
     iterations: int = 20
     """Sweeps over A and B (the paper: 20)."""
@@ -74,6 +74,7 @@ class QuAILoRA(Calibrated):
         return padded(balanced((A, Bt)) if self.balance else (A, Bt), rank)
 
 
+@STARTS.register("cloq")
 @dataclass(frozen=True, kw_only=True)
 class CLoQ(Calibrated):
     r"""CLoQ (Deng et al. 2025, arXiv:2501.18475) and QERA-exact (arXiv:2410.06040): the optimum in closed form.
@@ -81,8 +82,6 @@ class CLoQ(Calibrated):
     With `H = R R^T`, `up @ down = LR_r(E R) R^-1`: the best rank-r approximation of `E R`, taken back through `R`.
     Channels that inputs never use get nothing.
     """
-
-    name: ClassVar[str] = "cloq"
 
     split: Literal["even", "up", "down"] = "even"
     """Which factor carries the singular values of `E R`: half each, `lora_B`, or `lora_A`."""
@@ -112,6 +111,7 @@ class CLoQ(Calibrated):
         return padded((U * S**share, (S ** (1 - share))[:, None] * down), rank)
 
 
+@STARTS.register("qera")
 @dataclass(frozen=True, kw_only=True)
 class QERA(CLoQ):
     """QERA-approx (Zhang et al. 2024, arXiv:2410.06040): :class:`CLoQ` with the diagonal of `H` alone.
@@ -119,14 +119,13 @@ class QERA(CLoQ):
     Optimal where channels are uncorrelated; it needs no more than a number for each input.
     """
 
-    name: ClassVar[str] = "qera"
-
     def root(self, H: Tensor) -> tuple[Tensor, Tensor]:
         values = H.diagonal().clamp_min(0)
         root = (values + self.damping * mean(values)).sqrt()
         return torch.diag(root), torch.diag(torch.where(root > 0, 1 / root, 0))
 
 
+@STARTS.register("loftq")
 @dataclass(frozen=True, kw_only=True)
 class LoftQ(Start):
     """LoftQ (Li et al. 2023, arXiv:2310.08659, Algorithm 1): quantize `W - A B`, and fit `A B` to the rest, in turn.
@@ -136,8 +135,6 @@ class LoftQ(Start):
     Differs: keeps the best iterate, since a later one may be worse; the LoRA scaling is absorbed by the factors, which
         PEFT's does not do.
     """
-
-    name: ClassVar[str] = "loftq"
 
     iterations: int = 5
     """Times to quantize (the paper: 5; PEFT's default is 1)."""

@@ -9,16 +9,16 @@ what is quantized. What is returned is the best turn's Q with the L1 and L2 that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quadapt.errors import CalibrationError, ConfigError
-from quadapt.nn.starts.base import Begun, Quantize, Start, folded
+from quadapt.nn.starts.base import STARTS, Begun, Quantize, Start, folded
 from quadapt.nn.starts.fit import randomized_svd
 from quadapt.quant.fixed import mean, one_thread, total
-from quadapt.quant.rounding import Statistics, as_float
+from quadapt.quant.grids import as_float
+from quadapt.quant.rounding import Statistics
 
 OVERSAMPLED = 10
 """Directions beyond the rank that the randomized SVD follows (LQ-LoRA's code)."""
@@ -30,6 +30,7 @@ SMALLEST_WEIGHT = 1e-6
 """Smallest root of a row's or column's mean Fisher information, relative to the mean of these roots."""
 
 
+@STARTS.register("lq")
 @dataclass(frozen=True, kw_only=True)
 class LQ(Start):
     """Alternating low-rank and quantized parts, of which the best pair is kept.
@@ -44,8 +45,6 @@ class LQ(Start):
         any Fisher information are weighted a millionth of the average, not zero, by which its code would divide.
         The random directions of the SVD come from `seed`, and later turns start from those of the turn before.
     """
-
-    name: ClassVar[str] = "lq"
 
     iterations: int = 100
     """Turns, at most; it ends sooner once a turn is no better than the one before."""

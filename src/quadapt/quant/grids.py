@@ -1,0 +1,78 @@
+"""The grid of a group: scale and offset from the ends of the range that its levels are to span."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quadapt.errors import ConfigError
+from quadapt.kernels import kernels_for
+from quadapt.quant import storage as stored
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout
+
+SMALLEST_SCALE = 32 * 2.0**-24
+"""Smallest scale that fp16 holds within 1/64."""
+
+
+def as_float(weight: Tensor) -> Tensor:
+    """Float32, but float64 stays: references run in it."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def where(
+    better: Tensor, scales: Tensor, offsets: Tensor | None, kept: Tensor, kept_offsets: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The first grid where `better` (`[rows, groups]`) says so, the kept one elsewhere."""
+    if offsets is not None and kept_offsets is not None:
+        kept_offsets = torch.where(better, offsets, kept_offsets)
+    return torch.where(better, scales, kept), kept_offsets
+
+
+def squared_error(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
+    """Squared error of each group, `[rows, groups]`, if its weights go to the nearest level of a grid."""
+    format, shift = layout.format, implied_offsets(layout, scales, offsets)
+    kernel, table = kernels_for(weight.device), format.table(weight)
+    return kernel.group_error(weight, scales, shift, table, format.bits, format.width(weight.shape[1]))
+
+
+def spanning(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The grid that spans `low` to `high`. A group without extent gets the smallest scale: nothing divides by zero."""
+    bits, zero = layout.format.bits, layout.format.zero
+    if layout.format.levels != "int":
+        middle = (high + low) / 2 if zero == "float" else torch.zeros_like(low)
+        return _positive(torch.maximum(high - middle, middle - low)), middle if zero == "float" else None
+    if zero == "float":  # QA-LoRA's form: the offset is the smallest weight
+        return _positive((high - low) / (2**bits - 1)), low
+    if zero == "integer":  # GPTQ's form: the range contains zero, and zero is a level
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = _positive((high - low) / (2**bits - 1))
+        return scales, (-low / scales).round().clamp(0, 2**bits - 1)
+    half = 2 ** (bits - 1)  # levels -half .. half - 1 about zero; neither tail is clipped
+    return _positive(torch.maximum(-low / half, high / (half - 1))), None
+
+
+def _positive(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, scales, SMALLEST_SCALE)
+
+
+def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor | None:
+    """Offsets in units of weights, from what is stored for them (zero-points, nothing) and the scales."""
+    if offsets is None:
+        return None if layout.format.levels != "int" else -scales * 2 ** (layout.format.bits - 1)
+    return -scales * offsets if layout.format.zero == "integer" else offsets
+
+
+def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Round scales and offsets as stored. Double-quantized ones stay: their codes depend on the whole matrix."""
+
+    def rounded(values: Tensor, kind: str) -> Tensor:
+        return values.float().to(stored.FLOATS[kind]).to(values.dtype) if kind in stored.FLOATS else values
+
+    return rounded(scales, storage.scales), None if offsets is None else rounded(offsets, storage.offsets)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is unknown. Use {', '.join(allowed)}")

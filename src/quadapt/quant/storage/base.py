@@ -1,0 +1,160 @@
+"""What every storage of numbers answers, and the registry in which each is known by its name on disk."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from quadapt.registry import Registry
+
+STORAGES: Registry[ValueStorage] = Registry("storage", "quadapt.quant.storage")
+"""Every way to hold scales or offsets, by its name on disk; entry points of the group `quadapt.storages` add theirs."""
+
+V = TypeVar("V", bound="ValueStorage")
+
+
+def register(storage: V) -> V:
+    """Make a storage known by its own name, and give it back.
+
+    Raises:
+        ConfigError: Another storage has that name.
+    """
+    return STORAGES.register(storage.name)(storage)
+
+
+class ValueStorage(ABC):
+    """How the scales of one weight matrix, or its offsets, are held: one number for each group, `[out, groups]`.
+
+    A storage is made once, registered by :func:`register`, and never changes. What it stores is uint8 tensors, keyed by
+    the suffix of their name: `""` is the main one (`scales`), `"_absmax"` is stored as `scales_absmax`.
+    """
+
+    summary: ClassVar[str]
+    """One line about it for tables: what is stored, and at what cost."""
+
+    zero: ClassVar[Literal["none", "integer", "float"]] = "float"
+    """Which offsets it can hold, in the words of :attr:`Format.zero`: none at all, whole numbers of steps, or any."""
+
+    for_scales: ClassVar[bool] = True
+    """Whether it can hold scales."""
+
+    for_offsets: ClassVar[bool] = True
+    """Whether it can hold offsets."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("",)
+    """Suffixes of the tensors that it makes, in the order in which they are stored."""
+
+    local: ClassVar[bool] = False
+    """Whether each number is stored by itself. Otherwise its stored value depends on the others of the matrix, and a
+    rounding that chooses scales as it goes cannot know it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its name in a checkpoint's config and in settings: `fp16`, `linear8-256-fp32`."""
+
+    @property
+    def spelling(self) -> str:
+        """How its name is spelled, for messages that list what there is; one for all that differ in settings alone."""
+        return self.name
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the floats that it holds: float16 or float32, which every kernel reads as they are; else None.
+
+        What is None has to be decoded first.
+        """
+        return None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds plain floats, which kernels read and training writes."""
+        return self.dtype is not None
+
+    @property
+    def free(self) -> bool:
+        """Whether it can hold any offset, so that training and merging may move offsets and store them so again."""
+        return self.zero == "float"
+
+    @property
+    def trained(self) -> Literal["fp16", "fp32"]:
+        """The plain floats that hold these numbers once they train."""
+        return "fp32" if self.dtype == torch.float32 else "fp16"
+
+    @property
+    def widest(self) -> str:
+        """The storage that takes its place where it is too narrow: fp32, or itself if it holds no free numbers."""
+        return "fp32" if self.free else self.name
+
+    @abstractmethod
+    def encode(self, values: Tensor, *, centre: bool) -> dict[str, Tensor]:
+        """Store numbers.
+
+        Args:
+            values: Float `[out, groups]`.
+            centre: Whether the mean may be taken off first: for scales, which all have one sign; not for offsets,
+                among which zero must stay zero.
+
+        Returns:
+            uint8 tensors by suffix, with the shapes of :meth:`shapes`, on the device of `values`.
+        """
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """What :meth:`encode` stored, as float32 `[out, groups]`, which is `shape`."""
+
+    @abstractmethod
+    def shapes(self, out: int, groups: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the uint8 tensors that hold `[out, groups]` numbers, by suffix."""
+
+    def total_bits(self, out: int, groups: int) -> int:
+        """Bits of all that is stored for `[out, groups]` numbers."""
+        return 8 * sum(math.prod(shape) for shape in self.shapes(out, groups).values())
+
+    def held(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> list[Tensor]:
+        """What :meth:`encode` stored, as `kernels.product` takes it. By default decoded, as float32."""
+        return [self.decode(tensors, shape)]
+
+    def through(self, values: Tensor, *, centre: bool) -> Tensor:
+        """What numbers `[out, groups]` are once they have been stored: float32."""
+        return self.decode(self.encode(values, centre=centre), (values.shape[0], values.shape[1]))
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """Numbers of any shape as they are once stored, in their own dtype; unchanged if storing is not `local`."""
+        return values
+
+    def snap(self, values: Tensor) -> Tensor:
+        """The same as :meth:`rounded`, with the gradient of no rounding at all (straight through)."""
+        return _StraightThrough.apply(values, self) if self.local else values
+
+    def fits_scales(self, least: float, most: float) -> bool:
+        """Whether scales from `least` to `most` are held well: none over the top, and none changed by over 1/64."""
+        return True
+
+    def fits_offsets(self, most: float) -> bool:
+        """Whether offsets of an absolute value of up to `most` are held."""
+        return True
+
+    def exact_in(self, dtype: torch.dtype) -> bool:
+        """Whether floats of `dtype` hold whatever this storage may hold. False says only that they may not."""
+        return dtype == torch.float32
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, values: Tensor, storage: ValueStorage) -> Tensor:
+        return storage.rounded(values)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """The bytes of numbers, uint8 with as many times more columns as a number has bytes."""
+    return values.contiguous().view(torch.uint8)

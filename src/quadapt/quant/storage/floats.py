@@ -1,0 +1,72 @@
+"""Scales and offsets as floats: float16 or float32, as their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quadapt.kernels.reference import as_floats
+from quadapt.quant.storage.base import ValueStorage, as_bytes, register
+
+FLOATS = {"fp16": torch.float16, "fp32": torch.float32}
+"""The floats that every kernel reads, by their name on disk."""
+
+SMALLEST_SCALE = 32 * 2.0**-24
+"""Smallest scale that fp16 holds within 1/64."""
+
+LARGEST = torch.finfo(torch.float16).max
+"""Largest number of fp16."""
+
+
+@dataclass(frozen=True)
+class Floats(ValueStorage):
+    """Each number as one float. uint8 `[out, groups * itemsize]`."""
+
+    summary: ClassVar[str] = "one float for each group"
+    local: ClassVar[bool] = True
+
+    kind: str
+    """fp16 or fp32."""
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return FLOATS[self.kind]
+
+    def encode(self, values: Tensor, *, centre: bool) -> dict[str, Tensor]:
+        return {"": as_bytes(values.float().to(self.dtype))}
+
+    def decode(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return as_floats(tensors[""], self.dtype).float()
+
+    def held(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> list[Tensor]:
+        return [tensors[""]]
+
+    def shapes(self, out: int, groups: int) -> dict[str, tuple[int, int]]:
+        return {"": (out, groups * self.dtype.itemsize)}
+
+    def rounded(self, values: Tensor) -> Tensor:
+        return values.float().to(self.dtype).to(values.dtype)
+
+    def fits_scales(self, least: float, most: float) -> bool:
+        return self.dtype == torch.float32 or (least >= SMALLEST_SCALE and most <= LARGEST)
+
+    def fits_offsets(self, most: float) -> bool:
+        return self.dtype == torch.float32 or most <= LARGEST
+
+    def exact_in(self, dtype: torch.dtype) -> bool:
+        return dtype in (self.dtype, torch.float32)
+
+
+FP16 = register(Floats("fp16"))
+"""The default."""
+
+FP32 = register(Floats("fp32"))
+"""For 8-bit codes, and where fp16 is too narrow."""

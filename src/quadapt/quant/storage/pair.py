@@ -1,0 +1,91 @@
+"""The two storages of one weight matrix: that of its scales and that of its offsets, by their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from quadapt.errors import ConfigError
+from quadapt.quant.format import Format
+from quadapt.quant.storage.base import STORAGES, ValueStorage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How the scales and offsets of one weight matrix are held.
+
+    The fields are names, as a checkpoint's config has them; :meth:`of` gives the object that a name means, which
+    answers whatever there is to know about it.
+
+    Raises:
+        ConfigError: There is no storage of that name, or it is not for scales, or not for offsets.
+    """
+
+    scales: str = "fp16"
+    """fp16, fp32, double (8-bit codes of a dynamic map with float32 constants for every 256, as in QLoRA), or
+    linear8-256-fp32 and its like (evenly spaced codes, as in LQ-LoRA: see :class:`Linear`)."""
+
+    offsets: str = "fp16"
+    """absent, integer (one byte: the zero-point in steps), fp16, fp32, or double (8-bit codes, as for scales)."""
+
+    def __post_init__(self) -> None:
+        if not _known(self.scales, "for_scales"):
+            raise ConfigError(f"scales={self.scales!r} is unknown. Use {_choices('for_scales')}")
+        if not _known(self.offsets, "for_offsets"):
+            raise ConfigError(f"offsets={self.offsets!r} is unknown. Use {_choices('for_offsets')}")
+
+    def of(self, name: Literal["scales", "offsets"]) -> ValueStorage:
+        """How one of the two is held."""
+        return self.of_scales if name == "scales" else self.of_offsets
+
+    @property
+    def of_scales(self) -> ValueStorage:
+        """How scales are held."""
+        return STORAGES[self.scales]
+
+    @property
+    def of_offsets(self) -> ValueStorage:
+        """How offsets are held."""
+        return STORAGES[self.offsets]
+
+    def check(self, format: Format) -> None:
+        """Raise ConfigError unless this storage can hold what `format` allows."""
+        if self.of_offsets.zero != format.zero:
+            wanted = [name for name, each in STORAGES.items() if each.for_offsets and each.zero == format.zero]
+            raise ConfigError(
+                f"offsets={self.offsets!r} cannot hold zero={format.zero!r}. Use {' or '.join(sorted(wanted))}"
+            )
+
+    @property
+    def floats(self) -> Literal["fp16", "fp32"]:
+        """The plain floats that hold offsets which are put in the place of these."""
+        return "fp32" if torch.float32 in (self.of_scales.dtype, self.of_offsets.dtype) else "fp16"
+
+    def with_scales(self, scales: str) -> Storage:
+        """Scales held otherwise, and offsets alike, if these may be any and that storage can hold offsets."""
+        alike = self.of_offsets.free and _known(scales, "for_scales") and STORAGES[scales].for_offsets
+        return replace(self, scales=scales, offsets=scales if alike else self.offsets)
+
+    def widened(self) -> Storage:
+        """The same with scales, and offsets that are plain floats, in fp32."""
+        offsets = self.of_offsets.widest if self.of_offsets.is_float else self.offsets
+        return replace(self, scales=self.of_scales.widest, offsets=offsets)
+
+    @staticmethod
+    def default(format: Format) -> Storage:
+        """fp16, but fp32 at 8 bits, where fp16 would cost a quarter of a step; offsets as the format's zero demands."""
+        floats = "fp32" if format.bits == 8 else "fp16"
+        offsets = {"none": "absent", "integer": "integer", "float": floats}
+        return Storage(scales=floats, offsets=offsets[format.zero])
+
+
+def _known(name: object, role: str) -> bool:
+    return isinstance(name, str) and name in STORAGES and bool(getattr(STORAGES[name], role))
+
+
+def _choices(role: str) -> str:
+    """The names that there are for scales or for offsets, in words."""
+    words = list(dict.fromkeys(each.spelling for each in STORAGES.values() if getattr(each, role)))
+    return f"{', '.join(words[:-1])} or {words[-1]}"
