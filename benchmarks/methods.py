@@ -30,7 +30,7 @@ from quadapt.hf.folder import load_model, load_tokenizer
 from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
-from quadapt.methods import METHODS, Method, Recipe
+from quadapt.methods import Method, Recipe, method_named
 from quadapt.model.layer import Plan
 from quadapt.model.quantize import bits_of, quantize_model, quantized_layers
 from quadapt.model.select import select
@@ -56,7 +56,7 @@ EMBEDDED = Path(__file__).parents[1] / "src" / "quadapt" / "demo" / "model"
 
 def at(name: str, bits: int) -> Method:
     """A method on the grid that all are compared on; PEQA keeps its one scale a row, unless it is called grouped."""
-    method = METHODS[name.removesuffix("-grouped")]
+    method = method_named(name.removesuffix("-grouped"))
     group = method.format.group_size if name == "peqa" else GROUP
     return method.with_format(replace(method.format, bits=bits, group_size=group))
 

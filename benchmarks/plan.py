@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.measure import store, table
 from quadapt.budget import Candidate, Option, Solution, candidates, measure, solve
 from quadapt.budget.table import _Table, table_rounding, table_start
-from quadapt.methods import METHODS
+from quadapt.methods import method_named
 from quadapt.nn.starts.lq import squared_error
 
 SHAPES = ((512, 512), (512, 512), (1024, 512), (512, 1024), (512, 1408))
@@ -41,7 +41,7 @@ def outcome(solution: Solution, weights: dict[str, Tensor]) -> float:
     """Sum of errors when every matrix is decomposed for what was chosen, up to `TURNS` turns."""
     from quadapt.nn.starts import LQ
 
-    total, rounding = 0.0, table_rounding(METHODS["lq-lora"])
+    total, rounding = 0.0, table_rounding(method_named("lq-lora"))
     for name, option in solution.chosen.items():
         layout = option.candidate.layout(*weights[name].shape)
         start = LQ(iterations=TURNS, tolerance=0.003)
@@ -55,7 +55,7 @@ def main() -> dict[str, Any]:
     """Measure, print and store. In CPU seconds of one thread, since others may be at work on the machine."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    method = METHODS["lq-lora"]
+    method = method_named("lq-lora")
     weights = {f"{i} {out} x {columns}": decaying(out, columns) for i, (out, columns) in enumerate(SHAPES)}
     ways, start = candidates(method), table_start(method, False)
     measure(decaying(160, 160), ways, method, rank=RANK)  # compiles the kernels

@@ -30,7 +30,7 @@ from quadapt.hf.folder import load_model, load_tokenizer
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.start import set_start
-from quadapt.methods import METHODS
+from quadapt.methods import method_named
 from quadapt.model.layer import Plan
 from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
@@ -63,7 +63,7 @@ class Subject:
 
     def planned(self, method: str, *, fisher: bool) -> Grids:
         """Grids of every layer, by the integer program."""
-        chosen, weights = METHODS[method], sum(layer.weight.numel() for layer in self.layers.values())
+        chosen, weights = method_named(method), sum(layer.weight.numel() for layer in self.layers.values())
         options = {
             name: measure(
                 layer.weight.detach(),
@@ -80,7 +80,7 @@ class Subject:
     def uniform(self) -> dict[str, Grids]:
         """For each width and group the dearest storage of scales that the budget allows."""
         best: dict[str, tuple[float, Candidate]] = {}
-        for way in candidates(METHODS["lq-lora"]):
+        for way in candidates(method_named("lq-lora")):
             bits = bits_of([way.layout(*layer.weight.shape) for layer in self.layers.values()])
             if bits <= self.budget and bits > best.get(way.format.name, (0.0, way))[0]:
                 best[way.format.name] = bits, way
@@ -95,7 +95,9 @@ class Subject:
 
         model: Any = load_model(self.name, dtype="float32")
         chosen, (format, storage) = select(model), next(iter(grids.values()))
-        plan = Plan(format=format, storage=storage, rounding=METHODS["lq-lora"].rounding, layers=grids, rank=self.rank)
+        plan = Plan(
+            format=format, storage=storage, rounding=method_named("lq-lora").rounding, layers=grids, rank=self.rank
+        )
         plan = replace(plan, start=LQ(fisher=fisher) if start else Zero())
         done = quantize_model(model, chosen.chosen, plan, statistics=self.fisher)
         adopt(model, left=chosen.left, made={})

@@ -30,7 +30,7 @@ import quadapt
 from quadapt import errors
 from quadapt.cli import COMMANDS
 from quadapt.config import Flag, RunConfig, Settings
-from quadapt.methods import METHODS
+from quadapt.methods import METHODS, method_named
 from quadapt.quant.weight import Layout
 
 
@@ -92,7 +92,7 @@ def cli() -> str:
 def methods() -> str:
     """`docs/methods.md`."""
     parts = ["# Methods\n"]
-    for name, method in METHODS.items():
+    for name, method in ((name, method_named(name)) for name in METHODS):
         layout = Layout(format=method.format, storage=method.storage, out=4096, columns=4096)
         rows = [
             ("paper", f"[arXiv:{method.paper}](https://arxiv.org/abs/{method.paper})"),

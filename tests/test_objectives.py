@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from quadapt.data import Collator
 from quadapt.methods import Recipe
-from quadapt.objectives import RILQ, KeptTeacher, LastHidden, Teacher, real_tokens
+from quadapt.objectives.rilq import RILQ, KeptTeacher, LastHidden, Teacher, real_tokens
 from quadapt.quant.format import Format
 from quadapt.train import Run, train
 
@@ -62,7 +62,7 @@ def test_it_is_the_mean_squared_error_of_the_last_block_and_the_loss(
     rows: Callable[[], list[dict[str, list[int]]]], student: Any, tiny_llama: Make
 ) -> None:
     batch, teacher = Collator(0)(rows()), tiny_llama()
-    objective = RILQ(student, Teacher(teacher), weight=0.3)
+    objective = RILQ(weight=0.3).bind(student, Teacher(teacher))
     loss = student(**batch).loss
     found = objective(loss, batch)
     objective.close()
@@ -76,7 +76,7 @@ def test_it_is_the_mean_squared_error_of_the_last_block_and_the_loss(
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_batchs_share_scales_the_error_as_its_loss_already_is(share: float, student: Any, tiny_llama: Make) -> None:
     batch = Collator(0)(sequences())
-    objective = RILQ(student, Teacher(tiny_llama()), weight=0.3)
+    objective = RILQ(weight=0.3).bind(student, Teacher(tiny_llama()))
     loss, found = torch.tensor(2.0), []
     for each in (1.0, share):
         student(**batch)
@@ -143,7 +143,7 @@ def test_training_brings_the_student_closer_to_the_teacher(
         model = get_peft_model(
             model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         )
-        objective = RILQ(model, Teacher(teacher), weight=0.9) if name == "rilq" else None
+        objective = RILQ(weight=0.9).bind(model, Teacher(teacher)) if name == "rilq" else None
         run = Run(recipe=Recipe(learning_rate=5e-3, rank=16), max_steps=30, batch_size=8, gradient_accumulation=2)
         train(model, rows, run, tmp_path / name, collate=Collator(0), objective=objective)
         with torch.no_grad():

@@ -188,10 +188,10 @@ def _plan(shelf: Path, scratch: Path, changes: Any) -> bool:
 
     def read() -> None:
         config = checked(QuantizeConfig, {"model": "m", "output": "o", "plan": str(file)})
-        plan = config.quantization()
+        plan = config.spec.plan
         for name, shape in plan.shapes.items():
             plan.layout(name, *shape)
-        found.append(config.budget_plan())
+        found.append(config.budget_plan(config.spec.method))
 
     if _refused(read):
         return False

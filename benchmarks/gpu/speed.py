@@ -16,7 +16,7 @@ from benchmarks.gpu.steps import graph
 from benchmarks.peers import bitsandbytes
 from quadapt.budget import candidates, measure
 from quadapt.kernels import few
-from quadapt.methods import METHODS
+from quadapt.methods import method_named
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
@@ -165,7 +165,7 @@ def quantizing() -> Measured:
     inputs = torch.randn(2 * IN, IN, device=CARD)
     moment = (inputs.T @ inputs / len(inputs)).double()
     layout = Layout(format=Format(bits=4, group_size=128, zero="float"), storage=Storage(), out=OUT, columns=IN)
-    method = METHODS["lq-lora"]
+    method = method_named("lq-lora")
     ways = candidates(method)
     ways = ways[:: len(ways) // 24][:24]
     searched = Format(levels="nf", bits=4, group_size=64, zero="float")

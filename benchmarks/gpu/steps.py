@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.models import adapted, llama, triton_on
 from quadapt.hf.merge import merge
-from quadapt.methods import METHODS
+from quadapt.methods import METHODS, method_named
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
@@ -197,7 +197,7 @@ def named(device: torch.device) -> list[tuple[str, str]]:
     found = [("step", name) for name in METHODS] + [("rounding", levels) for levels in ("int", "nf")]
     for check in ("decoding", "checkpointed"):
         found += [(check, name) for name in ("qlora", "qa-lora", "l4q", "lr-qat")]
-    found += [("merged", name) for name, method in METHODS.items() if method.adapter.exactness == "exact"]
+    found += [("merged", name) for name in METHODS if method_named(name).adapter.exactness == "exact"]
     found += [("generated", name) for name in ("qlora", "l4q")]
     alone = ON_CARD_ALONE if device.type == "cuda" else ()
     return found + [(check, name) for check in alone for name in ("qlora", "qa-lora", "l4q")]

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from quadapt.config import TuneConfig
+    from quadapt.config import PrepareConfig
     from quadapt.exporters.report import ExportReport
     from quadapt.hf.merge import Certificate
+    from quadapt.methods import Method
 
 
 def prepare(
     model: str | nn.Module,
     *,
-    method: str = "qa-lora",
+    method: str | Method = "qa-lora",
     calibration: str | Sequence[str] | Sequence[Tensor] = (),
     target_modules: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -31,9 +32,16 @@ def prepare(
 ) -> PeftModel:
     """Quantize a model in memory and put a method's adapter over it, ready for any trainer.
 
+    ::
+
+        from quadapt.methods import qa_lora
+
+        model = quadapt.prepare("model", method=qa_lora(bits=3, act_order=True), calibration="text.txt")
+
     Args:
         model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
-        method: As in `quadapt tune`: qa-lora, l4q, qlora, ..
+        method: A name as in `quadapt tune` (qa-lora, l4q, qlora, ..), or a :class:`quadapt.methods.Method`, of which
+            every piece and every field can be chosen.
         calibration: Text for roundings and starts that are calibrated: files or hub names (only if `model` is a name),
             or token ids `[sequences, length]`, batch by batch.
         target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
@@ -42,7 +50,8 @@ def prepare(
             device quantizes it, block by block.
         dtype: auto (as stored), float32, bfloat16 or float16.
         seed: Of the adapter's initialization and of the choice of calibration text.
-        settings: Further settings of `quadapt tune`: bits, group_size, levels, rounding, rank, alpha, pooling, ..
+        settings: Further settings of the method, as `quadapt tune` names them: bits, group_size, levels, rounding,
+            rank, alpha, pooling, ..
 
     Returns:
         A PEFT model whose adapter is trainable.
@@ -54,64 +63,66 @@ def prepare(
     """
     from transformers.trainer_utils import set_seed
 
-    from quadapt.config import TuneConfig, checked
+    from quadapt.config import PrepareConfig, checked
     from quadapt.errors import ConfigError
     from quadapt.hf.folder import load_tokenizer
-    from quadapt.hf.quantizer import adopt
     from quadapt.hf.start import set_start
     from quadapt.hf.vocabulary import token_ids
     from quadapt.jobs.adapt import adapt
-    from quadapt.model.quantize import quantize_model, quantized_layers
-    from quadapt.model.select import select
-    from quadapt.model.trial import check_reads, check_runs
-    from quadapt.statistics import StatisticsFiles, gather
+    from quadapt.model.quantize import quantized_layers
+    from quadapt.nn.starts import Zero
 
-    loaded = isinstance(model, str)
-    name = model if isinstance(model, str) else "model"
-    config = checked(
-        TuneConfig,
-        {
-            "model": name,
-            "data": "none: a trainer brings it",
-            "method": method,
-            "skip": tuple(skip),
-            "device": device,
-            "target_modules": tuple(target_modules),
-            "dtype": dtype,
-            "seed": seed,
-            **settings,
-        },
-    )
-    plan = config.quantization()
+    named = {"skip": tuple(skip), "target_modules": tuple(target_modules), "device": device, "dtype": dtype}
+    config = checked(PrepareConfig, {"method": method, "seed": seed, **named, **settings})
+    chosen, name = config.spec.method, model if isinstance(model, str) else ""
     model, there = _placed(model, config)
-    chosen, factors = config.chosen_method(), dict[str, tuple[Tensor, Tensor]]()
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     quantized = bool(quantized_layers(model))
-    if quantized and chosen.start.name != "zero":
+    if quantized and chosen.start != Zero():
         raise ConfigError(
             f"start={chosen.start.name!r} fits what quantization changes, and the model is quantized already. Give the "
             "dense model, or start='zero'"
         )
     if not quantized and chosen.adapter.base != "float":
-        batches = _batches(calibration, name, model, config, seed) if plan.needs_text else []
-        selection = select(model, skip=skip)
-        check_reads(model, selection.chosen)
-        with TemporaryDirectory(prefix="quadapt-") as folder:
-            statistics = StatisticsFiles(Path(folder), plan.start.needs)
-            gather(plan.start.needs, model.eval(), selection.chosen, batches, statistics, device=there)
-            factors = quantize_model(
-                model, selection.chosen, plan, batches=batches, statistics=statistics, device=there
-            ).factors
-        adopt(model, left=selection.left, made={"method": method})
-        check_runs(model)
+        factors = _quantized(model, config, calibration, name, there)
     set_seed(seed)
-    named = config.train_tokens and not all(token.isdecimal() for token in config.train_tokens)
-    tokens = token_ids(config.train_tokens, load_tokenizer(name) if loaded and named else None)
-    adapted = adapt(model.to(there) if loaded and there else model, config, tokens=tokens)
+    by_name = config.train_tokens and not all(token.isdecimal() for token in config.train_tokens)
+    tokens = token_ids(config.train_tokens, load_tokenizer(name) if name and by_name else None)
+    adapted = adapt(model.to(there) if name and there else model, config.spec, tokens=tokens)
     set_start(adapted, factors)
     return adapted
 
 
-def _placed(model: str | nn.Module, config: TuneConfig) -> tuple[nn.Module, str | None]:
+def _quantized(
+    model: nn.Module,
+    config: PrepareConfig,
+    calibration: str | Sequence[str] | Sequence[Tensor],
+    name: str,
+    device: str | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize a model in place; the factors that its adapter starts from, by layer."""
+    from quadapt.hf.quantizer import adopt
+    from quadapt.model.quantize import quantize_model
+    from quadapt.model.select import select
+    from quadapt.model.trial import check_reads, check_runs
+    from quadapt.statistics import StatisticsFiles, gather
+
+    plan = config.spec.plan
+    batches = _batches(calibration, name, model, config) if plan.needs_text else []
+    selection = select(model, skip=config.skip)
+    check_reads(model, selection.chosen)
+    with TemporaryDirectory(prefix="quadapt-") as folder:
+        statistics = StatisticsFiles(Path(folder), plan.start.needs)
+        gather(plan.start.needs, model.eval(), selection.chosen, batches, statistics, device=device)
+        factors = quantize_model(
+            model, selection.chosen, plan, batches=batches, statistics=statistics, device=device
+        ).factors
+    adopt(model, left=selection.left, made={"method": config.spec.method.name})
+    check_runs(model)
+    return factors
+
+
+def _placed(model: str | nn.Module, config: PrepareConfig) -> tuple[nn.Module, str | None]:
     """The model, loaded if it is a name, and the device to quantize it on if that is another than it lies on."""
     from quadapt.hf.folder import load_model, open_folder
     from quadapt.jobs.dry import place_of
@@ -121,14 +132,14 @@ def _placed(model: str | nn.Module, config: TuneConfig) -> tuple[nn.Module, str 
     if not isinstance(model, str):
         return model, device_of(config) if config.offload == "cpu" else None
     folder, device = open_folder(model), device_of(config)
-    if folder.kind != "model" or config.chosen_method().adapter.base == "float":
+    if folder.kind != "model" or config.spec.method.adapter.base == "float":
         return load_model(model, dtype=config.dtype, device=device), None
     place = place_of(config, folder.name, device, UI())
     return load_model(model, dtype=config.dtype, device=place.home), place.device
 
 
 def _batches(
-    calibration: str | Sequence[str] | Sequence[Tensor], name: str, model: nn.Module, config: TuneConfig, seed: int
+    calibration: str | Sequence[str] | Sequence[Tensor], name: str, model: nn.Module, config: PrepareConfig
 ) -> list[Tensor]:
     from quadapt.data import calibration_batches, read
     from quadapt.errors import ConfigError
@@ -141,10 +152,10 @@ def _batches(
     if names:
         length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
         batches = calibration_batches(
-            read(names), load_tokenizer(name), length=length, sequences=config.calibration_sequences, seed=seed
+            read(names), load_tokenizer(name), length=length, sequences=config.calibration_sequences, seed=config.seed
         ).batches
     if not batches:
-        plan = config.quantization()
+        plan = config.spec.plan
         what, else_ = ("rounding", "nearest") if plan.needs_data else ("start", "zero")
         raise ConfigError(
             f"{what}={getattr(plan, what).name!r} needs text to calibrate on. Give calibration='FILE', or "

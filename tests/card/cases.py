@@ -18,13 +18,13 @@ from quadapt.budget import candidates, measure
 from quadapt.calibrate import BlockWalk
 from quadapt.errors import CalibrationError
 from quadapt.hf.blocks import BlockFiles
-from quadapt.methods import method
+from quadapt.methods import method_named
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import find_blocks, select
 from quadapt.nn.block_ap import BlockAP
 from quadapt.nn.resident import resident
 from quadapt.nn.starts import LQ, QERA, CLoQ, LoftQ, QuAILoRA
-from quadapt.objectives import RILQ, KeptTeacher, Teacher
+from quadapt.objectives.rilq import RILQ, KeptTeacher, Teacher
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest
@@ -311,7 +311,7 @@ def test_starts_are_those_of_a_model_on_the_card(start: Any, pooled: bool, tmp_p
 
 @pytest.mark.parametrize("name", ["lq-lora", "qlora", "qa-lora", "ir-qlora"])
 def test_the_table_of_errors_is_measured_on_the_card(name: str) -> None:
-    chosen = method(name)
+    chosen = method_named(name)
     weight, fisher = torch.randn(96, 64), torch.rand(96, 64)
     ways = candidates(chosen)[:: {"lq-lora": 7, "ir-qlora": 29}.get(name, 3)]
     statistics = [{"fisher": fisher}, {}] if name == "lq-lora" else [{}]
@@ -337,7 +337,7 @@ def test_a_teacher_on_the_card_takes_batches_from_the_cpu(tmp_path: Path) -> Non
         targets.append(kept(used))
     assert targets[1].device == CARD
     torch.testing.assert_close(targets[0], targets[1].cpu(), rtol=1e-3, atol=1e-4)
-    objective = RILQ(student, kept)
+    objective = RILQ().bind(student, kept)
     loss = student(**there, labels=there["input_ids"]).loss
     assert float(objective(loss, there)) == pytest.approx(0.5 * float(loss), rel=1e-4)
 

@@ -13,9 +13,9 @@ from typer import rich_utils
 import quadapt
 from quadapt.cli import COMMANDS
 from quadapt.config import Flag, MethodName, Settings, TuneConfig, checked
-from quadapt.config.values import Count
 from quadapt.errors import ConfigError
 from quadapt.methods import METHODS
+from quadapt.setting import Count
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from quadapt.hf.grid_layer import GridLoraLinear
 from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt, fingerprint_of
-from quadapt.methods import METHODS, Method
+from quadapt.methods import Method, method_named
 from quadapt.model.layer import Plan
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
@@ -31,7 +31,7 @@ Make = Callable[..., Any]
 
 def at(name: str, bits: int) -> Method:
     """A method on a grid that fits tiny layers."""
-    method = METHODS[name]
+    method = method_named(name)
     group = -1 if method.format.group_size == -1 else 32
     return method.with_format(replace(method.format, bits=bits, group_size=group))  # type: ignore[arg-type]
 
@@ -229,7 +229,7 @@ def test_integral_zero_points_stay_whole(tiny_llama: Make) -> None:
 
 def test_peqa_is_lr_qat_with_a_and_b_frozen(tiny_llama: Make) -> None:
     """Both fall out of one engine: over codes without a low-rank term, the gradient of the scales is PEQA's."""
-    lr_qat, peqa = at("lr-qat", 4), METHODS["peqa"]
+    lr_qat, peqa = at("lr-qat", 4), method_named("peqa")
     model = adapted(replace(lr_qat.adapter, scales="fp32"), based(lr_qat, tiny_llama()))  # type: ignore[call-arg]
     plain = tiny_llama()
     weights = {name: layer.first_weight() for name, layer in adapted_layers(model).items()}
@@ -252,7 +252,7 @@ def test_the_dense_matrix_is_wanted_or_not(tiny_llama: Make) -> None:
     with pytest.raises(ConfigError, match=r"q_proj.*l4q.*quantized.*dense model"):
         adapted(at("l4q", 4).adapter, quantized)
     with pytest.raises(ConfigError, match=r"q_proj.*scales.*dense.*quantized"):
-        adapted(METHODS["peqa"].adapter, tiny_llama())
+        adapted(method_named("peqa").adapter, tiny_llama())
     with pytest.raises(ConfigError, match=r"8-bit fixed point"):
         adapted(at("lr-qat", 4).adapter, copy.deepcopy(quantized))
 
@@ -263,7 +263,7 @@ def test_one_adapter_is_active_at_a_time(tiny_llama: Make) -> None:
     with pytest.raises(ConfigError, match="default, other each train the grid"):
         model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ConfigError, match="trained by default, other; a further adapter must"):
-        model.add_adapter("third", lora_config(METHODS["qa-lora"].adapter, rank=4, alpha=4))
+        model.add_adapter("third", lora_config(method_named("qa-lora").adapter, rank=4, alpha=4))
 
 
 def test_a_bias_of_the_adapter_is_refused(tiny_llama: Make) -> None:

@@ -26,7 +26,7 @@ import quadapt
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import base_config, content_of, fingerprint_of
-from quadapt.methods import METHODS
+from quadapt.methods import method_named
 from quadapt.nn.adapters import Adapter, Elastic, LoRA, Pooled, Scales
 from quadapt.quant.format import Format
 
@@ -64,7 +64,7 @@ def saved(base: Any, tiny_llama: Callable[..., Any], tmp_path_factory: pytest.Te
     for kind, adapter in OVER_CODES.items():
         put(base, adapter).save_pretrained(root / kind)
     for kind in OVER_DENSE:
-        put(tiny_llama(), METHODS[kind].adapter).save_pretrained(root / kind)
+        put(tiny_llama(), method_named(kind).adapter).save_pretrained(root / kind)
     return root
 
 

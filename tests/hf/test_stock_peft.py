@@ -17,7 +17,7 @@ from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.identity import QuadaptLoraConfig, identity_of
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import base_config
-from quadapt.methods import METHODS
+from quadapt.methods import METHODS, method_named
 from quadapt.quant.format import Format
 
 FORMAT = Format(bits=3, group_size=16)
@@ -118,7 +118,7 @@ def test_a_stranger_cannot_load_any_of_them(
     base: Any, tiny_llama: Callable[..., Any], run_python: Callable[..., str], tmp_path: Path
 ) -> None:
     tiny_llama().save_pretrained(tmp_path / "dense")
-    kinds = {method.adapter.kind: method.adapter for method in METHODS.values()}
+    kinds = {method.adapter.kind: method.adapter for method in map(method_named, METHODS)}
     assert {"lora", "pooled", "elastic", "scales", "l4q", "qat-lora", "lr-qat"} <= set(kinds)
     for kind, adapter in kinds.items():
         config = lora_config(adapter, rank=2, alpha=4, target_modules=TARGETS)

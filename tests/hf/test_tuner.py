@@ -17,7 +17,7 @@ from quadapt.errors import CheckpointError, ConfigError, MergeError
 from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import base_config, content_of, fingerprint_of
-from quadapt.methods import METHODS
+from quadapt.methods import method_named
 from quadapt.nn.adapters import Adapter, Elastic, LoRA, Pooled
 from quadapt.quant.format import Format
 
@@ -58,7 +58,7 @@ def logits(model: nn.Module) -> Tensor:
 def test_what_peft_merges_is_quantized_for_transformers_too_and_a_base_of_its_own(
     method: str, make: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model = make(METHODS[method].adapter)
+    model = make(method_named(method).adapter)
     before, old = logits(model), fingerprint_of(model)
     merged = model.merge_and_unload()
     assert torch.equal(logits(merged), before)
@@ -69,7 +69,7 @@ def test_what_peft_merges_is_quantized_for_transformers_too_and_a_base_of_its_ow
     get_peft_model(again, lora_config(Pooled(), rank=2, alpha=4, target_modules=["q_proj"])).save_pretrained(
         tmp_path / "over"
     )
-    base = make(METHODS[method].adapter).unload()
+    base = make(method_named(method).adapter).unload()
     with pytest.raises((CheckpointError, ConfigError), match=r"another base|this layer is dense"):
         PeftModel.from_pretrained(base, tmp_path / "over")
 
@@ -91,7 +91,7 @@ def test_a_merge_that_changes_dense_layers_alone_gives_another_base(
 
 @pytest.mark.parametrize("method", [*GRID, "qa-lora"])
 def test_merging_for_the_time_being_changes_the_fingerprint_for_as_long(method: str, make: Callable[..., Any]) -> None:
-    model = make(METHODS[method].adapter)
+    model = make(method_named(method).adapter)
     config, before = copy.deepcopy(model.config.to_dict()), logits(model)
     old = fingerprint_of(model.get_base_model())
     model.merge_adapter()
@@ -133,7 +133,7 @@ def test_a_merge_by_peft_merges_dense_parts_and_token_rows_or_nothing(make: Call
 @pytest.mark.parametrize("method", [*GRID, "qa-lora"])
 def test_an_adapter_given_the_very_config_of_another_starts_as_its_copy(method: str, make: Callable[..., Any]) -> None:
     """As trl's preference trainers make their reference; the merge is of the one that is active."""
-    model = make(METHODS[method].adapter)
+    model = make(method_named(method).adapter)
     first = logits(model)
     model.add_adapter("ref", model.peft_config["default"])
     model.set_adapter("ref")
@@ -152,9 +152,9 @@ def test_an_adapter_given_the_very_config_of_another_starts_as_its_copy(method: 
 
 
 def test_a_fresh_config_gives_a_fresh_adapter(make: Callable[..., Any]) -> None:
-    model = make(METHODS["l4q"].adapter)
+    model = make(method_named("l4q").adapter)
     trained = logits(model)
-    model.add_adapter("second", lora_config(METHODS["l4q"].adapter, rank=2, alpha=4, target_modules=["q_proj"]))
+    model.add_adapter("second", lora_config(method_named("l4q").adapter, rank=2, alpha=4, target_modules=["q_proj"]))
     model.set_adapter("second")
     assert not torch.equal(logits(model), trained)
     layers = adapted_layers(model)
@@ -172,7 +172,7 @@ def test_a_fresh_config_gives_a_fresh_adapter(make: Callable[..., Any]) -> None:
     ("adapter", "how", "why"),
     [
         (Elastic(), "cat", "trains more"),
-        (METHODS["peqa"].adapter, "cat", "trains more"),
+        (method_named("peqa").adapter, "cat", "trains more"),
         (Pooled(), "svd", "Use 'cat' or 'linear'"),
     ],
     ids=["elastic", "peqa", "pooled"],

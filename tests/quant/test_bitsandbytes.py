@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import pack
-from quadapt.methods import METHODS
+from quadapt.methods import method_named
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format, normal_levels
 from quadapt.quant.rounding import Nearest
@@ -23,7 +23,7 @@ SHAPES = [(64, 64), (48, 256), (257, 128), (2, 64), (100, 1024)]
 
 
 def qlora(weight: Tensor) -> QuantWeight:
-    method = METHODS["qlora"]
+    method = method_named("qlora")
     layout = Layout(format=method.format, storage=method.storage, out=weight.shape[0], columns=weight.shape[1])
     return method.rounding(weight, layout, {})
 

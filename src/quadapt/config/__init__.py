@@ -12,11 +12,13 @@ from quadapt.config.commands import (
     QuantizeConfig,
     RunConfig,
 )
-from quadapt.config.fields import Flag, Grid, Machine, MethodName, Settings, Target, Walk
+from quadapt.config.fields import Grid, Machine, MethodName, Settings, Target, Walk
 from quadapt.config.job import read_job
-from quadapt.config.tune import TuneConfig
+from quadapt.config.tune import Adapting, PrepareConfig, TuneConfig
+from quadapt.setting import Flag
 
 __all__ = [
+    "Adapting",
     "ChatConfig",
     "DemoConfig",
     "EvalConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "MergeConfig",
     "MethodName",
     "PlanConfig",
+    "PrepareConfig",
     "QuantizeConfig",
     "RunConfig",
     "Settings",

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from quadapt.config.fields import Flag, Grid, Machine, MethodName, RowsOfData, Settings, Target, Walk
-from quadapt.config.values import Count, Location, NotNegative, Positive, Seed, Sources, Whole
-from quadapt.widths import NormalFloatWidth
+from quadapt.config.fields import Grid, Machine, MethodName, RowsOfData, Settings, Target, Walk
+from quadapt.config.values import Location, Sources
+from quadapt.setting import Count, Flag, NotNegative, Positive, Seed, Whole
 
 
 class QuantizeConfig(Target, Grid, RowsOfData, Walk):
@@ -231,7 +231,7 @@ class DemoConfig(Settings):
     overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Replace the report of an earlier run."""
 
-    bits: Annotated[tuple[NormalFloatWidth, ...], Field(min_length=1), Flag()] = (4, 3, 2)
+    bits: Annotated[tuple[Literal[2, 3, 4, 8], ...], Field(min_length=1), Flag()] = (4, 3, 2)
     """Bit widths to compare, of 2, 3, 4 and 8."""
 
     seed: Annotated[Seed, Flag()] = 0

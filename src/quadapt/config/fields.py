@@ -6,21 +6,30 @@ import contextlib
 import difflib
 import json
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
-from quadapt.config.values import Count, GroupSize, Location, Sources, Whole, check_plain
+from quadapt.config.values import GroupSize, Location, Sources, check_plain
 from quadapt.errors import ConfigError, locate
-from quadapt.widths import Width
+from quadapt.setting import Count, Flag, Whole
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from quadapt.budget import BudgetPlan
+    from quadapt.config.spec import Spec
     from quadapt.methods import Method
-    from quadapt.model.layer import Plan
-    from quadapt.quant.rounding import Rounding
 
 MethodName = Literal[
     "qa-lora",
@@ -44,26 +53,6 @@ MethodName = Literal[
 StartName = Literal["zero", "loftq", "lq", "quailora", "cloq", "qera"]
 """The keys of `nn.starts.STARTS` (likewise)."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Flag:
-    """How the command line shows a field."""
-
-    aliases: tuple[str, ...] = ()
-    """Further names, those that users of transformers and PEFT type."""
-
-    panel: str = "Options"
-    """Heading under which `--help` lists it."""
-
-    positional: bool = False
-    """Whether it is an argument rather than an option."""
-
-    idle: bool = False
-    """Whether the result is the same whatever it is: an interrupted run is gone on with though it has changed."""
-
-    reads: bool = False
-    """Whether it names what is read. That is never overwritten, and is compared by content, not by name."""
 
 
 class Settings(BaseModel):
@@ -97,6 +86,12 @@ class Settings(BaseModel):
             for name, value in found.items()
             if value
         }
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without what was made of the old settings."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("spec", None)
+        return copy
 
     @field_validator("target_modules", "skip", mode="before", check_fields=False)
     @classmethod
@@ -167,6 +162,20 @@ class Target(Settings):
     """Replace the output if it exists."""
 
 
+def _method_or_name(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """From Python a method may be given itself."""
+    if value is None or isinstance(value, str | bool | int | float | list | dict | tuple):
+        return check(value)
+    from quadapt.methods import Method
+
+    if not isinstance(value, Method):
+        raise ValueError("must be the name of a method, or a quadapt.methods.Method")
+    return value
+
+
+MethodOrName = Annotated[MethodName, WrapValidator(_method_or_name)]
+
+
 def with_planned_method(values: Any) -> Any:
     """Settings with the method of their plan, if none is given. What is wrong with the file is said when it is read."""
     if isinstance(values, dict) and isinstance(values.get("plan"), str) and not values.get("method"):
@@ -179,7 +188,7 @@ def with_planned_method(values: Any) -> Any:
 class Grid(Settings):
     """How weights are quantized. What is not given is the method's own choice."""
 
-    method: Annotated[MethodName, Flag((), "Quantization")] = "qa-lora"
+    method: Annotated[MethodOrName, Flag((), "Quantization")] = "qa-lora"
     """Preset of all that follows. Merge exactly: qa-lora, ir-qa-lora, qa-lora-scales, peqa, e2e-qp, efficientqat, l4q,
     lr-qat. Do not: qlora, loftq, quailora, cloq, lq-lora, ir-qlora, gptq-lora, qat-lora."""
 
@@ -187,8 +196,8 @@ class Grid(Settings):
     """Plan of the bits of every layer: a file that quadapt plan has written. It decides the grid, and the method if
     none is given."""
 
-    bits: Annotated[Width | None, Flag((), "Quantization")] = None
-    """Width of a code: 2, 3, 4 or 8, and 5 or 6 for integers. Default: the method's, 4."""
+    bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
+    """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
 
     group_size: Annotated[GroupSize | None, Flag((), "Quantization")] = None
     """Inputs that share a scale: 16 to 256 in steps of 16, or -1 for whole rows. Default: the method's."""
@@ -227,60 +236,39 @@ class Grid(Settings):
     calibration_epochs: Annotated[Count | None, Flag((), "Quantization")] = None
     """block-ap: passes over them. Default: 2."""
 
-    def chosen_method(self) -> Method:
-        """The method, with what was chosen otherwise.
+    @cached_property
+    def spec(self) -> Spec:
+        """What is made, resolved from all settings: the method, and how each layer is quantized.
 
         Raises:
-            ConfigError: The choices contradict each other.
+            ConfigError: The choices contradict each other, or the plan.
+            CheckpointError: The plan is damaged, or something else.
         """
-        from quadapt.methods import method
-        from quadapt.quant.format import Format
-        from quadapt.quant.storage import LINEAR, Storage
-        from quadapt.quant.weight import Layout
+        from quadapt.config.spec import Spec
 
-        base = method(self.method)
-        levels = self.levels or base.format.levels
-        same = levels == base.format.levels
-        chosen = base.with_format(
-            Format(
-                levels=levels,
-                bits=self.bits or base.format.bits,
-                group_size=base.format.group_size if self.group_size is None else self.group_size,
-                zero=self.zero or (base.format.zero if same else "default"),
-            )
-        )
-        if self.scales == "linear":  # of offsets, which may be negative, there is no such form
-            chosen = chosen.with_storage(replace(chosen.storage, scales=LINEAR))
-        elif self.scales:
-            offsets = self.scales if chosen.storage.offsets in ("fp16", "fp32", "double") else chosen.storage.offsets
-            chosen = chosen.with_storage(Storage(scales=self.scales, offsets=offsets))
-        chosen = replace(chosen, rounding=self._rounding(chosen.rounding))
-        chosen.rounding.check(Layout(format=chosen.format, storage=chosen.storage, out=1, columns=1))
-        return chosen
+        chosen = self._method()
+        return Spec.of(chosen, planned=self.budget_plan(chosen), skip=self.skip).without_adapter()
 
-    def _rounding(self, own: Rounding) -> Rounding:
-        from quadapt.nn.block_ap import BlockAP
-        from quadapt.quant.gptq import GPTQ
-        from quadapt.quant.rounding import Nearest
+    def _method(self, **more: Any) -> Method:
+        """The method, with what was chosen otherwise."""
+        from quadapt.methods import method_named
 
-        kinds: dict[str, type[Nearest] | type[GPTQ] | type[BlockAP]]
-        kinds = {"nearest": Nearest, "gptq": GPTQ, "block-ap": BlockAP}
-        if self.rounding and not isinstance(own, kinds[self.rounding]):
-            kind = kinds[self.rounding]
-            own = kind(range=own.range) if isinstance(own, (Nearest, GPTQ, BlockAP)) else kind()
-        if self.calibration_epochs is not None:
-            if not isinstance(own, BlockAP):
-                raise ConfigError("calibration_epochs is block-ap's. Use --rounding block-ap, or leave it out")
-            own = replace(own, epochs=self.calibration_epochs)
-        return replace(own, range=self.range) if self.range and isinstance(own, (Nearest, GPTQ, BlockAP)) else own
+        names = ("levels", "bits", "group_size", "zero", "scales", "rounding", "range", "calibration_epochs")
+        given: Any = self.method
+        chosen = method_named(given) if isinstance(given, str) else given
+        return chosen.having(**{name: getattr(self, name) for name in names}, **more)
+
+    @field_serializer("method")
+    def _named_method(self, value: Any) -> str:
+        return value if isinstance(value, str) else value.name
 
     @model_validator(mode="before")
     @classmethod
     def _planned(cls, values: Any) -> Any:
         return with_planned_method(values)
 
-    def budget_plan(self) -> BudgetPlan | None:
-        """The plan that is given, read.
+    def budget_plan(self, chosen: Method) -> BudgetPlan | None:
+        """The plan that is given, read, for a method.
 
         Raises:
             ConfigError: It is not there, or another setting contradicts it.
@@ -304,39 +292,14 @@ class Grid(Settings):
         value = read_json(path)
         with locate(self.plan):
             found = BudgetPlan.from_json(value)
-        chosen = self.chosen_method()
         check_plannable(chosen)
         levels = {layer.layout.format.levels for layer in found.layers.values()}
         if levels != {chosen.format.levels}:
             raise ConfigError(
-                f"method={self.method!r} has levels={chosen.format.levels!r}, the plan {', '.join(sorted(levels))}. "
-                f"Use --method {found.method}, or make a plan for {self.method}"
+                f"method={chosen.name!r} has levels={chosen.format.levels!r}, the plan {', '.join(sorted(levels))}. "
+                f"Use --method {found.method}, or make a plan for {chosen.name}"
             )
         return found
-
-    def quantization(self) -> Plan:
-        """How each layer is quantized.
-
-        Raises:
-            ConfigError: The choices contradict each other, or the plan.
-        """
-        from quadapt.model.layer import Plan
-
-        format, storage, rounding = self.chosen_method().base()
-        planned = self.budget_plan()
-        if planned is None:
-            return Plan(format=format, storage=storage, rounding=rounding)
-        layouts = {name: layer.layout for name, layer in planned.layers.items()}
-        for name, layout in layouts.items():
-            with locate(name):
-                rounding.check(layout)
-        return Plan(
-            format=format,
-            storage=storage,
-            rounding=rounding,
-            layers={name: (layout.format, layout.storage) for name, layout in layouts.items()},
-            shapes={name: (layout.out, layout.columns) for name, layout in layouts.items()},
-        )
 
     def given(self) -> list[str]:
         """Names of the grid settings that were set explicitly."""

@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from quadapt.config.fields import Flag, Grid, RowsOfData, StartName, Target, Walk, with_planned_method
-from quadapt.config.values import Count, Location, NotNegative, Positive, Ratio, Seed, Share, Sources, Whole
-from quadapt.errors import ConfigError
+from quadapt.config.fields import Grid, RowsOfData, StartName, Target, Walk, with_planned_method
+from quadapt.config.values import Location, Sources
+from quadapt.setting import Count, Flag, NotNegative, Positive, Ratio, Seed, Share, Whole
 
 if TYPE_CHECKING:
-    from quadapt.methods import Method
-    from quadapt.model.layer import Plan
+    from quadapt.config.spec import Spec
 
 
-class TuneConfig(Target, Grid, RowsOfData, Walk):
-    """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
-
-    model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder or hub name: a dense model (it is quantized first), one that quadapt has quantized, or an adapter that
-    tune has written (it is trained on, over the same base)."""
-
-    data: Annotated[Sources, Field(min_length=1), Flag((), "Data", reads=True)]
-    """Training data: text, JSON lines, CSV, Parquet (also .gz), a folder, or a hub name; repeat it to mix several.
-    Columns: text; prompt and completion; instruction, input and output; question and answer; messages or conversations;
-    prompt, chosen and rejected; .."""
-
-    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output", idle=True)] = ""
-    """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
-    here, named after model, method and bits."""
-
-    eval_data: Annotated[Sources, Flag((), "Data", idle=True, reads=True)] = ()
-    """Held-out data, of the same kinds."""
-
-    eval_split: Annotated[Share, Flag((), "Data")] = 0.0
-    """Share of the training data to hold out, if there is no --eval-data."""
-
-    seq_len: Annotated[Count | None, Flag(("--max-length", "--max-seq-length"), "Data")] = None
-    """Tokens in a sequence; longer examples are truncated, and counted. Default: the model's context, at most 1024."""
-
-    packing: Annotated[bool, Flag((), "Data")] = False
-    """Pack several examples into a sequence; attention does not cross them. (Plain text always fills its sequences.)"""
-
-    completion_only: Annotated[bool, Flag((), "Data")] = True
-    """Loss on completions (or the assistant's turns) alone."""
+class Adapting(Grid):
+    """What is trained over the quantized weights, and how. What is not given is the method's own choice."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
     """Layers that get adapters, by name or a part of it. Default: all quantized layers."""
@@ -91,9 +62,6 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     objective: Annotated[Literal["cross-entropy", "rilq"], Flag((), "Training")] = "cross-entropy"
     """rilq: half of the objective is the distance of the last hidden state to the full-precision model's."""
 
-    teacher: Annotated[Location | None, Flag((), "Training", reads=True)] = None
-    """rilq: folder or hub name of the full-precision model. Default: the dense model, or what the base was made of."""
-
     keep_targets: Annotated[bool, Flag((), "Training")] = True
     """rilq: compute the teacher's targets once and keep them on disk, rather than the teacher in memory."""
 
@@ -117,6 +85,69 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     max_grad_norm: Annotated[NotNegative | None, Flag((), "Training")] = None
     """Gradients are scaled down to this norm. Default: the paper's."""
 
+    seed: Annotated[Seed, Flag((), "Training")] = 0
+    """Of initialization, data order, dropout and calibration."""
+
+    @cached_property
+    def spec(self) -> Spec:
+        from quadapt.config.spec import Spec
+        from quadapt.methods import Recipe
+
+        names = {
+            "pooling",
+            "init",
+            "form",
+            "start",
+            "objective",
+            *Recipe.__dataclass_fields__,
+        } & type(self).model_fields.keys()
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.fisher:
+            given["fisher"] = True
+        if not self.keep_targets:
+            given["keep_targets"] = False
+        chosen = self._method(**given)
+        return Spec.of(chosen, planned=self.budget_plan(chosen), skip=self.skip, target_modules=self.target_modules)
+
+
+class PrepareConfig(Adapting, Walk):
+    """Settings of :func:`quadapt.prepare`: all that a method is made of, and the machine."""
+
+
+class TuneConfig(Target, Adapting, RowsOfData, Walk):
+    """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
+
+    model: Annotated[Location, Flag(positional=True, reads=True)]
+    """Folder or hub name: a dense model (it is quantized first), one that quadapt has quantized, or an adapter that
+    tune has written (it is trained on, over the same base)."""
+
+    data: Annotated[Sources, Field(min_length=1), Flag((), "Data", reads=True)]
+    """Training data: text, JSON lines, CSV, Parquet (also .gz), a folder, or a hub name; repeat it to mix several.
+    Columns: text; prompt and completion; instruction, input and output; question and answer; messages or conversations;
+    prompt, chosen and rejected; .."""
+
+    output: Annotated[Location, Flag(("-o", "--output-dir"), "Output", idle=True)] = ""
+    """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
+    here, named after model, method and bits."""
+
+    eval_data: Annotated[Sources, Flag((), "Data", idle=True, reads=True)] = ()
+    """Held-out data, of the same kinds."""
+
+    eval_split: Annotated[Share, Flag((), "Data")] = 0.0
+    """Share of the training data to hold out, if there is no --eval-data."""
+
+    seq_len: Annotated[Count | None, Flag(("--max-length", "--max-seq-length"), "Data")] = None
+    """Tokens in a sequence; longer examples are truncated, and counted. Default: the model's context, at most 1024."""
+
+    packing: Annotated[bool, Flag((), "Data")] = False
+    """Pack several examples into a sequence; attention does not cross them. (Plain text always fills its sequences.)"""
+
+    completion_only: Annotated[bool, Flag((), "Data")] = True
+    """Loss on completions (or the assistant's turns) alone."""
+
+    teacher: Annotated[Location | None, Flag((), "Training", reads=True)] = None
+    """rilq: folder or hub name of the full-precision model. Default: the dense model, or what the base was made of."""
+
     max_steps: Annotated[Whole, Flag((), "Training")] = 0
     """Optimizer steps; 0 to go by --epochs."""
 
@@ -131,9 +162,6 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
 
     gradient_checkpointing: Annotated[bool, Flag((), "Training", idle=True)] = False
     """Recompute activations in backward: less memory, about a third more time."""
-
-    seed: Annotated[Seed, Flag((), "Training")] = 0
-    """Of initialization, data order, dropout and calibration."""
 
     save_steps: Annotated[Whole, Flag((), "Training", idle=True)] = 0
     """Steps between checkpoints to resume from. Default: a tenth of the run, at most 500."""
@@ -178,56 +206,3 @@ class TuneConfig(Target, Grid, RowsOfData, Walk):
     def keeps(self) -> Literal["best", "last"]:
         """Which state is written."""
         return self.keep or ("best" if self.eval_data or self.eval_split else "last")
-
-    def chosen_method(self) -> Method:
-        """The method with the choices made about its adapter and recipe too."""
-        from quadapt.methods import Recipe
-        from quadapt.nn.adapters import L4Q, Pooled
-        from quadapt.nn.starts import LQ, STARTS
-
-        chosen = super().chosen_method()
-        about: dict[str, Any] = {}
-        for kind, names, owner in ((Pooled, ("pooling", "form"), "qa-lora"), (L4Q, ("init",), "l4q")):
-            given = {name: value for name in names if (value := getattr(self, name)) is not None}
-            if given and not isinstance(chosen.adapter, kind):
-                raise ConfigError(
-                    f"{next(iter(given))} is a setting of {owner}'s adapter; method={self.method!r} has none. Leave it "
-                    "out"
-                )
-            about |= given
-        if self.dense_steps and chosen.adapter.base != "float":
-            raise ConfigError(
-                f"dense_steps needs the dense matrix; method={self.method!r} trains over codes. Leave it out"
-            )
-        if self.start is not None:
-            chosen = replace(chosen, start=STARTS[self.start]())
-        if self.fisher:
-            if not isinstance(chosen.start, LQ):
-                raise ConfigError(f"fisher weights the start lq; here it is {chosen.start.name}. Use --start lq")
-            chosen = replace(chosen, start=replace(chosen.start, fisher=True))
-        if chosen.start.name != "zero" and chosen.adapter.begins == "zero":
-            raise ConfigError(
-                f"start={chosen.start.name!r}: the {chosen.adapter.kind} adapter of method={self.method!r} has nothing "
-                "to start from but zero. Leave it out"
-            )
-        folds = chosen.start.name != "zero" and chosen.adapter.begins == "offsets"
-        if folds and chosen.storage.offsets not in ("fp16", "fp32"):
-            raise ConfigError(
-                f"start={chosen.start.name!r} is folded into float offsets, and these are {chosen.storage.offsets}. "
-                "Use zero='float', and fp16 or fp32 scales"
-            )
-        own = {
-            name: getattr(self, name) for name in Recipe.__dataclass_fields__ if getattr(self, name, None) is not None
-        }
-        return replace(chosen, adapter=replace(chosen.adapter, **about), recipe=replace(chosen.recipe, **own))
-
-    def quantization(self) -> Plan:
-        """How each layer is quantized, and where its adapter starts."""
-        chosen, plan = self.chosen_method(), super().quantization()
-        return replace(
-            plan,
-            start=chosen.start,
-            rank=chosen.recipe.rank,
-            pooled=chosen.adapter.begins == "offsets",
-            adapted=self.target_modules,
-        )

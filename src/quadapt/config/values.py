@@ -7,11 +7,11 @@ import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args
 
+from annotated_types import BaseMetadata
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-MOST = 2**31 - 1
-"""Largest count: what libraries below hold in 32 bits."""
+from quadapt.setting import MOST
 
 
 def _at_home(value: str) -> str:
@@ -21,19 +21,8 @@ def _at_home(value: str) -> str:
     return path
 
 
-Count = Annotated[int, Field(ge=1, le=MOST)]
-"""A number of things, at least one."""
-Whole = Annotated[int, Field(ge=0, le=MOST)]
-"""A number of things, or 0."""
 GroupSize = Annotated[int, Field(ge=-1, le=MOST)]
 """The format says which of these there are."""
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-"""Of random numbers: NumPy's take 32 bits."""
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-"""A part of something that must leave some of it over."""
-Ratio = Annotated[float, Field(ge=0, le=1)]
 Location = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
 """A path (`~` is the home folder), or a name on the hub."""
 
@@ -97,8 +86,9 @@ def kinds(annotation: Any) -> Iterator[Any]:
 def allowed(field: FieldInfo, *, largest: bool = False) -> str:
     """The numbers that a field takes, in words; nothing if it takes none. `largest`: also what 32 bits limit."""
     limits: dict[str, float] = {}
-    named = [item for kind in kinds(field.annotation) if isinstance(kind, FieldInfo) for item in kind.metadata]
-    for item in [*field.metadata, *named]:
+    inside = list(kinds(field.annotation))
+    named = [item for kind in inside if isinstance(kind, FieldInfo) for item in kind.metadata]
+    for item in [*field.metadata, *named, *(each for each in inside if isinstance(each, BaseMetadata))]:
         limits |= {name: getattr(item, name) for name in ("gt", "ge", "lt", "le") if hasattr(item, name)}
     if not largest and limits.get("le", 0) >= MOST:
         del limits["le"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from quadapt.config import TuneConfig
+from quadapt.config.spec import Spec
 from quadapt.errors import ConfigError, QuadaptError
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.vocabulary import token_layers
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("quadapt")
 
 
-def adapt(model: nn.Module, config: TuneConfig, *, tokens: Sequence[int] = (), on_meta: bool = False) -> PeftModel:
+def adapt(model: nn.Module, spec: Spec, *, tokens: Sequence[int] = (), on_meta: bool = False) -> PeftModel:
     """A PEFT model with a fresh adapter over the layers that `target_modules` names.
 
     Args:
         model: Quantized; dense for methods that quantize in their forward.
-        config: Names the method; its rank, alpha and dropout hold.
+        spec: The method; its rank, alpha and dropout hold.
         tokens: Ids of tokens whose rows of embedding and head train too.
         on_meta: Shapes alone, for estimates.
 
@@ -37,9 +37,9 @@ def adapt(model: nn.Module, config: TuneConfig, *, tokens: Sequence[int] = (), o
     """
     from peft import get_peft_model
 
-    chosen = config.chosen_method()
-    layouts = _layouts(model, chosen.adapter, config.skip)
-    names = matching(layouts, config.target_modules)
+    chosen = spec.method
+    layouts = _layouts(model, chosen.adapter, spec.skip)
+    names = matching(layouts, spec.target_modules)
     recipe, inputs = chosen.recipe, chosen.adapter.inputs
     wasted = [name for name in names if 0 < inputs(layouts[name]) < recipe.rank]
     if wasted and not on_meta:

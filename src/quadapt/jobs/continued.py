@@ -14,7 +14,7 @@ from quadapt.hf.compressed import attach
 from quadapt.hf.folder import Folder, find_base, open_folder
 from quadapt.hf.peft_layer import adapter_of
 from quadapt.hf.reading import reading
-from quadapt.methods import METHODS
+from quadapt.methods import METHODS, method_named
 
 _OF_ADAPTER = ("target_modules", "rank", "alpha", "pooling", "init", "form", "start", "fisher", "train_tokens")
 _OF_BASE = ("plan", "offload", *(name for name in Grid.model_fields if name.startswith("calibration")))
@@ -67,7 +67,7 @@ def going_on(config: TuneConfig, folder: Folder) -> tuple[TuneConfig, Earlier]:
             "Train a new one over it"
         )
     noted = {name: value for name, value in (folder.note.get("settings") or {}).items() if name in FIXED}
-    likely = (name for name, each in METHODS.items() if each.adapter.kind == kind.kind)
+    likely = (name for name in METHODS if method_named(name).adapter.kind == kind.kind)
     method = noted.get("method") or next(likely, None)
     if method is None:
         raise CheckpointError(f"{folder.name}: no method trains {kind.kind} adapters")
@@ -99,7 +99,7 @@ def _same(old: TuneConfig, name: str, value: Any) -> bool:
     if name in ("target_modules", "skip", "train_tokens"):
         return False
     try:
-        one, other = (each.chosen_method() for each in (old, old.model_copy(update={name: value})))
+        one, other = (each.spec.method for each in (old, old.model_copy(update={name: value})))
     except ConfigError:
         return False
     parts = ("format", "storage", "rounding", "start", "adapter")

@@ -31,7 +31,7 @@ from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.workspace import Workspace, remove, write_json
 from quadapt.jobs.identity import job_of
-from quadapt.methods import METHODS, Recipe
+from quadapt.methods import Recipe, method_named
 from quadapt.model.layer import Plan
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
@@ -173,7 +173,7 @@ class _Bench:
         integers = Format(bits=bits, group_size=32)
         base = self.quantized(integers, Storage(), GPTQ())
         yield self.measure(bits, "rounded (GPTQ), untuned", base)
-        qlora = METHODS["qlora"]
+        qlora = method_named("qlora")
         normal = self.quantized(replace(qlora.format, bits=bits), qlora.storage, qlora.rounding)
         yield self.measure(bits, f"QLoRA (nf{bits}), as trained", self.tuned(normal, LoRA()))
         adapted = self.tuned(copy.deepcopy(base), LoRA())

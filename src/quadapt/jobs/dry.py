@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quadapt.config import Grid, QuantizeConfig, TuneConfig
+from quadapt.config import Grid, PrepareConfig, QuantizeConfig, TuneConfig
 from quadapt.errors import CheckpointError, ResourceError, locate
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.context import MOST_CONTEXT, context_of
@@ -54,7 +54,7 @@ class Sketch:
     """Of the quantized checkpoint."""
 
 
-def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modules: Sequence[str] = ()) -> Sketch:
+def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sketch:
     """The model that `config` would make of `name`, or the one that lies there, if it is quantized.
 
     Raises:
@@ -83,14 +83,14 @@ def sketch(name: str, config: Grid | QuantizeConfig | TuneConfig, *, target_modu
         kept = QuadaptConfig(**quantized) if isinstance(quantized, dict) else quantized
         layouts, left = kept.layouts, kept.left
     else:
-        selection, plan = select(model, target_modules=target_modules, skip=config.skip), config.quantization()
+        selection, plan = select(model, target_modules=target_modules, skip=config.skip), config.spec.plan
         plan.check(selection.chosen)
         left, layouts = selection.left, {}
         for layer, linear in selection.chosen.items():
             with locate(layer):
                 layouts[layer] = plan.layout(layer, linear.out_features, linear.in_features)
                 plan.rounding.check(layouts[layer])
-    adapter = config.chosen_method().adapter
+    adapter = config.spec.method.adapter
     if quantized is None and adapter.base == "float":  # quantizes in its forward: the base stays dense
         layouts = {layer: adapter.layout(layout.out, layout.columns) for layer, layout in layouts.items()}
         return _sketched(model, layouts, left, about, (dense, part))
@@ -115,7 +115,7 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
 
 
 def place_of(
-    config: QuantizeConfig | TuneConfig,
+    config: QuantizeConfig | TuneConfig | PrepareConfig,
     name: str,
     device: str,
     ui: UI,
@@ -139,10 +139,10 @@ def place_of(
 
 
 def quantizing(
-    config: QuantizeConfig | TuneConfig, found: Sketch, place: Place, *, most_length: int = MOST_CONTEXT
+    config: QuantizeConfig | TuneConfig | PrepareConfig, found: Sketch, place: Place, *, most_length: int = MOST_CONTEXT
 ) -> MemoryEstimate:
     """Memory that quantizing will take on the device that computes. Uses up the sketch's model."""
-    plan, apart = config.quantization(), place.home != place.device
+    plan, apart = config.spec.plan, place.home != place.device
     columns = max(layout.columns for layout in found.layouts.values())
     step = memory.quantizing_bytes(found.largest, columns, calibrated=plan.needs_text)
     if plan.rounding.scope == "block":
@@ -169,7 +169,7 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[
     from quadapt.jobs.adapt import adapt
 
     device, weights = device_of(config), found.bytes_on_disk
-    model = adapt(found.model, config, tokens=tokens, on_meta=True)
+    model = adapt(found.model, config.spec, tokens=tokens, on_meta=True)
     trainable = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -180,7 +180,7 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[
 
 
 def check_quantizing(
-    config: QuantizeConfig | TuneConfig,
+    config: QuantizeConfig | TuneConfig | PrepareConfig,
     name: str,
     place: Place,
     ui: UI,

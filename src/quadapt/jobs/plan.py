@@ -35,7 +35,7 @@ from quadapt.hf.workspace import Workspace, check_disk, check_output, write_json
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
-from quadapt.methods import Method, method
+from quadapt.methods import Method, method_named
 from quadapt.model.select import select
 from quadapt.nn.starts import Zero
 from quadapt.quant.weight import hash_tensor
@@ -54,7 +54,7 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, or the budget is too small; see the message.
     """
-    folder, device, chosen = dense_folder(config.model), device_of(config), method(config.method)
+    folder, device, chosen = dense_folder(config.model), device_of(config), method_named(config.method)
     more = set(chosen.start.needs) - {"fisher"}
     if more:
         raise ConfigError(

@@ -42,13 +42,13 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, see the message.
     """
-    folder, plan, device = dense_folder(config.model), config.quantization(), device_of(config)
+    folder, plan, device = dense_folder(config.model), config.spec.plan, device_of(config)
     if plan.needs_data and not config.calibration_data:
         raise ConfigError(
             f"rounding={plan.rounding.name!r} needs text to calibrate on. Give --calibration-data FILE, or use "
             "--rounding nearest"
         )
-    own = config.chosen_method().start.name
+    own = config.spec.method.start.name
     if own != "zero":
         ui.say(f"{config.method} starts its adapter by {own}: tune does so; here the base is made alone")
     if config.dry_run:
@@ -115,7 +115,7 @@ def quantize_into(
         The summary that is also written into `quadapt.json`.
     """
     name, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
-    plan, dtype = config.quantization(), config.dtype  # type: ignore[attr-defined]
+    plan, dtype = config.spec.plan, config.dtype  # type: ignore[attr-defined]
     # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
     kept = "float32" if dtype == "float32" else "auto"
     with within_memory(place):
@@ -175,7 +175,7 @@ def calibration_for(config: Grid, rows: Rows, tokenizer: Any, context: int, most
     Raises:
         DataError: There is less than one sequence of the length that the user gave, or hardly a token.
     """
-    rounding = config.quantization().rounding
+    rounding = config.spec.plan.rounding
     at_least = 2 * rounding.batch_size if isinstance(rounding, BlockAP) else 1
     return calibration_batches(
         rows,

@@ -132,7 +132,7 @@ def disk_needs(config: TuneConfig, found: Sketch, adapter: int, tokens: int, *, 
     """
     best = config.keeps == "best"
     needs = adapter * (1 + _CHECKPOINTS * (_STATES + best)) + 2 * found.bytes_on_disk * quantizes
-    if config.objective == "rilq" and config.keep_targets:
+    if config.spec.method.objective.keep_targets:
         width: Any = found.model.get_input_embeddings()  # type: ignore[operator]
         needs += tokens * width.weight.shape[1] * width.weight.itemsize
     partial = Path(config.output).with_name(Path(config.output).name + ".partial")

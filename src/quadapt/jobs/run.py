@@ -122,7 +122,7 @@ def _checked(kind: type[Settings], section: Mapping[str, Any], fixed: Mapping[st
             raise ConfigError(f"{where}{name} is not a setting: the job's stages hand it on. Leave it out")
     settings = checked(kind, {**section, **fixed}, where)
     if isinstance(settings, TuneConfig):
-        settings.chosen_method()
+        _ = settings.spec  # contradictions are said before any work
     return settings
 
 

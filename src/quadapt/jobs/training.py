@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
@@ -23,7 +25,8 @@ from quadapt.jobs.continued import Earlier
 from quadapt.jobs.source import dense_folder, device_of, versions
 from quadapt.methods import Recipe
 from quadapt.model.trial import check_runs
-from quadapt.objectives import RILQ, KeptTeacher, Teacher
+from quadapt.nn.objective import Batch
+from quadapt.objectives.rilq import KeptTeacher, Teacher
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
 
@@ -46,7 +49,7 @@ def fit(
 
     from quadapt.train import Run, train, trainable_parameters
 
-    device, chosen = device_of(config), config.chosen_method()
+    device, chosen = device_of(config), config.spec.method
     quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     check_runs(quantized)
     set_seed(config.seed)
@@ -54,7 +57,7 @@ def fit(
         model = earlier.attach(quantized, chosen.recipe.dropout)
         ui.say(f"going on from {earlier.folder.name}")
     else:
-        model = adapt(quantized, config, tokens=token_ids(config.train_tokens, tokenizer))
+        model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, tokenizer))
     collate = Collator(pad_token_id(tokenizer, embedding_rows(quantized)))
     if (space.path / START).exists():
         set_start(model, read_start(space.path / START))
@@ -64,7 +67,7 @@ def fit(
     fields = {
         name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"
     }
-    objective = _objective(config, space, model, folder.name, data[0], collate, ui)
+    objective = chosen.objective.bind(model, _teacher(config, space, model, folder.name, data[0], collate, ui))
     run = Run(recipe=chosen.recipe, device=device, **{**fields, "keep": config.keeps})
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
@@ -80,7 +83,7 @@ def fit(
         most = peak()
     summary = {
         "kind": "adapter",
-        "method": config.method,
+        "method": chosen.name,
         "adapter": chosen.adapter.identity(),
         "recipe": asdict(chosen.recipe),
         "bits": true_bits(model),
@@ -118,21 +121,24 @@ def _held_out_words(trained: Trained) -> str:
     )
 
 
-def _objective(
+def _teacher(
     config: TuneConfig, space: Workspace, model: Any, dense: str, data: Encoded, collate: Collator, ui: UI
-) -> RILQ | None:
-    """RILQ's objective, if it is asked for: with targets from disk, or from the teacher as it goes."""
-    if config.objective == "cross-entropy":
+) -> Callable[[Batch], Tensor] | None:
+    """Gives the full-precision model's last hidden state, from disk or as it goes; None if nobody asks for it."""
+    objective = config.spec.method.objective
+    if not objective.needs_teacher:
         return None
     quantized = getattr(model.config, "quantization_config", None)
     name = config.teacher or (quantized.made.get("source") if quantized else dense)
     if not name:
-        raise ConfigError("objective='rilq' needs the full-precision model. Say where it is with --teacher")
+        raise ConfigError(
+            f"objective={objective.name!r} needs the full-precision model. Say where it is with --teacher"
+        )
     dense_folder(name)
     device = device_of(config)
     teacher = Teacher(load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code))
-    if not config.keep_targets:
-        return RILQ(model, teacher)
+    if not objective.keep_targets:
+        return teacher
     kept, size = KeptTeacher(space.path / "targets"), config.batch_size
     starts = range(0, len(data.data), size)
     batches = [
@@ -140,7 +146,7 @@ def _objective(
         for start in ui.over("reading", list(starts))
     ]
     kept.fill(teacher, batches, lambda todo: ui.over("the teacher's targets", todo))
-    return RILQ(model, kept)
+    return kept
 
 
 def _write(

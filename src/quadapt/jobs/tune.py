@@ -40,7 +40,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     else:
         _check(config, folder)
     _check_run(config)
-    device, chosen = device_of(config), config.chosen_method()
+    device, chosen = device_of(config), config.spec.method
     makes_base = folder.kind == "model" and chosen.adapter.base != "float"
     about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
@@ -87,7 +87,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
 
 def _check(config: TuneConfig, folder: Folder) -> None:
     """Raise QuadaptError if the settings do not go with what the folder holds."""
-    chosen = config.chosen_method()
+    chosen = config.spec.method
     if folder.kind == "quantized" and config.given():
         raise ConfigError(
             f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give "

@@ -19,6 +19,7 @@ from quadapt.quant.fixed import mean, total
 from quadapt.quant.grids import as_float, implied_offsets
 from quadapt.quant.rounding import ROUNDINGS, Nearest, Rounding, Statistics, find_grid
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.setting import Count, setting
 
 
 class Example(NamedTuple):
@@ -61,7 +62,7 @@ class BlockAP(Rounding):
     range: str = "minmax"
     """Span of a group's levels at the start, as in `Nearest`."""
 
-    epochs: int = 2
+    epochs: Count = setting(panel="Quantization", name="calibration_epochs", default=2)
     """Passes over the calibration sequences."""
 
     batch_size: int = 2

@@ -19,7 +19,7 @@ from quadapt.errors import ConfigError
 from quadapt.hf.grid_layer import GridLoraLinear
 from quadapt.hf.workspace import remove, write_json
 from quadapt.methods import Recipe
-from quadapt.objectives import RILQ
+from quadapt.nn.objective import Bound
 from quadapt.train.best import Best
 from quadapt.train.trainer import AdapterTrainer
 
@@ -185,7 +185,7 @@ def train(
     *,
     collate: Callable[[Sequence[Any]], Any],
     eval_data: Any = None,
-    objective: RILQ | None = None,
+    objective: Bound | None = None,
     tick: Tick = lambda *_: None,
 ) -> Trained:
     """Train the trainable parameters of `model`, in place.

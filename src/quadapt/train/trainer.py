@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from quadapt.data.collate import NO_LOSS
 from quadapt.errors import ConfigError
-from quadapt.objectives import RILQ
+from quadapt.nn.objective import Bound
 
 
 class AdapterTrainer(Trainer):
@@ -26,7 +26,7 @@ class AdapterTrainer(Trainer):
     """
 
     grid_learning_rate: float | None = None
-    objective: RILQ | None = None
+    objective: Bound | None = None
 
     def compute_loss(
         self,

@@ -7,9 +7,10 @@ undo it layer by layer; asking for the output of the last block alone lets the l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from quadapt.files import writing
 from quadapt.model.select import find_blocks
+from quadapt.nn.objective import OBJECTIVES, Batch, Objective
 from quadapt.nn.resident import moved
-
-Batch = Mapping[str, Any]
+from quadapt.setting import setting
 
 
 class LastHidden:
@@ -115,16 +116,16 @@ class KeptTeacher:
         return self._folder / f"{digest[:32]}.safetensors"
 
 
-class RILQ:
+class HiddenDistance:
     """`weight * mean squared error of the last hidden state + (1 - weight) * cross-entropy`.
 
     Args:
         student: The model that trains.
         teacher: Gives the full-precision model's hidden state for a batch.
-        weight: Of the model-level error; the authors use a half.
+        weight: Of the model-level error.
     """
 
-    def __init__(self, student: nn.Module, teacher: Callable[[Batch], Tensor], weight: float = 0.5) -> None:
+    def __init__(self, student: nn.Module, teacher: Callable[[Batch], Tensor], weight: float) -> None:
         self._hidden, self._teacher, self._weight = LastHidden(student), teacher, weight
 
     def __call__(self, loss: Tensor, batch: Batch, *, share: float = 1.0) -> Tensor:
@@ -143,3 +144,22 @@ class RILQ:
     def close(self) -> None:
         """Let go of the student."""
         self._hidden.close()
+
+
+@OBJECTIVES.register("rilq")
+@dataclass(frozen=True, kw_only=True)
+class RILQ(Objective):
+    """RILQ (Lee et al. 2024, arXiv:2412.01129): also the distance of the last hidden state to the dense model's."""
+
+    summary: ClassVar[str] = "half of it is the distance of the last hidden state to the full-precision model's"
+    needs_teacher: ClassVar[bool] = True
+
+    weight: float = 0.5
+    """Share of the distance in the objective, from 0 to 1; the authors use a half."""
+
+    keep_targets: bool = setting(panel="Training", default=True)  # type: ignore[misc] # a field here, said there
+    """rilq: compute the teacher's targets once and keep them on disk, rather than the teacher in memory."""
+
+    def bind(self, student: nn.Module, teacher: Callable[[Batch], Tensor] | None) -> HiddenDistance:
+        assert teacher is not None
+        return HiddenDistance(student, teacher, self.weight)

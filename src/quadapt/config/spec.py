@@ -1,0 +1,76 @@
+"""The specification of a run: settings are resolved into it once, and it is handed down from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from quadapt.budget import BudgetPlan
+from quadapt.errors import locate
+from quadapt.methods import Method
+from quadapt.model.layer import Plan
+from quadapt.nn.starts import Zero
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is made: by which method, with which grid for each layer. Made by :meth:`of` from flags, YAML or Python."""
+
+    method: Method
+    """The method with all its pieces; whatever was chosen otherwise is in it."""
+
+    plan: Plan
+    """How each layer is quantized, and where its adapter starts."""
+
+    skip: tuple[str, ...] = ()
+    """Layers that stay unquantized, by name or a part of it."""
+
+    target_modules: tuple[str, ...] = ()
+    """Layers that get adapters, by name or a part of it; empty for all."""
+
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        *,
+        planned: BudgetPlan | None = None,
+        skip: Sequence[str] = (),
+        target_modules: Sequence[str] = (),
+    ) -> Spec:
+        """Resolve a method.
+
+        Args:
+            method: With everything that was chosen otherwise.
+            planned: Grids of single layers by an integer program, if there is such a plan.
+            skip: Layers to leave unquantized.
+            target_modules: Layers that get adapters; empty for all.
+
+        Raises:
+            ConfigError: Two of the choices contradict each other, or the plan.
+        """
+        method.check()
+        format, storage, rounding = method.base()
+        plan = Plan(
+            format=format,
+            storage=storage,
+            rounding=rounding,
+            start=method.start,
+            rank=method.recipe.rank,
+            pooled=method.adapter.begins == "offsets",
+            adapted=tuple(target_modules),
+        )
+        if planned is not None:
+            layouts = {name: layer.layout for name, layer in planned.layers.items()}
+            for name, layout in layouts.items():
+                with locate(name):
+                    rounding.check(layout)
+            plan = replace(
+                plan,
+                layers={name: (layout.format, layout.storage) for name, layout in layouts.items()},
+                shapes={name: (layout.out, layout.columns) for name, layout in layouts.items()},
+            )
+        return cls(method, plan, tuple(skip), tuple(target_modules))
+
+    def without_adapter(self) -> Spec:
+        """The same for a base alone: training does not go on from it at once, so nothing starts there."""
+        return replace(self, plan=replace(self.plan, start=Zero(), rank=0, pooled=False, adapted=()))

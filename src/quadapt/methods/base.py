@@ -1,0 +1,250 @@
+"""What a method is: a choice along the library's axes, and the recipe of its paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from quadapt.errors import ConfigError
+from quadapt.nn.adapters import ADAPTERS, Adapter
+from quadapt.nn.objective import OBJECTIVES, CrossEntropy, Objective
+from quadapt.nn.starts import STARTS, Start, Zero
+from quadapt.quant.format import Format
+from quadapt.quant.rounding import ROUNDINGS, FixedPoint, Rounding
+from quadapt.quant.storage import LINEAR, Storage
+from quadapt.quant.weight import Layout
+from quadapt.registry import Registry
+from quadapt.setting import Count, NotNegative, Positive, Ratio, Share, Whole, setting, settings_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a paper trains. Every field can be overridden; what is used is printed before training starts."""
+
+    learning_rate: Positive = setting("--lr", panel="Training")
+    """Peak learning rate of AdamW."""
+
+    rank: Count = setting("--r", "--lora-r", panel="Adapter", default=64)
+    """Rank of the adapters."""
+
+    alpha: Positive = setting("--lora-alpha", panel="Adapter", default=16)
+    """The adapter is multiplied by alpha / rank."""
+
+    dropout: Share = setting("--lora-dropout", panel="Adapter", default=0.0)
+    """Dropout on the adapter's input."""
+
+    schedule: Literal["constant", "cosine", "linear"] = setting(
+        "--lr-scheduler-type", panel="Training", default="constant"
+    )
+    """Learning rate after the warm-up."""
+
+    warmup_ratio: Ratio = setting(panel="Training", default=0.0)
+    """Share of the steps over which the learning rate rises."""
+
+    weight_decay: NotNegative = setting(panel="Training", default=0.0)
+    """AdamW's weight decay."""
+
+    max_grad_norm: NotNegative = setting(panel="Training", default=0.3)
+    """Gradients are scaled down to this norm."""
+
+    adam_beta2: Share = 0.999
+    """AdamW's second decay rate."""
+
+    grid_learning_rate: Positive | None = setting("--scale-lr", panel="Training", default=None)
+    """Peak learning rate of scales and offsets, where these train; relative to the scale, without weight decay."""
+
+    dense_steps: Whole = setting(panel="Adapter", default=0)
+    """First steps that train a low-rank change of the dense matrix, before anything is quantized (L4Q's first version).
+    """
+
+    source: str = ""
+    """Where these numbers come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A choice of grid, storage, rounding, start, adapter, objective and recipe.
+
+    ::
+
+        method = qa_lora(bits=3).having(act_order=True, rank=16)
+        method = replace(method, start=LQ(fisher=True))
+
+    An adapter that has a grid of its own (L4Q, LR-QAT) is given the method's.
+
+    Raises:
+        ConfigError: The adapter cannot train the grid.
+    """
+
+    name: str = "custom"
+    """As it is noted in what is written; for a registered method the name under which it is registered."""
+
+    paper: str = ""
+    """arXiv number."""
+
+    format: Format
+    """Grid of the quantized weights."""
+
+    storage: Storage
+    """How scales and offsets are held."""
+
+    rounding: Rounding
+    """From weights to codes."""
+
+    adapter: Adapter
+    """What trains."""
+
+    start: Start = field(default_factory=Zero)
+    """Where training starts."""
+
+    objective: Objective = field(default_factory=CrossEntropy)
+    """What training lowers."""
+
+    recipe: Recipe
+    """How the paper trains."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapter", self.adapter.with_grid(self.format, self.storage))
+
+    def base(self) -> tuple[Format, Storage, Rounding]:
+        """Grid, storage and rounding of the quantized base that the adapter trains over."""
+        if self.adapter.base != "fixed-point":
+            return self.format, self.storage, self.rounding
+        fine = replace(self.format, bits=8)
+        return (
+            fine,
+            Storage.default(fine),
+            FixedPoint(bits=self.format.bits, range=getattr(self.rounding, "range", "mse")),
+        )
+
+    def with_format(self, format: Format) -> Method:
+        """The same method over another grid, with storage to match: kept where it fits, else the new grid's default."""
+        try:
+            self.storage.check(format)
+            storage = self.storage if format.bits != 8 or self.format.bits == 8 else Storage.default(format)
+        except ConfigError:
+            storage = Storage.default(format)
+        return replace(self, format=format, storage=storage)
+
+    def having(self, **settings: Any) -> Method:
+        """The same method with other settings, each put where it belongs.
+
+        Args:
+            settings: By name: fields of the grid (`levels`, `bits`, `group_size`, `zero`); `scales`, how scales are
+                stored (fp16, fp32, double, linear); a piece (`rounding`, `start`, `objective`), by its name or itself;
+                fields of the pieces (`range`, `damping`, `pooling`, ..) and of the recipe (`rank`, `learning_rate`,
+                ..). None leaves the method's own.
+
+        Raises:
+            ConfigError: None of the method's pieces has such a setting; the message says which pieces do.
+        """
+        left = {name: value for name, value in settings.items() if value is not None}
+        grid = {name: left.pop(name) for name in ("levels", "bits", "group_size", "zero") if name in left}
+        found = self.with_format(self._format(**grid)) if grid else self
+        if "scales" in left:
+            found = replace(found, storage=found._storage(left.pop("scales")))
+        for axis, registry in PIECES.items():
+            if axis in left:
+                found = replace(found, **{axis: found._piece(axis, registry, left.pop(axis))})
+        recipe = {name: left.pop(name) for name in Recipe.__dataclass_fields__ if name in left}
+        found = replace(found, recipe=replace(found.recipe, **recipe))
+        for name, value in left.items():
+            axis, own = found._owner(name)
+            found = replace(found, **{axis: replace(getattr(found, axis), **{own: value})})
+        return found
+
+    def _format(self, **grid: Any) -> Format:
+        same = grid.get("levels", self.format.levels) == self.format.levels
+        own = {"levels": self.format.levels, "bits": self.format.bits, "group_size": self.format.group_size}
+        return Format(**{**own, "zero": self.format.zero if same else "default", **grid})
+
+    def _storage(self, scales: str) -> Storage:
+        if scales == "linear":  # of offsets, which may be negative, there is no such form
+            return replace(self.storage, scales=LINEAR)
+        floats = self.storage.offsets in ("fp16", "fp32", "double")
+        return Storage(scales=scales, offsets=scales if floats else self.storage.offsets)  # type: ignore[arg-type]
+
+    def _piece(self, axis: str, registry: Registry[type[Any]], given: Any) -> Any:
+        """A piece by its name, with the settings of the method's own that it has too; or the piece that is given."""
+        own = getattr(self, axis)
+        if not isinstance(given, str):
+            return given
+        kind = registry[given]
+        if type(own) is kind:
+            return own
+        kept = {each.name: getattr(own, each.name) for each in fields(own) if each.name == "range"}
+        return kind(**{name: value for name, value in kept.items() if name in kind.__dataclass_fields__})
+
+    def _owner(self, name: str) -> tuple[str, str]:
+        """The axis, and the field of its piece, that are set by a name."""
+        for axis in ("rounding", "start", "adapter", "objective"):
+            own = names_of(type(getattr(self, axis)))
+            if name in own:
+                return axis, own[name]
+        raise ConfigError(self._homeless(name))
+
+    def _homeless(self, name: str) -> str:
+        """What to say of a setting that none of the pieces has."""
+        for axis, registry in PIECES.items():
+            owners = [each for each, kind in registry.items() if name in names_of(kind)]
+            if owners:
+                return (
+                    f"{name} is a setting of the {axis} {' or '.join(owners)}, and here it is "
+                    f"{getattr(self, axis).name}. Use {axis}={owners[0]!r} (--{axis} {owners[0]}), or leave it out"
+                )
+        kinds = {each for each, kind in ADAPTERS.items() if name in names_of(kind)}
+        users = [each for each in METHODS if kinds and method_named(each).adapter.kind in kinds]
+        if users:
+            return (
+                f"{name} is a setting of the adapter of {', '.join(users)}; method={self.name!r} has another "
+                f"({self.adapter.kind}). Leave it out, or use one of these methods"
+            )
+        return f"{name} is no setting of a method, nor of any of its pieces. See Method.having"
+
+    def check(self) -> None:
+        """Raise ConfigError if two of the choices contradict each other."""
+        if self.recipe.dense_steps and self.adapter.base != "float":
+            raise ConfigError(
+                f"dense_steps needs the dense matrix; method={self.name!r} trains over codes. Leave it out"
+            )
+        begun = type(self.start) is not Zero
+        if begun and self.adapter.begins == "zero":
+            raise ConfigError(
+                f"start={self.start.name!r}: the {self.adapter.kind} adapter of method={self.name!r} has nothing "
+                "to start from but zero. Leave it out"
+            )
+        if begun and self.adapter.begins == "offsets" and self.storage.offsets not in ("fp16", "fp32"):
+            raise ConfigError(
+                f"start={self.start.name!r} is folded into float offsets, and these are {self.storage.offsets}. "
+                "Use zero='float', and fp16 or fp32 scales"
+            )
+        self.rounding.check(Layout(format=self.format, storage=self.storage, out=1, columns=1))
+
+    @property
+    def summary(self) -> str:
+        """One line for lists: the first of the registered function's docstring."""
+        words = (METHODS[self.name].__doc__ or "") if self.name in METHODS else ""
+        return words.strip().partition("\n")[0]
+
+
+PIECES: Mapping[str, Registry[type[Any]]] = {"rounding": ROUNDINGS, "start": STARTS, "objective": OBJECTIVES}
+"""The axes whose pieces are chosen by name beside the method's."""
+
+METHODS: Registry[Callable[..., Method]] = Registry("method", "quadapt.methods")
+"""Every method by the name that the command line takes: a function of its settings."""
+
+
+def names_of(piece: type) -> dict[str, str]:
+    """The fields of a piece by the names under which they are set."""
+    declared = {each.name: name for name, each in settings_of(piece).items()}
+    return {declared.get(each.name, each.name): each.name for each in fields(piece)}
+
+
+def method_named(name: str, **settings: Any) -> Method:
+    """The method called `name`, with settings as :meth:`Method.having` takes them.
+
+    Raises:
+        ConfigError: There is none, or a setting does not fit.
+    """
+    return replace(METHODS[name](), name=name).having(**settings)

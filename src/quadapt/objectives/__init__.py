@@ -1,0 +1,1 @@
+"""Objectives beyond the loss on the data: one file each."""
