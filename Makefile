@@ -23,7 +23,7 @@ help:
 	@echo "make kill      every command killed at every file-system event, and given again"
 	@echo "make fuzz      100,000 damaged inputs of every kind (25 minutes; CASES=.. for more)"
 	@echo "make wheel     the package, built, installed where nothing else is, and put to work"
-	@echo "make docs      docs/ and the tables of the README, from the code and from what demo and bench found"
+	@echo "make docs      the site in site/, and the tables of README and docs/ from what demo and bench found"
 
 install: $(INSTALLED)
 
@@ -68,9 +68,15 @@ fuzz: install
 kill: install
 	PYTHONPATH=src:. $(BIN)/python -m tests.kill --most $(or $(MOST),1000000) --moments $(or $(MOMENTS),100) --seed $(or $(SEED),0)
 
-docs: install
+# What only the site needs is installed when the site is built, so that nobody else waits for it.
+$(VENV)/documents: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/documents
 	if [ -f report/report.json ]; then cp report/report.json benchmarks/results/demo.json; fi
-	$(BIN)/python scripts/build_docs.py
+	$(BIN)/python scripts/tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # As somebody gets it who installs the package: in an environment that holds nothing else.
 wheel: install

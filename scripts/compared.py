@@ -1,4 +1,4 @@
-"""The page that compares methods, starts and plans, from what benchmarks have stored."""
+"""Tables that compare methods, starts and plans, from what benchmarks have stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from quadapt.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NOTE = "<!-- Written by scripts/build_docs.py from the code; do not edit. -->\n"
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
@@ -33,12 +32,19 @@ def summaries(runs: dict[str, Any]) -> dict[tuple[int, str], tuple[float, list[d
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and half the range."""
-    return f"{sum(values) / len(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+    """Mean, and half the range, with spaces at which no line breaks."""
+    return f"{sum(values) / len(values):.3f}\u00a0±\u00a0{(max(values) - min(values)) / 2:.3f}"
 
 
 def methods_table(found: dict[str, Any]) -> str:
-    """Held-out losses of the methods on one task."""
+    """Held-out losses of the methods on one task, and which of the exact ones are best."""
+    about = found["about"]
+    trained = f"{about['steps']} steps of {about['batch']} sequences of at most {about['length']} tokens."
+    return f"{trained}\n\n{losses(found)}\n{verdicts(found)}"
+
+
+def losses(found: dict[str, Any]) -> str:
+    """A row for each width and method."""
     rows = []
     order = [*("lora", "untuned"), *(each for name in METHODS for each in (name, f"{name}-grouped"))]
     for (bits, name), (rate, runs) in sorted(
@@ -82,55 +88,11 @@ def verdicts(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def comparison() -> str:
-    """`docs/comparison.md`."""
-    parts = [
-        "# Methods compared\n",
-        "Held-out loss in nats a token, mean over three seeds ± half their range; equal steps for all; learning rates "
-        "from 1e-3, 3e-3, 1e-2 and 3e-2 by the first seed; groups of 32 (peqa: whole rows), rank 16. *Served* is the "
-        "merged model, or for methods that do not merge the adapted weights requantized on the same grid, with the "
-        "range of least squared error. Written by `python -m benchmarks.methods`.\n",
-    ]
-    for path in sorted(RESULTS.glob("methods-*.json")):
-        found = json.loads(path.read_text())
-        about = found["about"]
-        parts += [
-            f"## {path.stem.removeprefix('methods-')}\n",
-            f"{about['steps']} steps of {about['batch']} sequences of at most {about['length']} tokens.\n",
-            methods_table(found),
-            verdicts(found),
-        ]
-    parts += [
-        "# Starts compared\n",
-        "NormalFloat in groups of 32, LoRA of rank 4; true bits count the adapter as 16-bit floats. Errors are "
-        "relative, means over the layers: of weights, and of outputs on held-out text that the model knows, such as "
-        "starts were calibrated on; the loss before training is on that text too, and on the task's. *After*: "
-        "held-out loss of the task, mean over three seeds ± half their range, at the learning rate that is best for "
-        "zero. Written by `python -m benchmarks.starts`.\n",
-    ]
-    for path in sorted(RESULTS.glob("starts-*.json")):
-        found = json.loads(path.read_text())
-        parts += [
-            f"## {path.stem.removeprefix('starts-')}, starts\n",
-            f"{found['about']['steps']} steps of {found['about']['batch']} sequences.\n",
-            starts_table(found),
-        ]
-    parts += [
-        "# Plans compared\n",
-        "`quadapt plan` against uniform grids of at most as many true bits: held-out loss on text that the model "
-        "knows, nothing tuned. *LQ* adds LQ-LoRA's low-rank part. Written by `python -m benchmarks.planned`.\n",
-    ]
-    for path in sorted(RESULTS.glob("planned-*.json")):
-        found = json.loads(path.read_text())
-        rows = [
-            (row["grid"], row["model"], *(f"{row[n]:.3f}" for n in ("held-out loss", "true bits")))
-            for row in found["rows"]
-        ]
-        parts += [
-            f"## {path.stem.removeprefix('planned-')}, {found['budget']} bits\n",
-            table(("grid", "model", "held-out loss", "true bits"), rows),
-        ]
-    return "\n".join(parts)
+def plans_table(found: dict[str, Any]) -> str:
+    """Held-out losses under one budget."""
+    numbers = ("held-out loss", "true bits")
+    rows = [(row["grid"], row["model"], *(f"{row[name]:.3f}" for name in numbers)) for row in found["rows"]]
+    return f"With a budget of {found['budget']} bits:\n\n" + table(("grid", "model", *numbers), rows)
 
 
 def starts_table(found: dict[str, Any]) -> str:
@@ -155,4 +117,11 @@ def starts_table(found: dict[str, Any]) -> str:
             )
         )
     columns = ("bits", "range", "start", "weight error", "output error", "layers below zero's", "loss, known text")
-    return table((*columns, "before", "after", "rate", "true bits"), rows)
+    trained = f"{found['about']['steps']} steps of {found['about']['batch']} sequences.\n\n"
+    return trained + table((*columns, "before", "after", "rate", "true bits"), rows)
+
+
+def compared(stored: str) -> str:
+    """The tables of a stored comparison: `methods-embedded`, `starts-embedded`, `planned-embedded`, .."""
+    made = {"methods": methods_table, "starts": starts_table, "planned": plans_table}[stored.partition("-")[0]]
+    return made(json.loads((RESULTS / f"{stored}.json").read_text()))

@@ -1,19 +1,135 @@
-"""The documentation that is written from the code is up to date."""
+"""The documentation: tables follow from measurements, pages from the code, and every link leads somewhere."""
 
 from __future__ import annotations
 
+import importlib.util
+import posixpath
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "build_docs.py"
+from quadapt.cli import COMMANDS
+from quadapt.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
 
 
-def test_docs_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--check"])
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    """Every page of the site by its path there, written or made."""
+    written = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in (ROOT / "docs").rglob("*.md")}
+    made = script("pages").generated()
+    assert not set(written) & set(made)
+    return written | made
+
+
+def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     with pytest.raises(SystemExit) as found:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(SCRIPTS / "tables.py"), run_name="__main__")
     assert found.value.code in (None, 0)  # otherwise it names the files that are out of date
+
+
+def test_a_table_between_marks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    tables = script("tables")
+    text = "before\n<!-- methods -->\nold\n<!-- /methods -->\nafter\n"
+    (found,) = tables.MARKED.finditer(text)
+    assert (found[2], found[0].count("old")) == ("methods", 1)
+    assert all(f"`{name}`" in tables.marked("methods") for name in METHODS)
+
+
+def anchors(page: str) -> set[str]:
+    """Of the headings of a page, as mkdocs names them, and those that are given."""
+    page = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", title.lower()).strip() for title in re.findall(r"^#+ (.*)$", page, re.MULTILINE)]
+    return {re.sub(r"[\s-]+", "-", title) for title in plain} | set(re.findall(r"\{ #([\w-]+) \}", page))
+
+
+def links(page: str) -> list[tuple[str, str]]:
+    page = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", page)
+
+
+def test_every_link_of_the_site_leads_somewhere(pages: dict[str, str]) -> None:
+    wrong = []
+    for name, text in pages.items():
+        for target, anchor in links(text):
+            where = posixpath.normpath(posixpath.join(posixpath.dirname(name), target)) if target else name
+            if where not in pages or (anchor and anchor not in anchors(pages[where])):
+                wrong.append((name, target, anchor))
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "SECURITY.md"])
+def test_every_link_of_the_repository_leads_to_a_file(name: str) -> None:
+    """These are read where they lie, where no page has been made."""
+    assert [target for target, _ in links((ROOT / name).read_text()) if not (ROOT / target).exists()] == []
+
+
+def test_every_page_is_in_the_navigation(pages: dict[str, str]) -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+
+    def named(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [name for inside in (entry.values() if isinstance(entry, dict) else entry) for name in named(inside)]
+
+    entries = named(nav)
+    folders = tuple(entry for entry in entries if entry.endswith("/"))
+    assert len(entries) == len(set(entries))
+    assert {name for name in pages if not name.startswith(folders)} <= set(entries)
+    assert {entry for entry in entries if entry not in folders} <= set(pages)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_a_page(name: str, pages: dict[str, str]) -> None:
+    page = pages[f"methods/{name}.md"]
+    assert METHODS[name].summary in page
+    assert METHODS[name].recipe.source in page
+    assert f"--method {name}" in page
+    assert re.search(r"^::: quadapt\.", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_setting_is_on_the_page_of_its_command(command: str, pages: dict[str, str]) -> None:
+    page = pages[f"settings/{command}.md"]
+    for name, field in COMMANDS[command][0].model_fields.items():
+        assert f"`--{name.replace('_', '-')}`" in page or f"`{name.upper()}`" in page
+        assert " ".join((field.description or "?").split()) in page
+
+
+def test_equations_become_mathml() -> None:
+    pytest.importorskip("latex2mathml", reason="comes with the extra docs")
+    made = script("pages").as_mathml(
+        r'<p><span class="arithmatex">\(a &lt; b_{o}\)</span></p><div class="arithmatex">\[' "\n" r"\frac{x}{2}\]</div>"
+    )
+    assert "arithmatex" not in made
+    assert made.count("<math") == 2
+    assert "<mfrac>" in made
+    assert 'display="block"' in made
+
+
+def test_docstrings_are_shown_as_markdown() -> None:
+    pytest.importorskip("griffe", reason="comes with the extra docs")
+    text = "It is.\n\nDiffers: not as\n    published.\n\nSee :class:`Flag`. A tree::\n\n    x\n"
+    assert script("docstrings").as_markdown(text) == (
+        "It is.\n\n**Differs from the source:** not as\npublished.\n\nSee `Flag`. A tree:\n\n    x\n"
+    )

@@ -1,0 +1,207 @@
+"""Pages of the documentation that follow from the code, made while mkdocs builds the site (a hook of mkdocs.yml).
+
+The rest of the site is written by hand, in docs/. Equations become MathML here, which browsers show by themselves: the
+site needs no script, no font and no address of others for them, and is read offline as it is read online.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import inspect
+import posixpath
+import re
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from quadapt.cli import COMMANDS
+from quadapt.config import Flag, RunConfig, Settings
+from quadapt.methods import METHODS, Method
+from quadapt.quant.weight import Layout
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = {"README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CHANGELOG.md": "changelog.md"}
+COPIED["CONTRIBUTING.md"] = "contributing.md"
+LINK = re.compile(r"(\[[^]]*\])\(([^)#:\s]+)(#[^)\s]*)?\)")
+
+
+def generated() -> dict[str, str]:
+    """Every page that is made, by its path in the site."""
+    found = {where: moved(name) for name, where in COPIED.items()}
+    found |= {f"methods/{name}.md": method_page(name) for name in METHODS}
+    found |= {f"settings/{name}.md": settings_page(name) for name in (*COMMANDS, "run")}
+    return found | {"examples.md": examples_page()}
+
+
+def moved(name: str) -> str:
+    """A page of the repository's root, with its links as they are in the site."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target, anchor = match[1], match[2], match[3] or ""
+        if target.startswith("examples/"):
+            return f"{text}(examples.md#{Path(target).stem})"
+        if target.startswith("docs/"):
+            return f"{text}({target.removeprefix('docs/')}{anchor})"
+        return f"{text}({COPIED.get(target, target)}{anchor})"
+
+    return LINK.sub(link, (ROOT / name).read_text(encoding="utf-8"))
+
+
+def examples_page() -> str:
+    """Every script of examples/, with what it says of itself."""
+    parts = ["# Examples\n", "Each of these scripts runs as it is, and is run by the tests.\n"]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        said = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+        parts.append(f"## {path.stem.replace('_', ' ').capitalize()} {{ #{path.stem} }}\n")
+        parts.append(f'{said}\n\n```python title="examples/{path.name}"\n{text}```\n')
+    return "\n".join(parts)
+
+
+def method_page(name: str) -> str:
+    """What a method is, how its paper trains it, and how its pieces compute."""
+    made: Any = METHODS[name]
+    method: Method = made if isinstance(made, Method) else made()
+    layout = Layout(format=method.format, storage=method.storage, out=4096, columns=4096)
+    pieces = {"Rounding": method.rounding, "Start": method.start, "Adapter": method.adapter}
+    facts = [
+        ("Paper", f"[arXiv:{method.paper}](https://arxiv.org/abs/{method.paper})"),
+        ("Grid", f"`{method.format.name}`"),
+        ("Storage", f"scales {method.storage.scales}, offsets {method.storage.offsets}"),
+        ("True bits a weight", f"{layout.bits_per_weight:.3f} for a matrix of 4096 x 4096, adapter not counted"),
+        *((axis, f"`{type(piece).__name__}`") for axis, piece in pieces.items()),
+        ("Merges", "exactly" if method.adapter.exactness == "exact" else "not exactly: serve base and adapter"),
+    ]
+    recipe = [
+        (field.replace("_", " ").capitalize(), value)
+        for field, value in vars(method.recipe).items()
+        if value is not None and field != "source"
+    ]
+    doc = (
+        [made] if isinstance(made, FunctionType) else [type(pieces[axis]) for axis in ("Adapter", "Start", "Rounding")]
+    )
+    own = [each for each in doc if each.__name__ not in ("Zero", "Nearest")]
+    return "\n".join(
+        [
+            f"# {name}\n",
+            f"{method.summary}\n",
+            f"```bash\nquadapt tune MODEL --data FILE --method {name} --output adapter\n```\n",
+            rows(facts),
+            "## How the paper trains\n",
+            f"Source: {method.recipe.source}. Each of these is a setting of [tune](../settings/tune.md).\n",
+            rows(recipe),
+            "## How it computes\n",
+            *(f"::: {each.__module__}.{each.__qualname__}\n    options:\n      heading_level: 3\n" for each in own),
+        ]
+    )
+
+
+def rows(facts: list[tuple[str, object]]) -> str:
+    """A table of two columns."""
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)]) + "\n"
+
+
+def settings_page(command: str) -> str:
+    """Every setting of a command, under the headings of `--help`."""
+    kind: type[Settings] = RunConfig if command == "run" else COMMANDS[command][0]
+    panels: dict[str, list[str]] = {}
+    for name, field in kind.model_fields.items():
+        flag = next((item for item in field.metadata if isinstance(item, Flag)), Flag())
+        panel = "Sections" if command == "run" else "Arguments" if flag.positional else flag.panel
+        panels.setdefault(panel, []).append(setting(name, field, flag, panel == "Sections"))
+    said = " ".join((inspect.getdoc(kind) or "").split())
+    usage = "JOB.yaml" if command == "run" else "--help"
+    parts = [f"# quadapt {command}\n", f"{said}\n", f"```bash\nquadapt {command} {usage}\n```\n"]
+    for panel in sorted(panels, key=lambda panel: panel != "Arguments"):
+        parts += [f"## {panel}\n", *panels[panel]]
+    return "\n".join(parts)
+
+
+def setting(name: str, field: FieldInfo, flag: Flag, section: bool) -> str:
+    """One setting: its names, what it takes, and what it does."""
+    dashed = f"--{name.replace('_', '-')}"
+    names = (name,) if section else (name.upper(),) if flag.positional else (dashed, *flag.aliases)
+    about = "required" if field.is_required() else ""
+    if not field.is_required() and field.default not in (None, (), "", False):
+        about = f"default `{field.default}`"
+    about = "; ".join(filter(None, ("" if section else takes(field.annotation), about)))
+    said = " ".join((field.description or "").split())
+    return f"{', '.join(f'`{each}`' for each in names)}\n:   {said}{f' *({about})*' if about else ''}\n"
+
+
+def takes(annotation: Any) -> str:
+    """The values that a field takes, in words."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    if get_origin(annotation) is Annotated:
+        return takes(kinds[0])
+    kind = annotation if get_origin(annotation) is Literal else kinds[0]
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(f"`{each}`" for each in get_args(kind))
+    if get_origin(annotation) is tuple:
+        return "may be repeated"
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return {int: "a whole number", float: "a number", str: "text", bool: "a switch"}.get(kind, "")
+
+
+def as_mathml(page: str) -> str:
+    """The HTML of a page, with its equations as MathML."""
+    from latex2mathml.converter import convert
+
+    def inline(match: re.Match[str]) -> str:
+        return convert(html.unescape(match[1]))
+
+    def block(match: re.Match[str]) -> str:
+        return f'<div class="equation">{convert(html.unescape(match[1]), display="block")}</div>'
+
+    page = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', inline, page, flags=re.DOTALL)
+    return re.sub(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', block, page, flags=re.DOTALL)
+
+
+# What mkdocs calls.
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the pages that are made into the navigation, where it names their folder."""
+    made = {"methods/": [f"methods/{name}.md" for name in METHODS]}
+    made["settings/"] = [f"settings/{name}.md" for name in (*COMMANDS, "run")]
+    config.nav = [with_pages(entry, made) for entry in config.nav or []]
+    return config
+
+
+def with_pages(entry: Any, made: dict[str, list[str]]) -> Any:
+    """A part of the navigation, with each folder that it names replaced by the pages in it."""
+    if isinstance(entry, dict):
+        return {title: with_pages(inside, made) for title, inside in entry.items()}
+    if isinstance(entry, list):
+        return [page for each in entry for page in made.get(str(each), [with_pages(each, made)])]
+    return entry
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made."""
+    from mkdocs.structure.files import File
+
+    for where, text in generated().items():
+        files.append(File.generated(config, posixpath.normpath(where), content=text))
+    return files
+
+
+def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
+    """Link names in the table of methods to their pages; README.md, which has it too, is read without them."""
+    where = page.file.src_uri
+    folder = {"index.md": "methods/", "methods/index.md": ""}.get(where)
+    if folder is None:
+        return text
+    return re.sub(r"^\| `([\w-]+)` \|", rf"| [`\1`]({folder}\1.md) |", text, flags=re.MULTILINE)
+
+
+def on_page_content(text: str, **_: Any) -> str:
+    """Show equations."""
+    return as_mathml(text)
