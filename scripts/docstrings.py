@@ -7,16 +7,18 @@ from typing import Any
 
 import griffe
 
-DIFFERS = re.compile(r"^Differs: ((?:.+\n?)(?:[ ]{4}.+\n?)*)", re.MULTILINE)
+SAID = re.compile(r"^(Source|Differs): (.+(?:\n[ ]{4}.+)*)\n?", re.MULTILINE)
+WORDS = {"Source": "Source", "Differs": "Differs from the source"}
 
 
 def as_markdown(text: str) -> str:
     """A docstring as Markdown.
 
-    Where it says how it differs from its source, that is a paragraph of its own; what Sphinx would read (`::` before
-    code, roles before names) is written as Markdown does.
+    What it says of its source, and of how it differs from that, are paragraphs of their own; what Sphinx would read
+    (`::` before code, roles before names) is written as Markdown does.
     """
-    text = DIFFERS.sub(lambda match: "**Differs from the source:** " + re.sub(r"\n[ ]{4}", "\n", match[1]), text)
+    text = SAID.sub(lambda match: f"\n**{WORDS[match[1]]}:** " + re.sub(r"\n[ ]{4}", "\n", match[2]) + "\n", text)
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # of code; the singular is a note
     text = re.sub(r":(?:func|class|meth|mod):`", "`", text)
     text = re.sub(r"^::\n\n(?=[ ]{4})", "", text, flags=re.MULTILINE)
     return re.sub(r"::\n\n(?=[ ]{4})", ":\n\n", text)

@@ -12,14 +12,13 @@ import inspect
 import posixpath
 import re
 from pathlib import Path
-from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from quadapt.cli import COMMANDS
 from quadapt.config import Flag, RunConfig, Settings
-from quadapt.methods import METHODS, Method
+from quadapt.methods import METHODS, method_named
 from quadapt.quant.weight import Layout
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = {"README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CHANGELOG.md": "changelog.md"}
 COPIED["CONTRIBUTING.md"] = "contributing.md"
+MERGES = {"exact": "exactly", "equivalent": "but for rounding", "none": "not exactly: serve base and adapter"}
+PLAIN = {"Zero", "Nearest", "CrossEntropy"}
+"""Pieces that say nothing about a method."""
 LINK = re.compile(r"(\[[^]]*\])\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 
@@ -66,39 +68,37 @@ def examples_page() -> str:
 
 
 def method_page(name: str) -> str:
-    """What a method is, how its paper trains it, and how its pieces compute."""
-    made: Any = METHODS[name]
-    method: Method = made if isinstance(made, Method) else made()
+    """What a method is, in the words of its function, and how its paper trains it."""
+    function, method = METHODS[name], method_named(name)
     layout = Layout(format=method.format, storage=method.storage, out=4096, columns=4096)
-    pieces = {"Rounding": method.rounding, "Start": method.start, "Adapter": method.adapter}
+    pieces = {axis: type(getattr(method, axis)) for axis in ("rounding", "start", "adapter", "objective")}
     facts = [
         ("Paper", f"[arXiv:{method.paper}](https://arxiv.org/abs/{method.paper})"),
         ("Grid", f"`{method.format.name}`"),
         ("Storage", f"scales {method.storage.scales}, offsets {method.storage.offsets}"),
         ("True bits a weight", f"{layout.bits_per_weight:.3f} for a matrix of 4096 x 4096, adapter not counted"),
-        *((axis, f"`{type(piece).__name__}`") for axis, piece in pieces.items()),
-        ("Merges", "exactly" if method.adapter.exactness == "exact" else "not exactly: serve base and adapter"),
+        *((axis.capitalize(), f"`{piece.__name__}`") for axis, piece in pieces.items()),
+        ("Merges", MERGES[method.adapter.exactness]),
     ]
     recipe = [
         (field.replace("_", " ").capitalize(), value)
         for field, value in vars(method.recipe).items()
         if value is not None and field != "source"
     ]
-    doc = (
-        [made] if isinstance(made, FunctionType) else [type(pieces[axis]) for axis in ("Adapter", "Start", "Rounding")]
-    )
-    own = [each for each in doc if each.__name__ not in ("Zero", "Nearest")]
+    where = f"{function.__module__}.{function.__qualname__}"
+    own = [f"{piece.__module__}.{piece.__qualname__}" for piece in pieces.values() if piece.__name__ not in PLAIN]
     return "\n".join(
         [
             f"# {name}\n",
-            f"{method.summary}\n",
             f"```bash\nquadapt tune MODEL --data FILE --method {name} --output adapter\n```\n",
+            f"::: {where}\n    options: {{ show_root_heading: false, show_root_toc_entry: false }}\n",
+            "## What it is made of\n",
             rows(facts),
             "## How the paper trains\n",
             f"Source: {method.recipe.source}. Each of these is a setting of [tune](../settings/tune.md).\n",
             rows(recipe),
-            "## How it computes\n",
-            *(f"::: {each.__module__}.{each.__qualname__}\n    options:\n      heading_level: 3\n" for each in own),
+            "## Its pieces\n",
+            *(f"::: {each}\n    options: {{ heading_level: 3 }}\n" for each in own),
         ]
     )
 

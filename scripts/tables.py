@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed
 from benchmarks.gpu.rows import shown
 from compared import RESULTS, ROOT, compared, table
 
-from quadapt.methods import METHODS
+from quadapt.methods import METHODS, method_named
 
 NOT_MEASURED = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -43,7 +43,8 @@ def made_with(about: dict[str, Any]) -> str:
 def methods() -> str:
     """Every method, its paper, and what it is."""
     rows = []
-    for name, method in METHODS.items():
+    for name in METHODS:
+        method = method_named(name)
         merges = "exactly" if method.adapter.exactness == "exact" else "no"
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
         rows.append((f"`{name}`", paper, method.summary.removesuffix(" Cannot merge exactly."), merges))

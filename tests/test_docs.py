@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from quadapt.cli import COMMANDS
-from quadapt.methods import METHODS
+from quadapt.methods import METHODS, method_named
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -102,10 +102,12 @@ def test_every_page_is_in_the_navigation(pages: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_a_page(name: str, pages: dict[str, str]) -> None:
     page = pages[f"methods/{name}.md"]
-    assert METHODS[name].summary in page
-    assert METHODS[name].recipe.source in page
+    assert method_named(name).recipe.source in page
     assert f"--method {name}" in page
-    assert re.search(r"^::: quadapt\.", page, re.MULTILINE)
+    function = METHODS[name]
+    assert f"::: {function.__module__}.{function.__qualname__}\n" in page
+    for said in ("Args:", "Example:", "Source:"):
+        assert said in (function.__doc__ or "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -129,7 +131,8 @@ def test_equations_become_mathml() -> None:
 
 def test_docstrings_are_shown_as_markdown() -> None:
     pytest.importorskip("griffe", reason="comes with the extra docs")
-    text = "It is.\n\nDiffers: not as\n    published.\n\nSee :class:`Flag`. A tree::\n\n    x\n"
+    text = "It is.\n\nSource: a paper.\nDiffers: not as\n    published.\n\nSee :class:`Flag`. A tree::\n\n    x\n"
     assert script("docstrings").as_markdown(text) == (
-        "It is.\n\n**Differs from the source:** not as\npublished.\n\nSee `Flag`. A tree:\n\n    x\n"
+        "It is.\n\n\n**Source:** a paper.\n\n**Differs from the source:** not as\npublished.\n"
+        "\nSee `Flag`. A tree:\n\n    x\n"
     )
