@@ -27,9 +27,10 @@ from quadapt.quant.icq import fractions
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Offsets, Storage
 from quadapt.quant.weight import Layout
+from quadapt.widths import INTEGER_WIDTHS, NORMAL_FLOAT_WIDTHS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BITS = (2, 3, 4, 8)
+BITS = INTEGER_WIDTHS
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def cases(rows: int, columns: int, group: int) -> Iterator[Case]:
 
 
 def _levels(bits: int) -> dict[str, Tensor | None]:
+    if bits not in NORMAL_FLOAT_WIDTHS:
+        return {f"int{bits}": None}
     return {f"int{bits}": None, f"nf{bits}": torch.tensor(normal_levels(bits))}
 
 
@@ -152,7 +155,7 @@ def _encoding(rows: int, columns: int, group: int) -> Iterator[Case]:
 def _gptq(rows: int, _: int, group: int) -> Iterator[Case]:
     noise = torch.randn(4 * group, group)
     upper = torch.linalg.cholesky(noise.T @ noise).T.contiguous()
-    for bits, shifted in ((2, True), (3, False), (4, True), (8, True)):
+    for bits, shifted in ((2, True), (3, False), (4, True), (5, False), (6, True), (8, True)):
         for name, table in _levels(bits).items():
             scales, offsets = _grid(rows, group, group)
             grid = (scales[:, 0], offsets[:, 0] if shifted else None)
@@ -162,7 +165,7 @@ def _gptq(rows: int, _: int, group: int) -> Iterator[Case]:
 
 def _entropy(rows: int, columns: int, group: int) -> Iterator[Case]:
     weight, tried = torch.randn(rows, columns), fractions()[95:106].float().contiguous()
-    for bits in (2, 3, 4):
+    for bits in (2, 3, 4, 5):
         for name, table in _levels(bits).items():
             mids = reference.midpoints(torch.linspace(-1, 1, 2**bits) if table is None else table)
             arguments = (weight, mids, tried, group)
@@ -178,6 +181,8 @@ def _entropy(rows: int, columns: int, group: int) -> Iterator[Case]:
 def _faking(rows: int, columns: int, group: int) -> Iterator[Case]:
     bases = (*(("weights", dtype) for dtype in DTYPES), ("codes", None), ("fixed point", None), ("levels", None))
     for bits, (kind, dtype) in itertools.product(BITS, bases):
+        if kind == "levels" and bits not in NORMAL_FLOAT_WIDTHS:
+            continue
         width = columns if bits == 3 else group
         base_bits = 8 if kind == "fixed point" else bits
         base = torch.randn(rows, columns).to(dtype) if dtype else _packed(rows, columns, base_bits)
@@ -207,6 +212,8 @@ def _products(rows: int, columns: int, group: int) -> Iterator[Case]:
         ("nf", "float", "double", "fp32"),
     )
     for bits, (levels, zero, offsets, scales) in itertools.product(BITS, kinds):
+        if levels == "nf" and bits not in NORMAL_FLOAT_WIDTHS:
+            continue
         format = Format(bits=bits, levels=levels, group_size=group, zero=zero)  # type: ignore[arg-type]
         layout = Layout(format=format, storage=Storage(scales=scales, offsets=offsets), out=rows, columns=columns)
         weight = Nearest()(torch.randn(rows, columns), layout)

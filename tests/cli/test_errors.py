@@ -54,7 +54,11 @@ def tuned(*changes: str) -> tuple[str, ...]:
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # settings
     "method": (tuned("--method", "qalora"), ("method='qalora'", "'qa-lora', 'qlora', 'loftq'")),
-    "bits": (tuned("--bits", "5"), ("bits=5", "2, 3, 4 or 8")),
+    "bits": (tuned("--bits", "7"), ("bits=7", "2, 3, 4, 5, 6 or 8")),
+    "bits of quantiles": (
+        tuned("--method", "qlora", "--bits", "5"),
+        ("bits=5 is not supported for levels='nf'", "Use 2, 3, 4 or 8, or integers (levels='int')"),
+    ),
     "group size": (tuned("--group-size", "20"), ("group_size=20", "multiple of 16", "Use 32, 64 or 128")),
     "no group": (tuned("--group-size", "0"), ("group_size=0",)),
     "grid": (tuned("--levels", "nf", "--zero", "integer"), ("zero",)),

@@ -130,7 +130,7 @@ BAD: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
     "missing": ({**JOB, "eval": None}, ("job.yaml: eval.data is missing", "Data to measure on")),
     "section": ({**JOB, "exprot": {}}, ("job.yaml: exprot is not a setting", "Did you mean export?")),
     "no output": ({"tune": TUNE}, ("job.yaml: output is missing", "Folder of the job")),
-    "value": ({**JOB, "tune": {**TUNE, "bits": 5}}, ("job.yaml: tune.bits=5", "2, 3, 4 or 8")),
+    "value": ({**JOB, "tune": {**TUNE, "bits": 7}}, ("job.yaml: tune.bits=7", "2, 3, 4, 5, 6 or 8")),
     "kind": ({**JOB, "tune": {**TUNE, "max_steps": "many"}}, ("tune.max_steps='many'", "whole number")),
     "contradiction": ({**JOB, "tune": {**TUNE, "method": "qlora", "form": "side"}}, ("form", "Leave it out")),
     "own output": ({**JOB, "tune": {**TUNE, "output": "x"}}, ("tune.output is not a setting", "Leave it out")),

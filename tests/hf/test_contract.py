@@ -44,8 +44,14 @@ def trained(model: PeftModel) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize(("method", "start"), [*((name, None) for name in METHODS), *STARTS])
+CASES = [
+    *((name, start, bits) for name, start in [*((name, None) for name in METHODS), *STARTS] for bits in (2, 4)),
+    *((name, None, (5, 6)[at % 2]) for at, name in enumerate(METHODS) if METHODS[name].format.levels == "int"),
+]
+"""Integers of 5 and 6 bits too, by turns; there is no NormalFloat of so many."""
+
+
+@pytest.mark.parametrize(("method", "start", "bits"), CASES)
 def test_every_method(
     method: str, start: str | None, bits: int, tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:

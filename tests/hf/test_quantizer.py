@@ -214,7 +214,7 @@ def test_a_sharded_bfloat16_model_is_quantized_as_its_weights_are(tiny_llama: Ma
 @pytest.mark.parametrize(
     "wish",
     [
-        {"bits": 5},
+        {"bits": 7},
         {"group_size": 33},
         {"levels": "fp"},
         {"zero": "half"},

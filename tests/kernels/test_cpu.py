@@ -25,7 +25,8 @@ from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+GRIDS = [*(("int", bits) for bits in BITS), *(("table", bits) for bits in (2, 3, 4, 8))]
 SHAPES = [(1, 1), (3, 1), (5, 7), (2, 16), (3, 17), (4, 33), (7, 80), (1, 129), (6, 260), (3, 300)]
 """Rows and columns: odd ones, fewer than a vector, rows that end in the middle of a byte or of a vector."""
 
@@ -44,8 +45,7 @@ def widths(columns: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("levels", ["int", "table"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("levels", "bits"), GRIDS)
 def test_dequantize_equals_the_reference_bit_for_bit(bits: int, levels: str, dtype: torch.dtype) -> None:
     table = None if levels == "int" else torch.tensor(normal_levels(bits))
     for (rows, columns), shifted in itertools.product(SHAPES, (True, False)):
@@ -79,8 +79,7 @@ def test_dequantize_reads_tensors_that_are_not_contiguous() -> None:
     assert torch.equal(cpu.dequantize(*skewed, None, 4, 16, 80, torch.float32), want)
 
 
-@pytest.mark.parametrize("levels", ["int", "table"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("levels", "bits"), GRIDS)
 def test_encode_equals_the_reference(bits: int, levels: str) -> None:
     table = None if levels == "int" else torch.tensor(normal_levels(bits))
     for (rows, columns), shifted in itertools.product(SHAPES, (True, False)):
@@ -119,8 +118,7 @@ def test_group_range_marks_the_group_of_a_weight_that_is_not_finite(value: float
         assert bad.nonzero().tolist() == [[1, column // 16]], kernels.__name__
 
 
-@pytest.mark.parametrize("levels", ["int", "table"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("levels", "bits"), GRIDS)
 def test_group_error_equals_the_reference_but_for_the_order_of_its_sum(bits: int, levels: str) -> None:
     table = None if levels == "int" else torch.tensor(normal_levels(bits))
     for rows, columns in SHAPES:
@@ -131,8 +129,7 @@ def test_group_error_equals_the_reference_but_for_the_order_of_its_sum(bits: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("levels", ["int", "table"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("levels", "bits"), GRIDS)
 def test_compensate_equals_the_reference_bit_for_bit(bits: int, levels: str, dtype: torch.dtype) -> None:
     table = None if levels == "int" else torch.tensor(normal_levels(bits))
     for columns, shifted in itertools.product((1, 2, 17, 32), (True, False)):

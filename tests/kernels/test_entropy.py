@@ -37,8 +37,10 @@ def weights(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 @dtypes
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("levels", ["nf", "int"])
+@pytest.mark.parametrize(
+    ("levels", "bits"),
+    [("int", 2), ("int", 3), ("int", 4), ("int", 5), ("int", 8), ("nf", 2), ("nf", 3), ("nf", 4), ("nf", 8)],
+)
 @pytest.mark.parametrize("kind", ["normal", "coarse", "far", "flat"])
 def test_the_shift_chosen_is_the_references(kind: str, levels: str, bits: int, dtype: torch.dtype) -> None:
     mids, f = mids_of(levels, bits, dtype), fractions().to(dtype)
@@ -71,7 +73,7 @@ def test_a_weight_that_is_not_contiguous_or_has_a_gradient_is_read_as_it_is() ->
 
 
 @dtypes
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_crowding_of_integer_codes_is_the_references(bits: int, dtype: torch.dtype) -> None:
     for (rows, columns), shifted in itertools.product(SHAPES, (True, False)):
         for group in (16, 64, columns):

@@ -11,7 +11,8 @@ from reference.gptq_numpy import damped
 from quadapt.kernels import reference
 from quadapt.quant.format import normal_levels
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+GRIDS = [*(("int", bits) for bits in BITS), *(("table", bits) for bits in (2, 3, 4, 8))]
 
 
 def random_grid(rows: int, groups: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,8 +23,7 @@ def random_codes(rows: int, columns: int, bits: int) -> torch.Tensor:
     return torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("levels", ["int", "table"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("levels", "bits"), GRIDS)
 def test_dequantize_is_scale_times_level_plus_offset(bits: int, levels: str) -> None:
     codes, (scales, offsets) = random_codes(5, 41, bits), random_grid(5, 3)
     table = None if levels == "int" else torch.tensor(normal_levels(bits))
@@ -45,8 +45,7 @@ def test_dequantize_rounds_once_from_float32(dtype: torch.dtype) -> None:
     assert not torch.equal(narrow, twice)  # the input tells the two apart
 
 
-@pytest.mark.parametrize("levels", ["int", "table"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("levels", "bits"), GRIDS)
 def test_encode_takes_the_nearest_level(bits: int, levels: str) -> None:
     weight, (scales, offsets) = 3 * torch.randn(6, 40, dtype=torch.float64), random_grid(6, 3)
     table = None if levels == "int" else torch.tensor(normal_levels(bits), dtype=torch.float64)

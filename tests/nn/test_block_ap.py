@@ -52,7 +52,7 @@ def moved(layer: BlockAPLinear) -> BlockAPLinear:
     return layer
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_gradients_are_those_of_the_paper(bits: int) -> None:
     """In range: 1 for the weight, round(v) - v for the scale, 0 for the shift; beyond: 0, the bound, 1. Then the chain
     rule of s = s0 exp(rho) and b = b0 + s0 shift (float64, NumPy, weight by weight)."""

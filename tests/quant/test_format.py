@@ -58,9 +58,12 @@ def test_zero_defaults_to_float_for_integers_and_to_none_for_quantiles() -> None
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"bits": 5}, "bits=5"),
+        ({"bits": 7}, "bits=7"),
         ({"bits": 1}, "bits=1"),
-        ({"bits": 16}, "Use 2, 3, 4 or 8"),
+        ({"bits": 16}, "Use 2, 3, 4, 5, 6 or 8"),
+        ({"bits": 4.0}, "bits=4.0"),
+        ({"bits": True}, "bits=True"),
+        ({"levels": "nf", "bits": 5}, "Use 2, 3, 4 or 8, or integers (levels='int')"),
         ({"levels": "fp"}, "levels='fp'"),
         ({"levels": "nf-sym", "bits": 4}, "Use levels='nf'"),
         ({"group_size": 24}, "group_size=24"),
@@ -81,7 +84,7 @@ def test_grids_that_do_not_exist_are_refused_with_advice(settings: dict[str, obj
 def test_every_grid_has_a_name_of_its_own() -> None:
     names = set()
     grids = [
-        *itertools.product(["int"], (2, 3, 4, 8), (16, 32, 256, -1), ("none", "integer", "float")),
+        *itertools.product(["int"], (2, 3, 4, 5, 6, 8), (16, 32, 256, -1), ("none", "integer", "float")),
         *itertools.product(["nf"], (2, 3, 4, 8), (16, 32, 256, -1), ("none", "float")),
         *itertools.product(["nf-sym"], (2,), (16, 32, 256, -1), ("none", "float")),
     ]
@@ -101,7 +104,8 @@ def test_groups_of_a_row(group: int, columns: int, width: int, groups: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("bits", "columns", "size"), [(2, 4, 1), (2, 5, 2), (3, 8, 3), (3, 9, 4), (4, 3, 2), (8, 7, 7)]
+    ("bits", "columns", "size"),
+    [(2, 4, 1), (2, 5, 2), (3, 8, 3), (3, 9, 4), (4, 3, 2), (5, 8, 5), (5, 9, 6), (6, 4, 3), (6, 5, 4), (8, 7, 7)],
 )
 def test_bytes_of_a_row(bits: int, columns: int, size: int) -> None:
     assert Format(bits=bits).row_bytes(columns) == size

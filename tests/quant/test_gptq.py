@@ -175,19 +175,18 @@ def test_the_factor_is_that_of_the_damped_inverse() -> None:
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**31),
-    bits=st.sampled_from([2, 3, 4, 8]),
-    levels=st.sampled_from(["int", "nf"]),
+    grid=st.sampled_from([*(("int", bits) for bits in (2, 3, 4, 5, 6, 8)), *(("nf", bits) for bits in (2, 3, 4, 8))]),
     group_size=st.sampled_from([16, 32, -1]),
 )
-def test_uncorrelated_inputs_leave_nothing_to_make_up_for(seed: int, bits: int, levels: str, group_size: int) -> None:
+def test_uncorrelated_inputs_leave_nothing_to_make_up_for(seed: int, grid: tuple[str, int], group_size: int) -> None:
     random = torch.Generator().manual_seed(seed)
     weight, diagonal = torch.randn(4, 70, generator=random), torch.rand(70, generator=random) + 0.01
-    layout = layout_of(Format(levels=levels, bits=bits, group_size=group_size), 4, 70)
+    layout = layout_of(Format(levels=grid[0], bits=grid[1], group_size=group_size), 4, 70)
     found = GPTQ()(weight, layout, {"second_moment": diagonal.diag()})
     assert found.digest() == Nearest()(weight, layout).digest()
 
 
-@pytest.mark.parametrize(("levels", "bits"), [("int", 2), ("int", 3), ("int", 4), ("nf", 3), ("nf", 4)])
+@pytest.mark.parametrize(("levels", "bits"), [("int", 2), ("int", 3), ("int", 4), ("int", 5), ("nf", 3), ("nf", 4)])
 @pytest.mark.parametrize("static", [False, True])
 def test_the_weighted_error_is_lower_than_nearests_on_average(levels: str, bits: int, static: bool) -> None:
     layout = layout_of(Format(levels=levels, bits=bits, group_size=32), 16, 64)

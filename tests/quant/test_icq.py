@@ -131,7 +131,7 @@ def test_adding_a_constant_to_a_group_moves_the_shift_and_no_code(levels: str, b
 
 
 @pytest.mark.parametrize("zero", ["float", "integer", "none"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_scaling_for_entropy_keeps_the_error_in_bounds(bits: int, zero: str) -> None:
     weight = torch.randn(40, 80)
     format = Format(bits=bits, group_size=32, zero=zero)

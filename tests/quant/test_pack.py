@@ -15,7 +15,7 @@ from quadapt.quant.format import Format
 
 @st.composite
 def codes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
-    bits = draw(st.sampled_from([2, 3, 4, 8]))
+    bits = draw(st.sampled_from([2, 3, 4, 5, 6, 8]))
     shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 70)))
     return draw(arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1))), bits
 

@@ -20,7 +20,7 @@ from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 GRIDS = [
-    *[("int", bits, zero) for bits in (2, 3, 4, 8) for zero in ("float", "integer", "none")],
+    *[("int", bits, zero) for bits in (2, 3, 4, 5, 6, 8) for zero in ("float", "integer", "none")],
     *[("nf", bits, zero) for bits in (2, 3, 4, 8) for zero in ("none", "float")],
     ("nf-sym", 2, "none"),
     ("nf-sym", 2, "float"),
@@ -107,7 +107,7 @@ def test_no_level_is_nearer_than_the_one_taken(levels: str, bits: int, zero: str
 
 
 @pytest.mark.parametrize("zero", ["float", "integer", "none"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_the_error_of_integers_is_at_most_half_a_step(bits: int, zero: str) -> None:
     weight = torch.randn(20, 80)
     rounded = Nearest()(weight, layout_of(Format(bits=bits, zero=zero, group_size=32), (20, 80), "fp32"))

@@ -12,7 +12,7 @@ from quadapt.kernels import expand, pack, unpack
 from quadapt.quant.fake_quant import FakeQuant, fake_quant_matmul
 from quadapt.quant.format import Format
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 ORDERS = ("clamp-round", "round-clamp")
 OUT, IN = 24, 80  # groups of 32: the last has 16
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from quadapt.config.fields import Grid, Machine, MethodName, RowsOfData, Settings, Target, Walk
 from quadapt.config.values import Location, Sources
 from quadapt.setting import Count, Flag, NotNegative, Positive, Seed, Whole
+from quadapt.widths import NormalFloatWidth
 
 
 class QuantizeConfig(Target, Grid, RowsOfData, Walk):
@@ -231,7 +232,7 @@ class DemoConfig(Settings):
     overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Replace the report of an earlier run."""
 
-    bits: Annotated[tuple[Literal[2, 3, 4, 8], ...], Field(min_length=1), Flag()] = (4, 3, 2)
+    bits: Annotated[tuple[NormalFloatWidth, ...], Field(min_length=1), Flag()] = (4, 3, 2)
     """Bit widths to compare, of 2, 3, 4 and 8."""
 
     seed: Annotated[Seed, Flag()] = 0

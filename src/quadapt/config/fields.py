@@ -25,6 +25,7 @@ from pydantic import (
 from quadapt.config.values import GroupSize, Location, Sources, check_plain
 from quadapt.errors import ConfigError, locate
 from quadapt.setting import Count, Flag, Whole
+from quadapt.widths import Width
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from quadapt.budget import BudgetPlan
@@ -196,8 +197,8 @@ class Grid(Settings):
     """Plan of the bits of every layer: a file that quadapt plan has written. It decides the grid, and the method if
     none is given."""
 
-    bits: Annotated[Literal[2, 3, 4, 8] | None, Flag((), "Quantization")] = None
-    """Width of a code: 2, 3, 4 or 8. Default: the method's, 4."""
+    bits: Annotated[Width | None, Flag((), "Quantization")] = None
+    """Width of a code: 2, 3, 4 or 8, and 5 or 6 for integers. Default: the method's, 4."""
 
     group_size: Annotated[GroupSize | None, Flag((), "Quantization")] = None
     """Inputs that share a scale: 16 to 256 in steps of 16, or -1 for whole rows. Default: the method's."""

@@ -224,6 +224,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.dequantize`, bit for bit."""
+    reference.check_codes(levels, bits)
     if dtype not in _KINDS or (group_size % LANES and group_size < columns):
         return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
     rows = packed.shape[0]
@@ -272,6 +273,7 @@ def encode(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """As `reference.encode`."""
+    reference.check_codes(levels, bits)
     if scales.dtype != torch.float32:
         return reference.encode(weight, scales, offsets, levels, bits, group_size)
     rows, columns = weight.shape
@@ -296,6 +298,7 @@ def group_error(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """As `reference.group_error`."""
+    reference.check_codes(levels, bits)
     if scales.dtype != torch.float32:
         return reference.group_error(weight, scales, offsets, levels, bits, group_size)
     error = torch.empty_like(scales)
@@ -308,6 +311,7 @@ def compensate(
     weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int
 ) -> Tensor:
     """As `reference.compensate`: codes; the errors are left in `weight`, which must be contiguous."""
+    reference.check_codes(levels, bits)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     mids = reference.midpoints(levels) if levels is not None else scales[:0]
     arrays = [_numpy(t.to(weight.dtype)) for t in (upper, scales, scales if offsets is None else offsets)]

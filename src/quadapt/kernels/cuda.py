@@ -68,7 +68,7 @@ def _dequantize(
     start = row.to(tl.int64)[:, None]
     inside = (row < rows)[:, None] & (word * CODES < columns)[None, :]
     at = start * groups + (word * CODES // group)[None, :]
-    code = (words[:, :, None] >> (tl.arange(0, CODES) * BITS)[None, None, :]) & ((1 << BITS) - 1)
+    code = ((words[:, :, None] >> (tl.arange(0, CODES) * BITS)[None, None, :]) & ((1 << BITS) - 1)).to(tl.int32)
     value = level_of(code, levels, LOOKUP) * tl.load(scales + at, mask=inside, other=0).to(tl.float32)[:, :, None]
     if SHIFTED:
         value += tl.load(offsets + at, mask=inside, other=0).to(tl.float32)[:, :, None]
@@ -119,6 +119,8 @@ def _encode(
         value -= tl.load(offsets + at, mask=there, other=0)[:, :, None]
     value = tl.div_rn(value, tl.broadcast_to(tl.load(scales + at, mask=there, other=1)[:, :, None], value.shape))
     code = tl.where(inside, nearest_code(value, mids, BITS, COUNT), 0)
+    if BITS * CODES > 32:
+        code = code.to(tl.int64)
     words = tl.sum(code << (k * BITS)[None, None, :], axis=2)
     for byte in tl.static_range(BITS * CODES // 8):
         spot = (word * (BITS * CODES // 8) + byte)[None, :]
@@ -217,6 +219,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.dequantize`, bit for bit; scales and offsets may be float16."""
+    reference.check_codes(levels, bits)
     if dtype == torch.float64 or not whole_words(group_size, columns):
         return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
     rows, row_bytes = packed.shape
@@ -261,6 +264,7 @@ def encode(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """As `reference.encode`."""
+    reference.check_codes(levels, bits)
     rows, columns = weight.shape
     if scales.dtype != torch.float32 or not whole_words(group_size, columns):
         return reference.encode(weight, scales, offsets, levels, bits, group_size)
@@ -295,6 +299,7 @@ def group_error(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """As `reference.group_error`, but for the order in which a group is summed."""
+    reference.check_codes(levels, bits)
     if scales.dtype != torch.float32:
         return reference.group_error(weight, scales, offsets, levels, bits, group_size)
     (rows, columns), error = weight.shape, torch.empty_like(scales, memory_format=torch.contiguous_format)
@@ -326,6 +331,7 @@ def compensate(
     weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int
 ) -> Tensor:
     """As `reference.compensate`: codes; the errors are left in `weight`, which must be contiguous."""
+    reference.check_codes(levels, bits)
     rows, columns = weight.shape
     if weight.dtype != torch.float32 or columns > _WIDEST:
         return reference.compensate(weight, upper, scales, offsets, levels, bits)

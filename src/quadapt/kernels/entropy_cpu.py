@@ -14,6 +14,7 @@ from torch import Tensor
 from quadapt.kernels import entropy_reference
 from quadapt.kernels.compiled import jit
 from quadapt.kernels.cpu import _numpy
+from quadapt.kernels.reference import check_codes
 from quadapt.kernels.threads import over_rows
 
 
@@ -130,6 +131,7 @@ def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: i
 
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
     """As `entropy_reference.group_crowding`, exactly."""
+    check_codes(None, bits)
     if scales.dtype != torch.float32:
         return entropy_reference.group_crowding(weight, scales, offsets, bits, group_size)
     crowding = torch.empty(scales.shape, dtype=torch.int64)

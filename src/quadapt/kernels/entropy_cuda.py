@@ -13,10 +13,14 @@ from torch import Tensor
 
 from quadapt.kernels import entropy_reference
 from quadapt.kernels.entropy_reference import crowding_table
+from quadapt.kernels.reference import check_codes
 from quadapt.kernels.tiles import grid_of, launch, nearest_code, parts, power
 
 _GROUPS = 128
 """Groups of a program: one for each thread."""
+
+_COMPARED = 8192
+"""Weights times levels that a program compares at once: 64 for each of its threads."""
 
 _WIDEST = 256
 """Most weights of a group that a program holds; wider ones are sorted (`entropy_reference`)."""
@@ -145,11 +149,12 @@ def _best_shift(groups: Tensor, mids: Tensor, fractions: Tensor) -> tuple[Tensor
 
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
     """As `entropy_reference.group_crowding`."""
+    check_codes(None, bits)
     if scales.dtype != torch.float32:
         return entropy_reference.group_crowding(weight, scales, offsets, bits, group_size)
     (rows, columns), groups = weight.shape, scales.shape[1]
     crowding = torch.empty(rows, groups, dtype=torch.int64, device=weight.device)
-    tile = 4 if bits < 8 else 1
+    tile = 4 if bits <= 6 else 1
     launch(
         _group_crowding,
         (parts(rows, tile), groups),
@@ -165,6 +170,6 @@ def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits:
         BITS=bits,
         SHIFTED=offsets is not None,
         ROWS=tile,
-        CHUNK=min(power(min(group_size, columns)), 128 if bits < 8 else 32),
+        CHUNK=min(power(min(group_size, columns)), 128, _COMPARED // (tile * 2**bits)),
     )
     return crowding

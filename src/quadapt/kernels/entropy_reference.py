@@ -52,12 +52,14 @@ def _best_shift(groups: Tensor, mids: Tensor, fractions: Tensor) -> tuple[Tensor
 
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
     """As `entropy.group_crowding`."""
+    reference.check_codes(None, bits)
     packed = reference.encode(weight, scales, offsets, None, bits, group_size)
     return crowding_of(reference.unpack(packed, bits, weight.shape[1]), bits, group_size)
 
 
 def crowding_of(codes: Tensor, bits: int, group_size: int) -> Tensor:
     """Crowding of codes `[rows, in]`, int64 `[rows, groups]`."""
+    reference.check_codes(None, bits)
     rows, columns = codes.shape
     groups = torch.arange(columns, device=codes.device) // group_size
     count = -(-columns // group_size)

@@ -159,6 +159,7 @@ def quantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `fake_reference.quantize`, bit for bit."""
+    grid.check(levels)
     if scales.dtype != torch.float32 or dtype == torch.float64 or not _whole_vectors(grid):
         return fake_reference.quantize(base, A, B, scales, offsets, levels, grid, dtype)
     result = torch.empty(len(base), grid.columns, dtype=dtype)
@@ -182,6 +183,7 @@ def gradients(
     dense: Tensor | None,
 ) -> Tensor:
     """As `fake_reference.gradients`, bit for bit but for the order in which a group is summed."""
+    grid.check(levels)
     plain = (
         G.dtype == torch.float32
         and G.is_contiguous()

@@ -51,8 +51,8 @@ def _unrounded(
         bit = column * BASE_BITS
         at = start[:, None] * row_bytes + (bit // 8)[None, :]
         word = tl.load(base + at, mask=inside, other=0).to(tl.int32)
-        if BASE_BITS == 3:  # a code may reach into the next byte
-            more = inside & (bit % 8 > 5)[None, :]
+        if 8 % BASE_BITS:  # a code may reach into the next byte
+            more = inside & (bit % 8 > 8 - BASE_BITS)[None, :]
             word = word | (tl.load(base + at + 1, mask=more, other=0).to(tl.int32) << 8)
         code = (word >> (bit % 8)[None, :]) & ((1 << BASE_BITS) - 1)
         value = tl.load(levels + code) if LOOKUP else code.to(tl.float32) * unit
@@ -199,6 +199,7 @@ def quantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `fake_reference.quantize`, bit for bit."""
+    grid.check(levels)
     if scales.dtype != torch.float32 or dtype == torch.float64:
         return fake_reference.quantize(base, A, B, scales, offsets, levels, grid, dtype)
     result = torch.empty(len(base), grid.columns, dtype=dtype, device=base.device)
@@ -220,6 +221,7 @@ def gradients(
     dense: Tensor | None,
 ) -> Tensor:
     """As `fake_reference.gradients`, bit for bit but for the order in which a group is summed."""
+    grid.check(levels)
     plain = G.is_contiguous() and (dense is None or (dense.is_contiguous() and dense.dtype != torch.float64))
     if scales.dtype != torch.float32 or G.dtype != torch.float32 or not plain:
         return fake_reference.gradients(G, base, A, B, scales, offsets, levels, grid, slack, dense)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quadapt.kernels.reference import expand, rows_per_chunk, unpack
+from quadapt.kernels.reference import check_codes, expand, rows_per_chunk, unpack
 
 
 class Grid(NamedTuple):
@@ -40,6 +40,11 @@ class Grid(NamedTuple):
         """The largest code."""
         return 2**self.bits - 1
 
+    def check(self, levels: Tensor | None) -> None:
+        """Raise ConfigError or ShapeError as :func:`quadapt.kernels.reference.check_codes` does, for both widths."""
+        check_codes(levels, self.bits)
+        check_codes(levels, self.base_bits)
+
 
 def quantize(
     base: Tensor,
@@ -52,6 +57,7 @@ def quantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """As :func:`quadapt.kernels.fake.fake_quantize`."""
+    grid.check(levels)
     result = torch.empty(len(base), grid.columns, dtype=dtype, device=base.device)
     step = rows_per_chunk(grid.columns)
     for start in range(0, len(base), step):
@@ -76,6 +82,7 @@ def gradients(
     dense: Tensor | None,
 ) -> Tensor:
     """As :func:`quadapt.kernels.fake.fake_gradients`."""
+    grid.check(levels)
     v = _unrounded(base, A, B, scales, offsets, levels, grid)
     u = v if levels is not None else _rounded(v, grid)
     if dense is not None:

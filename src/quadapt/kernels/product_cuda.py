@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quadapt.kernels.reference import check_codes
 from quadapt.kernels.tiles import (
     DOUBLE,
     FLOATS,
@@ -87,7 +88,10 @@ def _product(
                 level = tl.load(levels + ((words >> (k * BITS)) & ((1 << BITS) - 1)))
             else:
                 # To the top of the fraction's 23 bits.
-                moved = words >> (k * BITS + BITS - 23) if k * BITS + BITS > 23 else words << (23 - BITS - k * BITS)
+                if BITS * CODES > 32:
+                    moved = (words >> (k * BITS)).to(tl.int32) << (23 - BITS)
+                else:
+                    moved = words >> (k * BITS + BITS - 23) if k * BITS + BITS > 23 else words << (23 - BITS - k * BITS)
                 level = ((moved & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
             dot += value * level
             ones += value
@@ -116,6 +120,7 @@ def product(
     columns: int,
 ) -> Tensor:
     """As `reference.product`, but for the order of the sum: `[tokens, out]` in the dtype of `x`."""
+    check_codes(levels, bits)
     (rows, row_bytes), tokens = packed.shape, len(x)
     words, wide = words_of(packed, bits)
     y = x.new_empty(tokens, rows)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quadapt.errors import ShapeError
+from quadapt.widths import check_width
+
 _CHUNK = 1 << 22
 """Weights that one step works on: bounds the temporaries (some eight times as large) at 100 to 300 MB."""
 
@@ -18,8 +21,25 @@ def rows_per_chunk(columns: int) -> int:
     return max(1, _CHUNK // max(1, columns))
 
 
+def check_codes(levels: Tensor | None, bits: int) -> None:
+    """Refuse codes that the kernels would get wrong: every kernel calls this before it computes.
+
+    Args:
+        levels: A table of levels `[2**bits]`, or None for integers.
+        bits: Width of a code.
+
+    Raises:
+        ConfigError: There are no such codes of so many bits (`quadapt.widths`).
+        ShapeError: The table has another number of levels than there are codes.
+    """
+    check_width("int" if levels is None else "table", bits)
+    if levels is not None and len(levels) != 2**bits:
+        raise ShapeError(f"a table of {len(levels)} levels does not fit codes of {bits} bits. Give {2**bits} levels")
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes (uint8 `[out, in]`, each below `2**bits`) into uint8 `[out, ceil(in * bits / 8)]`."""
+    check_codes(None, bits)
     columns = codes.shape[1]
     nbytes = -(-columns * bits // 8)
     shifts = torch.arange(8, device=codes.device) * bits
@@ -31,6 +51,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Undo :func:`pack`: uint8 codes `[out, columns]`."""
+    check_codes(None, bits)
     shifts = torch.arange(8, device=packed.device) * bits
     byte = torch.arange(bits, device=packed.device) * 8
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits)).long()
@@ -54,6 +75,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute `scales * levels[codes] + offsets` in float32 (float64 for float64), then round once to `dtype`."""
+    check_codes(levels, bits)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     weight = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
     step = rows_per_chunk(columns)
@@ -95,6 +117,7 @@ def encode(
 
     Integers: `round((w - offset) / scale)`, halves to even, clamped. Tables: the nearest level, ties to the lower one.
     """
+    check_codes(levels, bits)
     columns = weight.shape[1]
     value = weight.to(scales.dtype)
     if offsets is not None:
@@ -116,6 +139,7 @@ def group_error(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """Sum over each group of the squared error of rounding to nearest, in the dtype of `scales`, `[out, groups]`."""
+    check_codes(levels, bits)
     columns = weight.shape[1]
     packed = encode(weight, scales, offsets, levels, bits, group_size)
     rounded = dequantize(packed, scales, offsets, levels, bits, group_size, columns, scales.dtype)
@@ -140,6 +164,7 @@ def compensate(
     Returns:
         uint8 codes `[out, n]`.
     """
+    check_codes(levels, bits)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales = scales.to(weight.dtype)
     shift = torch.zeros_like(scales) if offsets is None else offsets.to(weight.dtype)

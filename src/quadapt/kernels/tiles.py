@@ -1,7 +1,8 @@
 """Building blocks of the Triton kernels: reading packed words, scales as they are stored, rounding to a code.
 
-A word is what the kernels unpack at once: eight codes, which fill exactly `bits` bytes, or four of eight bits. As group
-widths are multiples of 16 (or whole rows), all codes of a word share one scale.
+A word is what the kernels unpack at once: eight codes, which fill exactly `bits` bytes, or four of six or eight bits.
+It is an int32; but eight codes of five bits are 40 bits, and an int64. As group widths are multiples of 16 (or whole
+rows), all codes of a word share one scale.
 
 Kernels are launched by :func:`launch`, which forbids the compiler to fuse a product and a sum into one operation with
 one rounding: the stored form rounds twice, and so do the reference and the CPU kernels. Where `TRITON_INTERPRET=1` was
@@ -38,8 +39,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fuse: bool = Fal
 
 
 def word_codes(bits: int) -> int:
-    """Codes in a word."""
-    return 8 if bits < 8 else 4
+    """Codes in a word: eight, or four where these fill whole bytes too."""
+    return 8 if bits <= 5 else 4
 
 
 def words_of(packed: Tensor, bits: int) -> tuple[Tensor, bool]:
@@ -69,18 +70,19 @@ def parts(count: int, size: int) -> int:
 
 @triton.jit
 def read_words(packed, row, word, rows, row_bytes, BITS: tl.constexpr, CODES: tl.constexpr, WIDE: tl.constexpr):
-    """Words as int32, of rows and words that broadcast against each other; zero past the ends."""
+    """Words of rows and words that broadcast against each other, int32 (int64 for 40 bits); zero past the ends."""
     SIZE: tl.constexpr = BITS * CODES // 8
+    WORD: tl.constexpr = tl.int64 if SIZE > 4 else tl.int32
     start, there = row.to(tl.int64), row < rows
     if WIDE:
         count = row_bytes // SIZE
-        found = tl.load(packed + start * count + word, mask=there & (word < count), other=0).to(tl.int32)
+        found = tl.load(packed + start * count + word, mask=there & (word < count), other=0).to(WORD)
     else:
         at = word * SIZE
-        found = tl.load(packed + start * row_bytes + at, mask=there & (at < row_bytes), other=0).to(tl.int32)
+        found = tl.load(packed + start * row_bytes + at, mask=there & (at < row_bytes), other=0).to(WORD)
         for byte in tl.static_range(1, SIZE):
             inside = there & (at + byte < row_bytes)
-            more = tl.load(packed + start * row_bytes + at + byte, mask=inside, other=0).to(tl.int32)
+            more = tl.load(packed + start * row_bytes + at + byte, mask=inside, other=0).to(WORD)
             found = found | (more << (8 * byte))
     return found
 

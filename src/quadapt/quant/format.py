@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.quant.constants import per_device
+from quadapt.widths import check_width
 
 Levels = Literal["int", "nf", "nf-sym"]
 Zero = Literal["none", "integer", "float"]
@@ -40,7 +41,7 @@ class Format:
     IR-QLoRA."""
 
     bits: int = 4
-    """Width of a code: 2, 3, 4 or 8."""
+    """Width of a code: 2, 3, 4, 5, 6 or 8 for integers; 2, 3, 4 or 8 for NormalFloat."""
 
     group_size: int = 32
     """Inputs of a row that share a scale: a multiple of 16 from 16 to 256, or -1 for the whole row."""
@@ -52,10 +53,9 @@ class Format:
     def __post_init__(self) -> None:
         if self.zero == "default":
             object.__setattr__(self, "zero", "float" if self.levels == "int" else "none")
-        if type(self.bits) is not int or self.bits not in (2, 3, 4, 8):
-            raise ConfigError(f"bits={self.bits} is not supported. Use 2, 3, 4 or 8")
         if self.levels not in ("int", "nf", "nf-sym"):
             raise ConfigError(f"levels={self.levels!r} is unknown. Use int, nf or nf-sym")
+        check_width(self.levels, self.bits)
         if self.levels == "nf-sym" and self.bits != 2:
             raise ConfigError(f"levels='nf-sym' is defined for bits=2 alone, not bits={self.bits}. Use levels='nf'")
         whole = type(self.group_size) is int
@@ -106,12 +106,16 @@ def normal_levels(bits: int, *, symmetric: bool = False) -> tuple[float, ...]:
     """NormalFloat levels from -1 to 1.
 
     Args:
-        bits: Number of levels is `2**bits`.
+        bits: Width of a code, 2, 3, 4 or 8: there are `2**bits` levels.
         symmetric: The midpoints of one more quantile than levels, without an exact zero (IR-QLoRA's nf2); otherwise the
             asymmetric rule of QLoRA, which has one more positive level than negative ones, and a zero.
 
+    Raises:
+        ConfigError: There is no NormalFloat of so many bits.
+
     Source: QLoRA (arXiv 2305.14314) §3 eq. 4 as in its code; IR-QLoRA (arXiv 2402.05445) for nf2 and nf3.
     """
+    check_width("nf", bits)
     if symmetric:
         edges = norm.ppf(torch.linspace(1 - DELTA, DELTA, 2**bits + 1, dtype=torch.float64).numpy())
         values = (edges[1:] + edges[:-1]) / 2

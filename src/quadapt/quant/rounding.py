@@ -108,7 +108,7 @@ class FixedPoint(Rounding):
     """
 
     bits: int = 4
-    """Width of a code of the product: 2, 3 or 4."""
+    """Width of a code of the product: 2, 3, 4, 5 or 6."""
 
     range: str = "mse"
     """How a group's span is chosen for the coarse codes, as in `Nearest`; what lies beyond it is clipped."""

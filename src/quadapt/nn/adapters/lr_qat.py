@@ -37,7 +37,7 @@ class LRQAT(GridAdapter):
     def with_grid(self, format: Format, storage: Storage) -> LRQAT:
         if format.levels != "int" or format.zero != "none" or format.bits == 8:
             raise ConfigError(
-                f"{format.name}: lr-qat trains symmetric integers of 2, 3 or 4 bits. Use --levels int --zero none"
+                f"{format.name}: lr-qat trains symmetric integers of 2 to 6 bits. Use --levels int --zero none"
             )
         return replace(self, bits=format.bits, scales="fp32" if storage.scales == "fp32" else "fp16")
 
