@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from quadapt.errors import ExportError
 from quadapt.exporters import gguf as exporter
-from quadapt.exporters.blocks import cannot_hold, q4_1
+from quadapt.exporters.blocks import block_for, blocks_of, cannot_hold, cannot_hold_layout
 from quadapt.exporters.gguf import export_gguf
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Pooled
@@ -53,27 +53,48 @@ def weight(format: Format, columns: int = 128, storage: Storage | None = None) -
     return Nearest()(torch.randn(48, columns), layout)
 
 
-HELD = [(bits, group, zero) for bits in (2, 3, 4) for group in (32, 64, 96, -1) for zero in ("none", "float")]
+HELD: list[tuple[str, int, Zero]] = [
+    *(("Q4_0", bits, "none") for bits in (2, 3, 4)),
+    *(("Q4_1", bits, "float") for bits in (2, 3, 4)),
+    ("Q5_0", 5, "none"),
+    ("Q5_1", 5, "float"),
+    *(("Q8_0", bits, "none") for bits in (6, 8)),
+]
+"""Types of blocks, and what they hold."""
 
 
-@pytest.mark.parametrize(("bits", "group_size", "zero"), HELD)
-def test_blocks_are_the_weight_bit_for_bit(bits: int, group_size: int, zero: Zero) -> None:
-    stored = weight(Format(bits=bits, group_size=group_size, zero=zero))
-    assert cannot_hold(stored) == ""
-    read = dequantize(q4_1(stored), gguf.GGMLQuantizationType.Q4_1)
-    np.testing.assert_array_equal(read, stored.dequantize().numpy(), strict=True)
+def read(stored: QuantWeight) -> np.ndarray:
+    """A weight's blocks as the `gguf` package reads them."""
+    block = block_for(stored.format)
+    assert block is not None
+    rows = blocks_of(stored)
+    assert rows.shape[1] * 8 == block.bits_per_weight * stored.layout.columns
+    return dequantize(rows, gguf.GGMLQuantizationType[block.name])
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 96, -1])
+@pytest.mark.parametrize(("block", "bits", "zero"), HELD)
+def test_blocks_are_the_weight_bit_for_bit(block: str, bits: int, zero: Zero, group_size: int) -> None:
+    halves = Storage(scales="fp16", offsets="absent" if zero == "none" else "fp16")
+    stored = weight(Format(bits=bits, group_size=group_size, zero=zero), storage=halves)
+    assert cannot_hold(stored) == cannot_hold_layout(stored.layout) == ""
+    assert block_for(stored.format).name == block
+    assert len(stored.codes().unique()) > 0.9 * 2**bits  # about all of them are tried
+    np.testing.assert_array_equal(read(stored), stored.dequantize().numpy(), strict=True)
 
 
 def test_blocks_are_made_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = weight(Format(bits=3, group_size=32))
-    whole = q4_1(stored)
+    whole = blocks_of(stored)
     monkeypatch.setattr("quadapt.exporters.blocks.rows_per_chunk", lambda _: 7)
-    np.testing.assert_array_equal(q4_1(stored), whole)
+    np.testing.assert_array_equal(blocks_of(stored), whole)
 
 
 NOT_HELD = [
     (weight(Format(levels="nf", bits=4)), "not evenly spaced"),
-    (weight(Format(bits=8)), "8-bit codes"),
+    (weight(Format(bits=8)), "8-bit codes with offsets fit no block (without offsets they do: --zero none)"),
+    (weight(Format(bits=6, zero="integer")), "6-bit codes with offsets"),
+    (weight(Format(bits=8, zero="none")), "scales (fp32)"),
     (weight(Format(bits=4, group_size=16)), "groups of 16"),
     (weight(Format(bits=4), columns=172), "172 inputs"),
     (weight(Format(bits=4, group_size=-1), columns=172), "172 inputs"),
@@ -87,6 +108,7 @@ NOT_HELD = [
 @pytest.mark.parametrize(("stored", "why"), NOT_HELD, ids=[why for _, why in NOT_HELD])
 def test_says_what_blocks_cannot_hold(stored: QuantWeight, why: str) -> None:
     assert why in cannot_hold(stored)
+    assert why.replace("integer", "zero-points times scales") in cannot_hold_layout(stored.layout)
 
 
 def test_permuted_inputs_leave_as_f32(tokenizer: Any, tmp_path: Path) -> None:
@@ -105,11 +127,19 @@ def test_fp32_scales_that_float16_holds_are_held() -> None:
     codes = torch.arange(64, dtype=torch.uint8).view(4, 16)
     stored = QuantWeight.build(layout, codes, torch.full((4, 1), 0.5), torch.ones(4, 1))
     assert cannot_hold(stored) == ""
-    read = dequantize(q4_1(stored), gguf.GGMLQuantizationType.Q4_1)
-    np.testing.assert_array_equal(read, stored.dequantize().numpy())
+    np.testing.assert_array_equal(read(stored), stored.dequantize().numpy())
 
 
-MODELS = [(bits, group, zero) for bits, group in ((2, 32), (3, 64), (4, 32), (4, -1)) for zero in ("none", "float")]
+MODELS = [
+    (bits, group, zero) for bits, group in ((2, 32), (3, 64), (4, 32), (4, -1), (5, 32)) for zero in ("none", "float")
+]
+COSTS = {
+    "Q4_0": "symmetric codes of 2, 3 and 4 bits all cost 4.5 bits per weight in Q4_0 blocks",
+    "Q4_1": "2-, 3- and 4-bit codes all cost 5.0 bits per weight in Q4_1 blocks",
+    "Q5_0": "symmetric 5-bit codes cost 5.5 bits per weight in Q5_0 blocks",
+    "Q5_1": "5-bit codes cost 6.0 bits per weight in Q5_1 blocks",
+    "Q8_0": "symmetric codes of 6 and 8 bits both cost 8.5 bits per weight in Q8_0 blocks",
+}
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
@@ -124,9 +154,11 @@ def test_transformers_reads_the_model_back(
         after = [layer.quant_weight.offsets for layer in quantized_layers(model).values()]
         assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
-    assert {row.type for row in report.tensors if row.linear} == {"Q4_1"}
-    assert report.bits_per_weight == 5.0
-    assert report.notes == ("2-, 3- and 4-bit codes all cost 5.0 bits per weight in Q4_1 blocks",)
+    (block,) = {row.type for row in report.tensors if row.linear}
+    assert block == {False: "Q4_", True: "Q5_"}[bits == 5] + ("0" if zero == "none" and not merged else "1")
+    assert report.notes == (COSTS[block],)
+    assert f"cost {report.bits_per_weight} bits" in COSTS[block]
+    assert metadata(tmp_path / "model.gguf")["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{block}"]
     assert differing(model, read_back(tmp_path / "model.gguf")) == []
 
 

@@ -118,9 +118,10 @@ def test_stops_where_the_model_stops(tmp_path: Path) -> None:
 
 
 class Rounded(nn.Module):
-    """A quantized layer as llama.cpp's CPU kernel computes it: inputs in 8 bits, in blocks of 32 (Q8_1).
+    """A quantized layer as llama.cpp's CPU kernels compute it: inputs in 8 bits, in blocks of 32.
 
-    A block has its scale and its sum in float16; the sum meets the offsets.
+    A block of inputs has its scale in float16 (Q8_0). Where weights have offsets it has its sum too, in float16 (Q8_1),
+    which meets the offsets; symmetric codes are multiplied as signed ones.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -128,7 +129,9 @@ class Rounded(nn.Module):
         weight = layer.quant_weight
         blocks = weight.layout.columns // 32
         repeat = weight.format.width(weight.layout.columns) // 32
-        self.codes = weight.codes().double().unflatten(1, (blocks, 32))
+        self.signed = weight.format.zero == "none"
+        middle = 2 ** (weight.format.bits - 1) if self.signed else 0
+        self.codes = (weight.codes().double() - middle).unflatten(1, (blocks, 32))
         self.scales = weight.scales.double().repeat_interleave(repeat, 1)[:, :blocks]
         self.offsets = weight.offsets.double().repeat_interleave(repeat, 1)[:, :blocks]
 
@@ -140,7 +143,7 @@ class Rounded(nn.Module):
         sums = (step * rounded.sum(-1, keepdim=True)).half().double().squeeze(-1)
         inputs = rounded.double() * step.half().double()
         products = torch.einsum("...bi,nbi,nb->...n", inputs, self.codes, self.scales)
-        return (products + sums @ self.offsets.T).float()
+        return (products if self.signed else products + sums @ self.offsets.T).float()
 
 
 @torch.no_grad()
@@ -149,12 +152,23 @@ def last(model: nn.Module, prompts: list[list[int]]) -> Tensor:
     return model(torch.tensor(prompts)).logits[:, -1].log_softmax(-1)
 
 
-def test_the_rounding_of_activations_explains_the_difference(tmp_path: Path) -> None:
+BLOCKS = {
+    "Q4_0": Format(bits=4, group_size=32, zero="none"),
+    "Q4_1": Format(bits=3, group_size=32),
+    "Q5_0": Format(bits=5, group_size=32, zero="none"),
+    "Q5_1": Format(bits=5, group_size=32),
+    "Q8_0": Format(bits=6, group_size=32, zero="none"),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_rounding_of_activations_explains_the_difference(block: str, tmp_path: Path) -> None:
     """With that rounding, torch gives llama.cpp's answer to 1e-4, until a value on the edge rounds the other way."""
     model, tokenizer = trained("babyllama105-hf")
-    model = quantized(model, Format(bits=3, group_size=32))
+    model = quantized(model, BLOCKS[block])
     path = tmp_path / "model.gguf"
-    export_gguf(model, tokenizer, path)
+    report = export_gguf(model, tokenizer, path)
+    assert {row.type for row in report.tensors if row.linear} == {block}
     prompts = [[1, token] for token in range(3, 35)]
     with LlamaCpp(path) as llama:
         answers = [llama.token_logprobs(prompt)[-1] for prompt in prompts]

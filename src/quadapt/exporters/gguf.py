@@ -1,7 +1,8 @@
 """GGUF, the file of llama.cpp and of what is built on it.
 
-Codes of 2, 3 and 4 bits go out in Q4_1 blocks, bit for bit (`blocks.py`); what these cannot hold goes out dense and is
-listed. The file is written tensor by tensor, so that memory holds about one layer.
+Integers go out in blocks that hold their codes bit for bit (`blocks.py`): those of 2 to 5 bits, and symmetric ones of 6
+and 8. What no block holds goes out dense and is listed. The file is written tensor by tensor, so that memory holds
+about one layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
-from quadapt.exporters.blocks import BLOCK, BLOCK_BYTES, cannot_hold, q4_1
+from quadapt.exporters.blocks import BLOCK, BY_NAME, block_for, blocks_of, cannot_hold
 from quadapt.exporters.files import new_file
 from quadapt.exporters.gguf_metadata import family_of, heads_of, namer, rope_factors, write_metadata
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
@@ -46,12 +47,12 @@ class Entry:
 
     def data(self) -> np.ndarray:
         """What is written: a row of numbers, or of bytes of blocks, for each row of the matrix."""
-        rows = self._blocks() if self.row.type == "Q4_1" else self._dense()
+        rows = self._blocks() if self.row.type in BY_NAME else self._dense()
         return interleave(rows, self.heads) if self.heads else rows
 
     def _blocks(self) -> np.ndarray:
         assert isinstance(self.source, QuantWeight)
-        return q4_1(self.source)
+        return blocks_of(self.source)
 
     def _dense(self) -> np.ndarray:
         dtype = DTYPES[self.row.type]
@@ -135,9 +136,10 @@ def _row(name: str, source: Source, dense: str) -> TensorRow:
             )
         kind = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
         return TensorRow(name=name, type=kind, shape=shape, nbytes=prod(shape) * DTYPES[kind].itemsize)
-    why = cannot_hold(source)
-    if not why:
-        return TensorRow(name=name, type="Q4_1", shape=shape, nbytes=prod(shape) // BLOCK * BLOCK_BYTES, linear=True)
+    why, block = cannot_hold(source), block_for(source.format)
+    if block is not None and not why:
+        nbytes = prod(shape) // BLOCK * block.nbytes
+        return TensorRow(name=name, type=block.name, shape=shape, nbytes=nbytes, linear=True)
     nbytes = prod(shape) * DTYPES[dense].itemsize
     return TensorRow(name=name, type=dense, shape=shape, nbytes=nbytes, linear=True, note=why)
 
@@ -173,15 +175,15 @@ def _file_type(entries: Sequence[Entry]) -> int:
     weights = Counter[str]()
     for row in (entry.row for entry in entries):
         weights[row.type] += prod(row.shape)
-    names = {"Q4_1": "MOSTLY_Q4_1", "F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
-    return gguf.LlamaFileType[names["Q4_1" if weights["Q4_1"] else weights.most_common(1)[0][0]]]
+    blocks = Counter({name: count for name, count in weights.items() if name in BY_NAME})
+    (most, _), *_ = (blocks or weights).most_common(1)
+    return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"]
 
 
 def _notes(rows: Sequence[TensorRow]) -> list[str]:
-    notes = []
-    if any(row.type == "Q4_1" for row in rows):
-        notes.append("2-, 3- and 4-bit codes all cost 5.0 bits per weight in Q4_1 blocks")
-    left = [row for row in rows if row.linear and row.type != "Q4_1"]
+    used = [block for block in BY_NAME.values() if any(row.type == block.name for row in rows)]
+    notes = [f"{block.holds} cost {block.bits_per_weight} bits per weight in {block.name} blocks" for block in used]
+    left = [row for row in rows if row.linear and row.type not in BY_NAME]
     for why in dict.fromkeys(row.note for row in left):
         names = [row.name for row in left if row.note == why]
         cost = "16 bits per weight, rounded" if left[0].type == "F16" else "32 bits per weight"

@@ -17,7 +17,7 @@ class TensorRow:
     """Its name there."""
 
     type: str
-    """How its numbers are held: Q4_1, F32, F16 or BF16."""
+    """How its numbers are held: F32, F16, BF16, or a type of GGML's blocks (Q4_1, ..)."""
 
     shape: tuple[int, ...]
     """Rows first, as in torch."""
