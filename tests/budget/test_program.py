@@ -155,7 +155,7 @@ def test_the_grid_is_the_papers_but_for_bfloat16() -> None:
 def test_integers_have_widths_and_groups_and_the_methods_storage() -> None:
     ways = candidates(method_named("qa-lora"))
     assert {(way.format.bits, way.format.group_size) for way in ways} == set(
-        itertools.product((2, 3, 4, 8), (16, 32, 64, 128))
+        itertools.product((2, 3, 4, 5, 6, 8), (16, 32, 64, 128))
     )
     assert {way.storage for way in ways if way.format.bits < 8} == {method_named("qa-lora").storage}
     assert all(way.format.zero == "integer" for way in candidates(method_named("e2e-qp")))

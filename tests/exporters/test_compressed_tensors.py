@@ -24,7 +24,7 @@ from quadapt.nn.adapters import L4Q
 from quadapt.quant.format import Format
 
 FORMATS = [
-    *[Format(bits=bits, group_size=32, zero=zero) for bits in (2, 3, 4, 8) for zero in ("integer", "none")],
+    *[Format(bits=bits, group_size=32, zero=zero) for bits in (2, 3, 4, 5, 6, 8) for zero in ("integer", "none")],
     Format(bits=4, group_size=-1, zero="integer"),
     Format(bits=8, group_size=-1, zero="none"),
 ]

@@ -6,16 +6,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import product
+from itertools import product, starmap
 
 from quadapt.errors import ConfigError
 from quadapt.methods import Method
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Linear, Storage
 from quadapt.quant.weight import Layout
-
-BITS = (2, 3, 4, 8)
-"""Widths of a code."""
+from quadapt.widths import INTEGER_WIDTHS, NORMAL_FLOAT_WIDTHS
 
 NF_GROUPS = (16, 32, 64)
 """Weights that share a scale, for NormalFloat (LQ-LoRA's B0)."""
@@ -23,9 +21,7 @@ NF_GROUPS = (16, 32, 64)
 INT_GROUPS = (16, 32, 64, 128)
 """Inputs that share a scale, for integers."""
 
-SCALES = tuple(
-    Linear(bits, block, constant) for bits, block, constant in product(BITS, (16, 64, 256), ("fp16", "fp32"))
-)
+SCALES = tuple(starmap(Linear, product(NORMAL_FLOAT_WIDTHS, (16, 64, 256), ("fp16", "fp32"))))
 """How scales are held, for NormalFloat (LQ-LoRA's b0, B1 and b1)."""
 
 ADAPTER_BITS = {"fp16": Fraction(16), "nf8": 8 + Fraction(8, 64) + Fraction(32, 64 * 256)}
@@ -52,7 +48,7 @@ def candidates(method: Method) -> list[Candidate]:
     """The ways among which a plan for `method` chooses.
 
     NormalFloat: LQ-LoRA's grid, 4 widths of codes, 3 groups, and for scales 4 widths, 3 blocks and 2 constants.
-    Integers: 4 widths and 4 groups, with the method's own zero and storage.
+    Integers: 6 widths and 4 groups, with the method's own zero and storage.
 
     Source: LQ-LoRA (arXiv 2311.12023) section 3.2 and its code, whose 432 have a third kind of constant, bfloat16.
     Differs: that kind costs what fp16 does and is coarser, so these are 288.
@@ -64,14 +60,14 @@ def candidates(method: Method) -> list[Candidate]:
     if method.format.levels == "int":
         grids = [
             method.with_format(replace(method.format, bits=bits, group_size=group))
-            for bits, group in product(BITS, INT_GROUPS)
+            for bits, group in product(INTEGER_WIDTHS, INT_GROUPS)
         ]
         return [Candidate(grid.format, grid.storage) for grid in grids]
     if method.format.levels == "nf-sym":
         raise ConfigError("levels='nf-sym' has two bits alone: there is nothing to plan. Use levels='nf'")
     return [
         Candidate(replace(method.format, bits=bits, group_size=group), replace(method.storage, scales=scales.name))
-        for bits, group, scales in product(BITS, NF_GROUPS, SCALES)
+        for bits, group, scales in product(NORMAL_FLOAT_WIDTHS, NF_GROUPS, SCALES)
     ]
 
 
