@@ -116,3 +116,18 @@ def test_what_makes_no_sense_is_refused_with_advice(arguments: tuple[str, ...], 
     said = give("tune", *arguments, "--data", "story.txt", "--output", tmp_path / "new", *SHORT, code=2)
     assert told in said.error
     assert not (tmp_path / "new").exists()
+
+
+def test_five_bits_go_all_the_way(tmp_path: Path) -> None:
+    """Quantized, tuned over, merged and handed to llama.cpp's format: the same weights throughout."""
+    base, adapter, merged = (str(tmp_path / name) for name in ("base", "adapter", "merged"))
+    grid = ("--bits", "5", "--group-size", "32", "--rounding", "nearest")
+    quadapt("quantize", "dense", "--output", base, *grid)
+    assert {layer.layout.format.name for layer in quantized_layers(load(base)[0]).values()} == {"int5-g32"}
+    quadapt("tune", base, "--data", "story.txt", "--output", adapter, "--max-steps", "2", *SHORT)
+    assert quadapt("merge", adapter, "--output", merged)["certificate"]["verdict"] == "exact"
+    said = quadapt("export", merged, "--output", str(tmp_path / "model.gguf"))
+    assert {row["type"] for row in said["reports"][0]["tensors"] if row["linear"]} == {"Q5_1"}
+    dense, ours = load(str(tmp_path / "model.gguf"))[0], quantized_layers(load(merged)[0])
+    for name, layer in ours.items():
+        assert torch.equal(dense.get_submodule(name).weight, layer.quant_weight.dequantize()), name

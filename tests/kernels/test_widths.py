@@ -1,4 +1,4 @@
-"""No kernel computes with a width that it would get wrong: each refuses it, on every device."""
+"""Every width is computed alike on every device, and no kernel computes with a width that it would get wrong."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import inspect
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import nearest_numpy
 from torch import Tensor
 
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels.fake_reference import Grid
-from quadapt.quant.format import normal_levels
+from quadapt.quant.format import Format, normal_levels
+from quadapt.quant.rounding import Nearest
+from quadapt.quant.storage import Storage
+from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.widths import check_width
 
 pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
@@ -128,3 +136,43 @@ def test_no_other_quantiles_are_computed() -> None:
     for bits in (-1, 0, 1, 5, 6, 7, 16):
         with pytest.raises(ConfigError, match=f"bits={bits} is not supported for levels='nf'"):
             normal_levels(bits)
+
+
+HELD = {"none": ("absent",), "integer": ("integer",), "float": ("fp16", "fp32", "double")}
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Integers of any width and group, in any storage; rows that end within a byte, a word and a group."""
+    zero = draw(st.sampled_from(sorted(HELD)))
+    group_size = draw(st.sampled_from([16, 32, 48, 256, -1]))
+    scales = draw(st.sampled_from(["fp16", "fp32", "double", "linear8-256-fp32", "linear3-16-fp16"]))
+    storage = Storage(scales=scales, offsets=draw(st.sampled_from(HELD[zero])))
+    format = Format(bits=draw(st.sampled_from(INTEGERS)), group_size=group_size, zero=zero)
+    return Layout(format=format, storage=storage, out=draw(st.integers(1, 5)), columns=draw(st.integers(1, 90)))
+
+
+def on(device: str, dense: Tensor, layout: Layout) -> tuple[QuantWeight, list[Tensor]]:
+    """The weight that the kernels for a device make, and what they read it as."""
+    with mock.patch("quadapt.kernels.dispatch.kind_for", return_value=device):
+        weight = Nearest()(dense, layout)
+        return weight, [weight.dequantize(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+
+
+@given(layout=layouts(), seed=st.integers(0, 2**31))
+def test_codes_and_weights_are_the_same_bits_on_every_device(layout: Layout, seed: int) -> None:
+    dense = torch.randn(layout.out, layout.columns, generator=torch.Generator().manual_seed(seed))
+    weight, read = on("reference", dense, layout)
+    for device in ("cpu", "cuda"):
+        other, same = on(device, dense, layout)
+        assert other.digest() == weight.digest()
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(same, read, strict=True))
+    codes, width, top = weight.codes().numpy(), weight.format.width(layout.columns), 2**weight.format.bits - 1
+    assert weight.tensors["weight"].shape[1] == -(-layout.columns * weight.format.bits // 8)
+    scales, offsets = weight.scales.double().numpy(), weight.offsets.double().numpy()
+    want = nearest_numpy.dequantize(codes, scales, offsets, width)
+    np.testing.assert_allclose(read[2].numpy(), want, rtol=1e-6, atol=1e-6)
+    exact = (dense.double().numpy() - np.repeat(offsets, width, 1)[:, : layout.columns]) / (
+        np.repeat(scales, width, 1)[:, : layout.columns]
+    )
+    assert (np.abs(codes - np.clip(exact, 0, top)) <= 0.5 + 1e-4).all()
