@@ -46,7 +46,7 @@ def trained(model: PeftModel) -> None:
 
 CASES = [
     *((name, start, bits) for name, start in [*((name, None) for name in METHODS), *STARTS] for bits in (2, 4)),
-    *((name, None, (5, 6)[at % 2]) for at, name in enumerate(METHODS) if METHODS[name].format.levels == "int"),
+    *((name, None, (5, 6)[at % 2]) for at, name in enumerate(METHODS) if method_named(name).format.levels == "int"),
 ]
 """Integers of 5 and 6 bits too, by turns; there is no NormalFloat of so many."""
 
