@@ -1,0 +1,107 @@
+"""Pieces of another package, one of each kind that has a recipe in CONTRIBUTING.md; the tests use them.
+
+Inside of quadapt each of them would be a file of its own, in the package of its axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quadapt.methods import METHODS, Method, Recipe
+from quadapt.nn.adapters import LoRA
+from quadapt.nn.starts import STARTS, Begun, Start
+from quadapt.nn.starts.base import Quantize
+from quadapt.quant.format import Format
+from quadapt.quant.ranges import RANGES, Range
+from quadapt.quant.rounding import Nearest, Statistics
+from quadapt.quant.storage import Storage, ValueStorage, register
+from quadapt.quant.weight import Layout
+
+
+@RANGES.register("inner")
+@dataclass(frozen=True, kw_only=True)
+class Inner(Range):
+    """Nine tenths of a group's span: the outermost weights are clipped, the steps of all others are finer."""
+
+    summary: ClassVar[str] = "nine tenths of it"
+
+    def ends(self, weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        return 0.9 * low, 0.9 * high
+
+
+@dataclass(frozen=True)
+class _BFloat16(ValueStorage):
+    """Each number as one bfloat16: uint8 `[out, 2 * groups]`."""
+
+    summary: ClassVar[str] = "one bfloat16 for each group"
+    local: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "bf16"
+
+    def encode(self, values: Tensor, *, centre: bool) -> dict[str, Tensor]:
+        return {"": values.to(torch.bfloat16).contiguous().view(torch.uint8)}
+
+    def decode(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return tensors[""].contiguous().view(torch.bfloat16).float()
+
+    def shapes(self, out: int, groups: int) -> dict[str, tuple[int, int]]:
+        return {"": (out, 2 * groups)}
+
+    def rounded(self, values: Tensor) -> Tensor:
+        return values.to(torch.bfloat16).to(values.dtype)
+
+
+BF16 = register(_BFloat16())
+
+
+@STARTS.register("residual")
+@dataclass(frozen=True, kw_only=True)
+class Residual(Start):
+    """The best low-rank term for what rounding changed: the largest singular values of `W - Q`."""
+
+    def __call__(
+        self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False
+    ) -> Begun:
+        base = quantize(weight)
+        if pooled:
+            return Begun(base)
+        U, S, Vh = torch.linalg.svd(weight.double() - base.dequantize().double(), full_matrices=False)
+        root = S[:rank].sqrt()
+        return Begun(base, ((U[:, :rank] * root).float(), (root[:, None] * Vh[:rank]).float()))
+
+
+@METHODS.register("residual-lora")
+def residual_lora(bits: int = 3, group_size: int = 32, **settings: Any) -> Method:
+    r"""LoRA over rounded integers that starts from what rounding changed. Cannot merge exactly.
+
+    $$ y = x \hat W^\top + \tfrac{\alpha}{r}\, x A^\top B^\top, \qquad \tfrac{\alpha}{r} B A \approx W - \hat W $$
+
+    at first, with `A [rank, in]` and `B [out, rank]`.
+
+    Args:
+        bits: Width of a code.
+        group_size: Inputs that share a scale and an offset.
+        settings: Further settings, as :meth:`Method.having` takes them.
+
+    Example:
+        >>> residual_lora(bits=2).format.name
+        'int2-g32'
+
+    Source: the first iteration of LoftQ, arXiv:2310.08659, algorithm 1.
+    """
+    return Method(
+        paper="2310.08659",
+        format=Format(group_size=group_size),
+        storage=Storage(scales="bf16"),
+        rounding=Nearest(range="inner"),
+        start=Residual(),
+        adapter=LoRA(),
+        recipe=Recipe(learning_rate=1e-3, rank=8, alpha=8, source="ours"),
+    ).having(bits=bits, **settings)
