@@ -59,7 +59,8 @@ def moved(name: str) -> str:
 def examples_page() -> str:
     """Every script of examples/, with what it says of itself."""
     parts = ["# Examples\n", "Each of these scripts runs as it is, and is run by the tests.\n"]
-    for path in sorted((ROOT / "examples").glob("*.py")):
+    order = (ROOT / "README.md").read_text(encoding="utf-8").index
+    for path in sorted((ROOT / "examples").glob("*.py"), key=lambda path: order(f"examples/{path.name}")):
         text = path.read_text(encoding="utf-8")
         said = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
         parts.append(f"## {path.stem.replace('_', ' ').capitalize()} {{ #{path.stem} }}\n")
