@@ -190,7 +190,7 @@ def merge(model: nn.Module, *, probe: Tensor | None = None, requantize: bool = F
 
 
 def export(
-    model: nn.Module, tokenizer: Any, output: str | Path, *, format: str = "gguf", dtype: str = "bfloat16"
+    model: nn.Module, tokenizer: Any, output: str | Path, *, format: str = "gguf", **options: str
 ) -> ExportReport:
     """Write a model in a format that others serve.
 
@@ -200,35 +200,20 @@ def export(
         tokenizer: Its tokenizer.
         output: File (gguf) or folder (the others).
         format: gguf; hf (dense); lora (a standard adapter); nf8 (an adapter in 8 bits, for quadapt alone: load it with
-            `quadapt.load(output, base=..)`); or compressed-tensors.
-        dtype: Of the dense weights (hf).
+            `quadapt.load(output, base=..)`); compressed-tensors; or one that another package has registered.
+        options: Those of the format: `dense` (gguf: f32 or f16), `dtype` (hf and compressed-tensors: bfloat16, float16
+            or float32).
 
     Raises:
-        ExportError: The format cannot hold the model.
+        ConfigError: There is no such format, or it has no such option.
+        ExportError: The format cannot hold the model; the message names the layer and the reason.
     """
+    from quadapt.exporters.formats import EXPORTERS
     from quadapt.hf.wrapped import unwrapped
 
+    exporter = EXPORTERS[format].made(**options)
     with unwrapped(model) as inside:
-        return _export(inside, tokenizer, output, format, dtype)
-
-
-def _export(model: nn.Module, tokenizer: Any, output: str | Path, format: str, dtype: str) -> ExportReport:
-    from quadapt.errors import ConfigError
-    from quadapt.exporters import compressed_tensors, dense, gguf, lora, nf8
-
-    if format == "gguf":
-        return gguf.export_gguf(model, tokenizer, output)
-    if format == "hf":
-        return dense.export_hf(model, tokenizer, output, dtype=dtype)  # type: ignore[arg-type]
-    if format == "compressed-tensors":
-        return compressed_tensors.export_compressed_tensors(model, tokenizer, output)
-    if format == "lora":
-        return lora.export_lora(model, output)
-    if format == "nf8":
-        report = nf8.export_nf8(model, output)
-        tokenizer.save_pretrained(output)
-        return report
-    raise ConfigError(f"format={format!r} is unknown. Use gguf, hf, lora, nf8 or compressed-tensors")
+        return exporter.write(inside, tokenizer, Path(output))
 
 
 def load(

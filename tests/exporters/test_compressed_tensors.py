@@ -31,9 +31,10 @@ FORMATS = [
 IDS = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(0))
 
 
-def read_back(folder: Path) -> dict[str, torch.Tensor]:
-    """Each quantized weight as the library decompresses it."""
+def read_back(folder: Path, *, wide: bool = False) -> dict[str, torch.Tensor]:
+    """Each quantized weight as the library decompresses it: in the dtype of its scales, or `wide`, in float32."""
     tensors = load_file(folder / "model.safetensors")
+    tensors = {key: each.float() if wide and each.is_floating_point() else each for key, each in tensors.items()}
     about = json.loads((folder / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig(**{name: value for name, value in about.items() if name != "quant_method"})
     (scheme,) = config.config_groups.values()

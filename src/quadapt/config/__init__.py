@@ -5,13 +5,13 @@ from quadapt.config.commands import (
     ChatConfig,
     DemoConfig,
     EvalConfig,
-    ExportConfig,
     InspectConfig,
     MergeConfig,
     PlanConfig,
     QuantizeConfig,
     RunConfig,
 )
+from quadapt.config.export import ExportConfig
 from quadapt.config.fields import Grid, Machine, MethodName, Settings, Target, Walk
 from quadapt.config.job import read_job
 from quadapt.config.tune import Adapting, PrepareConfig, TuneConfig

@@ -151,33 +151,6 @@ class EvalConfig(RowsOfData, Machine):
     """Replace the output if it exists."""
 
 
-class ExportConfig(Machine):
-    """Write a model in a format that others serve."""
-
-    model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder of a quantized model or of an adapter (it is merged first, if it merges exactly)."""
-
-    output: Annotated[Location, Flag(("-o",), "Output", idle=True)]
-    """File (gguf) or folder (hf, lora) to write."""
-
-    format: Annotated[Literal["gguf", "hf", "lora", "nf8", "compressed-tensors"], Flag((), "Output")] = "gguf"
-    """gguf: for llama.cpp, codes as they are (an adapter that cannot merge becomes a LoRA file beside it). hf: dense
-    weights, for any server. lora: a standard PEFT adapter. nf8: the adapter in 8 bits, for quadapt alone.
-    compressed-tensors: for vLLM, codes as they are, of integers with whole zero-points or none."""
-
-    base: Annotated[Location | None, Flag(reads=True)] = None
-    """Where an adapter's base is, if it is not where it was."""
-
-    any_base: Annotated[bool, Flag()] = False
-    """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
-
-    dense: Annotated[Literal["f32", "f16"], Flag((), "Output")] = "f32"
-    """gguf: type of the layers that a block format cannot hold; f16 rounds them."""
-
-    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
-    """Replace the output if it exists."""
-
-
 class InspectConfig(Settings):
     """Say what a folder holds."""
 

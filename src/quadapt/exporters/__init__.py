@@ -1,7 +1,8 @@
 """Hand a model over to other programs, from its codes, scales and offsets; nothing is quantized again on the way.
 
-One file a format: `gguf.py` (llama.cpp and what is built on it), `dense.py` (an ordinary transformers folder),
-`lora.py` (an ordinary PEFT adapter), `gguf_lora.py` (llama.cpp's adapter), `compressed_tensors.py` (vLLM's). Each gives
-an `ExportReport` (`report.py`).
-`llama_cpp.py` runs llama.cpp, to compare its answers with the model's.
+`formats/` has the formats themselves: what each can hold, its options, and how it is written, known by name in a
+registry. The code that writes them is here: `gguf.py` (llama.cpp and what is built on it), `dense.py` (an ordinary
+transformers folder), `lora.py` (an ordinary PEFT adapter), `gguf_lora.py` (llama.cpp's adapter), `nf8.py` (an adapter
+in 8 bits), `compressed_tensors.py` (vLLM's). Each gives an `ExportReport` (`report.py`). `survey.py` asks all formats
+what they make of a model. `llama_cpp.py` runs llama.cpp, to compare its answers with the model's.
 """

@@ -22,7 +22,7 @@ from quadapt.exporters.report import ExportReport, TensorRow, size_of
 from quadapt.exporters.tensors import TYPES, as_stored, refuse_adapters, tensors_of
 from quadapt.hf.ending import set_ends
 from quadapt.kernels import pack
-from quadapt.quant.weight import QuantWeight
+from quadapt.quant.weight import Layout, QuantWeight
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -55,7 +55,9 @@ def export_compressed_tensors(
     sources = as_stored(model, found)
     layers = {n.removesuffix(".weight"): s for n, s in found.items() if isinstance(s, QuantWeight)}
     for name, weight in layers.items():
-        _check(name, weight, kind)
+        why = cannot_hold(weight, kind)
+        if why:
+            raise ExportError(f"{name}: {why}")
     tensors: dict[str, Tensor] = {}
     for name, source in sources.items():
         if isinstance(source, QuantWeight):
@@ -85,23 +87,29 @@ def export_compressed_tensors(
     )
 
 
-def _check(name: str, weight: QuantWeight, kind: torch.dtype) -> None:
-    layout, width = weight.layout, weight.format.width(weight.layout.columns)
+def cannot_hold_layout(layout: Layout) -> str:
+    """Why the format cannot hold weights of a layout, whatever their numbers; an empty string if it can."""
+    width = layout.format.width(layout.columns)
     if layout.format.levels != "int" or layout.format.zero == "float":
-        raise ExportError(
-            f"{name}: {layout.format.name} has {'levels' if layout.format.levels != 'int' else 'offsets'} that "
+        return (
+            f"{layout.format.name} has {'levels' if layout.format.levels != 'int' else 'offsets'} that "
             "compressed-tensors cannot hold. Use --format gguf, or quantize with --levels int --zero integer and tune "
             "with peqa, e2e-qp or l4q"
         )
     if layout.columns % width:
-        raise ExportError(
-            f"{name}: {layout.columns} inputs end in a short group, which compressed-tensors does not know. Use a "
+        return (
+            f"{layout.columns} inputs end in a short group, which compressed-tensors does not know. Use a "
             "--group-size that divides them, or --format gguf"
         )
-    if layout.permuted:
-        raise ExportError(f"{name}: its inputs are permuted. Use --format hf")
-    if not torch.equal(weight.scales.to(kind).float(), weight.scales):
-        raise ExportError(f"{name}: its scales are not exact in {kind}. Use --dtype float32")
+    return "its inputs are permuted. Use --format hf" if layout.permuted else ""
+
+
+def cannot_hold(weight: QuantWeight, kind: torch.dtype) -> str:
+    """Why the format cannot hold a weight bit for bit with scales in `kind`; an empty string if it can."""
+    why = cannot_hold_layout(weight.layout)
+    if not why and not torch.equal(weight.scales.to(kind).float(), weight.scales):
+        why = f"its scales are not exact in {kind}. Use --dtype float32"
+    return why
 
 
 def packed(weight: QuantWeight, kind: torch.dtype) -> dict[str, Tensor]:

@@ -37,8 +37,7 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
 
     from quadapt.hf.peft_layer import BETA
 
-    layers, path = adapted(model, adapter_name), Path(folder)
-    _refuse_unsaved(model, adapter_name)
+    layers, path = check_lora(model, adapter_name), Path(folder)
     tensors = {  # betas are part of A and B below; first factors matter only where the adapter is off
         name: tensor
         for name, tensor in get_peft_model_state_dict(
@@ -60,6 +59,17 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
         for name, tensor in tensors.items()
     ]
     return adapter_report("lora", path, rows, layers, adapter_name)
+
+
+def check_lora(model: Any, adapter_name: str = "default") -> Layers:
+    """The quantized layers that carry an adapter, all of which stock LoRA can hold.
+
+    Raises:
+        ExportError: There are none, or more has trained than stock LoRA can hold.
+    """
+    layers = adapted(model, adapter_name)
+    _refuse_unsaved(model, adapter_name)
+    return layers
 
 
 def _refuse_unsaved(model: Any, adapter_name: str) -> None:

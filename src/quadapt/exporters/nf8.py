@@ -11,7 +11,7 @@ from torch import nn
 
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
-from quadapt.exporters.lora import adapted, as_lora, refuse_parts
+from quadapt.exporters.lora import Layers, adapted, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
 from quadapt.model.quantize import bits_of
 
@@ -31,14 +31,8 @@ def export_nf8(model: nn.Module, folder: str | Path, *, adapter_name: str = "def
     from quadapt.hf.identity import KEY, identity_of
     from quadapt.nn.adapters import LoRA
 
-    layers, path = adapted(model, adapter_name), Path(folder)
+    layers, path = check_nf8(model, adapter_name), Path(folder)
     factors = {name: as_lora(name, layers, adapter_name) for name in layers}
-    refuse_parts(model, "which nf8 cannot hold. Use --format lora")
-    for name, layer in layers.items():
-        if layer.lora_bias[adapter_name]:
-            raise ExportError(f"{name}: its lora_B has a bias (lora_bias), which nf8 cannot hold. Use --format lora")
-        if layer.adapters[adapter_name].exactness != "none":
-            raise ExportError(f"{name}: the adapter merges into the codes, and then takes no bits at all. Merge it")
     known: Any = model.peft_config
     config = copy.copy(known[adapter_name])
     fingerprint = identity_of(config).get("base_fingerprint", "")
@@ -59,6 +53,22 @@ def export_nf8(model: nn.Module, folder: str | Path, *, adapter_name: str = "def
         bits_per_weight=extra,
         notes=(f"effective bits per weight: {base:.3f} for the base, {extra:.3f} for the adapter: {base + extra:.3f}",),
     )
+
+
+def check_nf8(model: nn.Module, adapter_name: str = "default") -> Layers:
+    """The quantized layers that carry an adapter, all of which the format can hold.
+
+    Raises:
+        ExportError: There are none, or their adapters merge, or more has trained than the format can hold.
+    """
+    layers = adapted(model, adapter_name)
+    refuse_parts(model, "which nf8 cannot hold. Use --format lora")
+    for name, layer in layers.items():
+        if layer.lora_bias[adapter_name]:
+            raise ExportError(f"{name}: its lora_B has a bias (lora_bias), which nf8 cannot hold. Use --format lora")
+        if layer.adapters[adapter_name].exactness != "none":
+            raise ExportError(f"{name}: the adapter merges into the codes, and then takes no bits at all. Merge it")
+    return layers
 
 
 def base_note(folder_note: Any, where: str, output: Path) -> dict[str, Any]:

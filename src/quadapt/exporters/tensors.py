@@ -37,6 +37,13 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Source]]:
             yield name, layers[module].quant_weight
 
 
+def base_of(model: Any) -> Any:
+    """The transformers model itself, if it is a PEFT model that holds one."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def refuse_adapters(model: nn.Module) -> None:
     """Raise ExportError if the model carries adapters, which would be left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,25 +1,33 @@
-"""`quadapt export`: a file or folder that others serve."""
+"""`quadapt export`: a file or folder that others serve; and which formats hold a model at all (`--format ?`)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quadapt.config import ExportConfig
-from quadapt.errors import CheckpointError, ConfigError
-from quadapt.exporters import compressed_tensors, dense, gguf, gguf_lora, lora, nf8
+from quadapt.errors import CheckpointError, ConfigError, ExportError
+from quadapt.exporters.formats import EXPORTERS, Exporter, Origin
 from quadapt.exporters.report import ExportReport
-from quadapt.hf.folder import Folder, check_content, find_base, load, open_folder, over_any_base, write_note
+from quadapt.exporters.survey import COLUMNS, Subject, rows, survey
+from quadapt.exporters.tensors import base_of
+from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.folder import Folder, check_content, find_base, load, open_folder, over_any_base
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.merge import with_dense
 from quadapt.hf.peft_layer import adapted_layers, adapter_of
-from quadapt.hf.reading import reading
+from quadapt.hf.reading import read_json, reading
 from quadapt.hf.trained import merge_parts, parts_of, settle_ties
 from quadapt.hf.workspace import Workspace, check_disk, check_output
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.merge import load_adapted
 from quadapt.jobs.source import device_of
+from quadapt.model.quantize import quantized_layers
+from quadapt.nn.adapters import Adapter
+from quadapt.quant.weight import QuantWeight
 from quadapt.report.ui import UI
 
 
@@ -29,17 +37,24 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, or the format cannot hold it; see the message.
     """
-    folder, output = open_folder(config.model), Path(config.output)
-    where = _check(config, folder, output)
-    files = [output, _lora_beside(output)] if _goes_beside(config, folder) else [output]
+    folder = open_folder(config.model)
+    if folder.kind == "model":
+        raise CheckpointError(f"{config.model!r} is a dense model. Quantize or tune it first")
+    where = find_base(folder, config.base) if folder.kind == "adapter" else folder.name
+    if config.output is None:
+        return _formats(config, folder, where, ui)
+    exporter, output = config.exporter(), Path(config.output)
+    adapter = _check(config, exporter, folder, where, output)
+    goes_beside = adapter is not None and adapter.exactness == "none" and exporter.unmerged == "beside"
+    files = [output, exporter.beside(output)] if goes_beside else [output]
     places = {file.name: file for file in files}
     job = job_of("export", config, earlier_job(output), base=where)
     with Workspace(
-        output, job, overwrite=config.overwrite, keeps=False, places=places, folder=config.format != "gguf"
+        output, job, overwrite=config.overwrite, keeps=False, places=places, folder=not exporter.suffix
     ) as space:
         if space.finished is not None:
             return space.finished
-        reports = _exported(config, folder, where, space.path / output.name, ui)
+        reports = _exported(config, exporter, folder, where, space.path / output.name, ui)
         reports = [replace(report, path=str(places[Path(report.path).name])) for report in reports]
         result = {"output": config.output, "reports": [report.as_dict() for report in reports]}
         space.commit(result=result)
@@ -51,91 +66,118 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     return result
 
 
-def _goes_beside(config: ExportConfig, folder: Folder) -> bool:
-    """Whether there will be a second GGUF file, for an adapter that cannot merge."""
+def _check(config: ExportConfig, exporter: Exporter, folder: Folder, where: str, output: Path) -> Adapter | None:
+    """Refuse what cannot be done before anything is loaded; the adapter, if there is one."""
+    adapter = _adapter(folder)
+    if adapter is not None:
+        exporter.check_adapter(adapter)
+    elif exporter.takes == "adapter":
+        raise ConfigError(f"{config.model!r} is no adapter. Give the folder that tune wrote, or use --format hf")
+    else:
+        _check_layouts(exporter, folder)
+    inputs = [*inputs_of(config), where]
+    check_output(output, overwrite=config.overwrite, inputs=inputs, folder=not exporter.suffix)
+    check_disk(output.parent, sum(file.stat().st_size for file in Path(where).glob("*.safetensors")))
+    return adapter
+
+
+def _adapter(folder: Folder) -> Adapter | None:
+    """The adapter of a folder that holds one."""
     from peft import PeftConfig
 
-    if config.format != "gguf" or folder.kind != "adapter":
-        return False
-    return adapter_of(reading(folder.name, PeftConfig.from_pretrained, folder.name)).exactness == "none"
+    if folder.kind != "adapter":
+        return None
+    return adapter_of(reading(folder.name, PeftConfig.from_pretrained, folder.name))
 
 
-def _lora_beside(path: Path) -> Path:
-    return path.with_name(f"{path.stem}-lora.gguf")
+def _check_layouts(exporter: Exporter, folder: Folder) -> None:
+    """Raise ExportError if a layer's layout alone says that the format cannot hold it.
+
+    What a layout leaves open ("may not be exact") is decided by the numbers, when they are loaded.
+    """
+    about = read_json(folder.path / "config.json")["quantization_config"]
+    for name, layout in reading(folder.name, lambda: QuadaptConfig(**about)).layouts.items():
+        why = exporter.never(layout)
+        if why:
+            raise ExportError(f"{name}: {why}")
 
 
-def _exported(config: ExportConfig, folder: Folder, where: str, path: Path, ui: UI) -> list[ExportReport]:
+def _exported(
+    config: ExportConfig, exporter: Exporter, folder: Folder, where: str, path: Path, ui: UI
+) -> list[ExportReport]:
     """Load and write; reports on what was written, the model first."""
+    model, tokenizer = _loaded(config, folder, where)
+    reports: list[ExportReport] = []
+    if folder.kind == "adapter" and exporter.takes == "model":
+        with over_any_base(config.any_base):
+            model, reports = _settle(model, exporter, path, ui)
+    assert config.output is not None
+    origin = Origin(note=folder.note, base=where, output=Path(config.output))
+    written = exporter.write(
+        model, tokenizer, path, origin=origin, progress=lambda names: ui.over("exporting", list(names))
+    )
+    return [written, *reports]
+
+
+def _loaded(config: ExportConfig, folder: Folder, where: str) -> tuple[Any, Any]:
+    """The model and its tokenizer: a PEFT model if the folder holds an adapter."""
     if folder.kind == "adapter":
         model, tokenizer = load_adapted(folder, where, config)
     else:
         code = config.trust_remote_code
         model, tokenizer = load(config.model, dtype=config.dtype, device=device_of(config), trust_remote_code=code)
     check_content(where, model)
-    reports: list[ExportReport] = []
-    if folder.kind == "adapter" and config.format not in ("lora", "nf8"):
-        with over_any_base(config.any_base):
-            model, reports = _settle(model, config, path, ui)
-    about = nf8.base_note(folder.note, where, Path(config.output)) if config.format == "nf8" else {}
-    return [_write(config, path, model, tokenizer, about, ui), *reports]
+    return model, tokenizer
 
 
-def _check(config: ExportConfig, folder: Folder, output: Path) -> str:
-    """Refuse what cannot be done before anything is loaded; where the quantized weights are."""
-    if folder.kind == "model":
-        raise CheckpointError(f"{config.model!r} is a dense model. Quantize or tune it first")
-    if config.format in ("lora", "nf8") and folder.kind != "adapter":
-        raise ConfigError(f"{config.model!r} is no adapter. Give the folder that tune wrote, or use --format hf")
-    where = find_base(folder, config.base) if folder.kind == "adapter" else folder.name
-    inputs = [*inputs_of(config), where]
-    check_output(output, overwrite=config.overwrite, inputs=inputs, folder=config.format != "gguf")
-    check_disk(output.parent, sum(file.stat().st_size for file in Path(where).glob("*.safetensors")))
-    return where
-
-
-def _write(config: ExportConfig, path: Path, model: Any, tokenizer: Any, about: dict[str, Any], ui: UI) -> ExportReport:
-    """Write a file or folder of the format."""
-
-    def bar(items: Any) -> Any:
-        return ui.over("exporting", items)
-
-    if config.format == "gguf":
-        return gguf.export_gguf(model, tokenizer, path, dense=config.dense, progress=bar)
-    if config.format == "lora":
-        return lora.export_lora(model, path)
-    if config.format == "nf8":
-        report = nf8.export_nf8(model, path)
-        tokenizer.save_pretrained(path)
-        write_note(path, about)
-        return report
-    if config.format == "compressed-tensors":
-        held: Any = "float16" if config.dtype == "auto" else config.dtype
-        return compressed_tensors.export_compressed_tensors(model, tokenizer, path, dtype=held)
-    dtype: Any = "bfloat16" if config.dtype == "auto" else config.dtype
-    return dense.export_hf(model, tokenizer, path, dtype=dtype, progress=bar)
-
-
-def _settle(model: Any, config: ExportConfig, path: Path, ui: UI) -> tuple[Any, list[ExportReport]]:
-    """A model without adapters to export; an adapter that cannot merge is added up (hf), or written beside (gguf)."""
+def _settle(model: Any, exporter: Exporter, path: Path, ui: UI) -> tuple[Any, list[ExportReport]]:
+    """A model without adapters to export; an adapter that cannot merge is added up, or written beside it."""
     layers = adapted_layers(model)
-    if all(layer.adapters[name].exactness != "none" for layer in layers.values() for name in layer.active()):
+    if _merges(layers):
         merged, certificate = merge_model(model)
         ui.say(f"merged first: {certificate}")
         return merged, []
-    if config.format == "compressed-tensors":
-        raise ConfigError(
-            "the adapter cannot merge into codes. Requantize it first (quadapt merge --requantize), or use --format "
-            "gguf or lora"
-        )
     besides = parts_of(model)
     merge_parts(model)
-    if config.format == "hf":
+    if exporter.unmerged == "added":
         ui.say("the adapter cannot merge into codes; base and adapter are added up in the dense weights")
         plain, reports = with_dense(model, layers), []
     else:
         ui.say("the adapter cannot merge into codes: it goes out as a LoRA file beside the base")
-        reports = [gguf_lora.export_gguf_lora(model, _lora_beside(path))]
+        reports = [exporter.write_beside(model, exporter.beside(path))]
         plain = model.unload()
     for part in settle_ties(plain, besides):
         ui.say(f"{part.name}: {part.kind}, is part of the base that is written{', untied' if part.untied else ''}")
     return plain, reports
+
+
+def _merges(layers: Mapping[str, Any]) -> bool:
+    """Whether all active adapters merge into codes."""
+    return all(layer.adapters[name].exactness != "none" for layer in layers.values() for name in layer.active())
+
+
+# --- which formats hold a model ---
+
+
+def _formats(config: ExportConfig, folder: Folder, where: str, ui: UI) -> dict[str, Any]:
+    """Say what each format makes of the model; nothing is written."""
+    adapter = _adapter(folder)
+    with over_any_base(config.any_base):
+        model, tokenizer = _loaded(config, folder, where)
+        subject = Subject(matrices=_matrices(model, adapter), model=model, tokenizer=tokenizer, adapter=adapter)
+        answers = survey(subject, [config.exporter(name) for name in EXPORTERS])
+    ui.table("", COLUMNS, rows(answers), wrapped=[COLUMNS[2], COLUMNS[4]])
+    return {"model": config.model, "formats": [asdict(answer) for answer in answers]}
+
+
+def _matrices(model: Any, adapter: Adapter | None) -> dict[str, Callable[[], QuantWeight]]:
+    """A function for each quantized layer that gives its matrix: merged with its adapter, if that merges."""
+    if adapter is None:
+        return {name: partial(getattr, layer, "quant_weight") for name, layer in quantized_layers(model).items()}
+    merges = adapter.exactness != "none"
+    found = {
+        name: layer.merged_weight if merges else layer.first_weight for name, layer in adapted_layers(model).items()
+    }
+    for name, layer in quantized_layers(base_of(model)).items():  # those without an adapter
+        found.setdefault(name.removesuffix(".base_layer"), partial(getattr, layer, "quant_weight"))
+    return found

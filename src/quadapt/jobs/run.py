@@ -10,6 +10,7 @@ from typing import Any
 
 from quadapt.config import EvalConfig, ExportConfig, MergeConfig, RunConfig, Settings, TuneConfig, checked
 from quadapt.errors import ConfigError
+from quadapt.exporters.formats import EXPORTERS
 from quadapt.files import remove, sweep, write_json
 from quadapt.hf.folder import find_base, open_folder
 from quadapt.hf.notes import FORM, JOB, NOTE, differences, mark
@@ -20,9 +21,6 @@ from quadapt.jobs.identity import job_of
 from quadapt.jobs.merge import merge
 from quadapt.jobs.tune import tune
 from quadapt.report.ui import UI
-
-SUFFIX = {"gguf": "model.gguf", "hf": "dense", "lora": "lora"}
-"""Names of exports inside the job's folder."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ def run(config: RunConfig, where: str, ui: UI) -> dict[str, Any]:
 def _stages(config: RunConfig, folder: Path, where: str) -> list[Stage]:
     adapter, merged = folder / "adapter", folder / "merged"
     model = str(merged if config.merge is not None else adapter)
-    file = SUFFIX.get((config.export or {}).get("format", "gguf"), "export")
+    format = (config.export or {}).get("format", "gguf")
+    file = EXPORTERS[format].place if isinstance(format, str) and format in EXPORTERS else "export"
     rows: list[tuple[str, type[Settings], Callable[[Any, UI], dict[str, Any]], Path, dict[str, str]]] = [
         ("tune", TuneConfig, tune, adapter, {}),
         ("merge", MergeConfig, merge, merged, {"adapter": str(adapter)}),

@@ -52,15 +52,17 @@ class UI:
         """Part of the result, for people."""
         self._out.print(text, markup=False)
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Part of the result, for people: numbers to the right, words to the left."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, wrapped: Sequence[str] = ()
+    ) -> None:
+        """Part of the result, for people: numbers to the right, words to the left; some columns in several lines."""
         kept = [[_cell(value) for value in row] for row in rows]
         table = Table(
             title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
         )
         for index, column in enumerate(columns):
             numeric = all(row[index].strip("0123456789.,%-+e ") == "" for row in kept)
-            table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=column not in wrapped)
         for row in kept:
             table.add_row(*row)
         Console(highlight=False, quiet=self.as_json or self.quiet, width=max(120, self._out.width)).print(table)

@@ -1,0 +1,70 @@
+"""`quadapt export MODEL --format ?`: what each format makes of a model, as the export of it then does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import give, quadapt
+
+from quadapt.exporters.formats import EXPORTERS
+
+pytestmark = pytest.mark.usefixtures("shelf", "here")
+
+HOLDS = {
+    "merged": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "lora": "no", "nf8": "no"},
+    "adapter": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "lora": "changed", "nf8": "no"},
+    "qlora": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "lora": "exactly", "nf8": "changed"},
+}
+
+
+@pytest.mark.parametrize("model", HOLDS)
+def test_each_format_does_as_the_table_says(model: str, tmp_path: Path) -> None:
+    rows = {row["format"]: row for row in quadapt("export", model, "--format", "?")["formats"]}
+    assert set(rows) == set(EXPORTERS)
+    assert {name: row["holds"] for name, row in rows.items()} == HOLDS[model]
+    for name, row in rows.items():
+        said = give(
+            "export", model, "--format", name, "--output", tmp_path / name, code=2 if row["holds"] == "no" else 0
+        )
+        if row["holds"] != "no":
+            continue
+        assert not (tmp_path / name).exists()
+        reason = next(iter(row["layers"].values()), row["words"])
+        assert reason in said.error or "is no adapter" in said.error
+
+
+def test_people_get_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    said = give("export", "merged", "--format", "?", code=0).out
+    for name, kind in EXPORTERS.items():
+        assert name in said
+        assert kind.served_by.split()[0] in said
+    assert "offsets that compressed-tensors cannot hold" in " ".join(said.split())
+
+
+def test_a_dtype_that_holds_it_is_asked_for_its_sake() -> None:
+    rows = quadapt("export", "merged", "--format", "?", "--dtype", "float32")["formats"]
+    assert {row["format"]: row["holds"] for row in rows}["hf"] == "exactly"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--format", "ggfu", "-o", "x"), "format='ggfu': input should be 'compressed-tensors', 'gguf', 'hf', 'lora'"),
+        (("--format", "?", "-o", "x"), "output='x': format='?' writes nothing. Leave output out"),
+        (("--format", "hf"), "output is missing. File (gguf) or folder (all others) to write"),
+        (("--format", "hf", "--dense", "f16", "-o", "x"), "dense='f16': is no option of format='hf', which has dtype"),
+        (("--format", "gguf", "--dense", "q8", "-o", "x"), "dense='q8': input should be 'f32' or 'f16'"),
+    ],
+    ids=["a format that is none", "output", "no output", "another's option", "no choice"],
+)
+def test_what_cannot_be_meant_is_said_at_once(arguments: tuple[Any, ...], told: str) -> None:
+    assert told in give("export", "merged", *arguments, code=2).error
+
+
+def test_a_layout_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("quadapt.jobs.export.load", None)
+    said = give("export", "merged", "--format", "compressed-tensors", "--output", tmp_path / "ct", code=2)
+    assert "down_proj: int3-g32 has offsets that compressed-tensors cannot hold" in said.error
