@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quadapt.errors import QuadaptError
 from quadapt.hf.hooks import when_imported
+from quadapt.hf.plug import plug_into_peft, plug_into_transformers
 
 if TYPE_CHECKING:
     from quadapt.api import export, load, merge, prepare
@@ -31,8 +32,6 @@ def __getattr__(name: str) -> Any:
 
         return QuadaptConfig
     if name == "any_base":
-        import peft  # noqa: F401 - whole before the modules of ours that plug into it
-
         from quadapt.hf.identity import any_base
 
         return any_base
@@ -55,13 +54,5 @@ def _version() -> str:
         return "0.1.dev0"
 
 
-def _plug_into_transformers() -> None:
-    import quadapt.hf.quantizer  # noqa: F401 - registers itself
-
-
-def _plug_into_peft() -> None:
-    import quadapt.hf.peft_layer  # noqa: F401 - registers itself
-
-
-when_imported("transformers.modeling_utils", _plug_into_transformers)
-when_imported("peft", _plug_into_peft)
+when_imported("transformers.modeling_utils", plug_into_transformers)
+when_imported("peft", plug_into_peft)

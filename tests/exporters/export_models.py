@@ -94,8 +94,8 @@ def with_adapter(model: nn.Module, adapter: Adapter, *, alpha: float = 4.0) -> A
     peft_model = get_peft_model(model, lora_config(adapter, rank=4, alpha=alpha))
     for layer in adapted_layers(peft_model).values():
         nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-        for beta in layer.lora_beta.values():
-            nn.init.normal_(beta, std=0.3)
+        if "beta" in layer.params("default"):
+            nn.init.normal_(layer.params("default")["beta"], std=0.3)
     return peft_model.eval()
 
 

@@ -53,10 +53,10 @@ def randomize(model: nn.Module, name: str = "default", *, seed: int = 1) -> None
     """As if the adapter had been trained."""
     random = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
-        if name in layer.lora_B:
+        if name in layer.adapters:
             weight = layer.lora_B[name].weight
             weight.data.copy_(0.05 * torch.randn(weight.shape, generator=random))
-        if name in layer.lora_beta:
+        if "beta" in layer.params(name):
             layer.lora_beta[name].data.copy_(torch.tensor([0.3, -0.02]))
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +12,10 @@ import torch
 from reference import qa_lora_numpy
 from torch import Tensor
 
-from quadapt.errors import CheckpointError, ConfigError, MergeError
-from quadapt.nn.adapters import ADAPTERS, Adapter, LoRA, Pooled, adapter_from
-from quadapt.nn.adapters.base import MergedForm
+from quadapt.errors import MergeError
+from quadapt.nn.adapters import Adapter, LoRA, Pooled
+from quadapt.nn.adapters.base import same
+from quadapt.nn.adapters.codes import MergedForm
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -46,7 +45,7 @@ def factors(
     dtype: torch.dtype = torch.float64,
     adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Random `lora_A` and `lora_B` that change each weight by about `size`."""
+    """Random `A` and `B` that change each weight by about `size`."""
     columns = (adapter or Pooled()).inputs(weight.layout)
     A = torch.randn(rank, columns, dtype=dtype)
     B = torch.randn(weight.layout.out, rank, dtype=dtype) * size / (SCALING * math.sqrt(rank))
@@ -54,7 +53,20 @@ def factors(
 
 
 def side_branch(x: Tensor, weight: QuantWeight, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
-    return adapter.side(x, quant_matmul(x, weight), weight, A, B, SCALING)
+    return adapter.side(x, quant_matmul(x, weight), weight, named(A, B), SCALING, same)
+
+
+def named(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    return {"A": A, "B": B}
+
+
+def begun(adapter: Adapter, layout: Layout, rank: int) -> tuple[Tensor, Tensor]:
+    """`A` and `B` as the adapter declares that they begin."""
+    params = adapter.params(layout, rank)
+    tensors = {name: torch.full(param.shape, 9.0) for name, param in params.items()}
+    for name, param in params.items():
+        param.init(tensors[name], torch.empty(0))
+    return tensors["A"], tensors["B"]
 
 
 def lost(merged: Tensor, adapted: Tensor, base: Tensor) -> float:
@@ -107,7 +119,7 @@ def test_merged_offsets_are_the_papers(
     weight = quant_weight(format, 24, 96)
     A, B = factors(weight, rank=64, size=0.02, dtype=precision)
     for kind, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
-        merged = Pooled(pooling=pooling, offsets=kind).merge(weight, A, B, SCALING)
+        merged = Pooled(pooling=pooling, offsets=kind).merge(weight, named(A, B), SCALING)
         D = qa_lora_numpy.update(A.double().numpy(), B.double().numpy(), SCALING, format.width(96), pooling)
         before = np.zeros_like(D) if weight.offsets is None else weight.offsets.double().numpy()
         want = torch.tensor(qa_lora_numpy.merge_offsets(before, D)).float().to(dtype).float()
@@ -121,7 +133,7 @@ def test_with_fp32_offsets_the_merge_of_a_side_branch_loses_a_hundred_thousandth
     A, B = factors(weight, size=1e-3)
     x = torch.randn(16, 512, dtype=torch.float64)
     adapter = Pooled(form="side", offsets="fp32")
-    merged = adapter.merge(weight, A, B, SCALING)
+    merged = adapter.merge(weight, named(A, B), SCALING)
     share = lost(quant_matmul(x, merged), side_branch(x, weight, A, B, adapter), quant_matmul(x, weight))
     assert 0 < share <= 1e-5
 
@@ -135,7 +147,7 @@ def test_with_fp16_offsets_it_loses_as_much_as_is_documented(
     A, B = factors(weight, size=size)
     x = torch.randn(16, 512, dtype=torch.float64)
     adapter = Pooled(form="side", offsets="fp16")
-    merged = adapter.merge(weight, A, B, SCALING)
+    merged = adapter.merge(weight, named(A, B), SCALING)
     share = lost(quant_matmul(x, merged), side_branch(x, weight, A, B, adapter), quant_matmul(x, weight))
     assert least < share < most
 
@@ -147,7 +159,7 @@ def test_rounding_merged_offsets_to_whole_zero_points_loses_the_adapter(size: fl
     A, B = factors(weight, rank=64, size=size)
     x = torch.randn(16, 512, dtype=torch.float64)
     adapter = Pooled(form="side", offsets="fp32")
-    merged = adapter.merge(weight, A, B, SCALING)
+    merged = adapter.merge(weight, named(A, B), SCALING)
     points = (-merged.offsets / merged.scales).round().clamp(0, 15)
     rounded = weight.with_offsets(-points * merged.scales, "fp32")
     assert lost(quant_matmul(x, rounded), side_branch(x, weight, A, B, adapter), quant_matmul(x, weight)) > 0.9
@@ -164,7 +176,7 @@ def test_mean_pooling_is_sum_pooling_of_a_smaller_a(format: Format, quant_weight
     summed = side_branch(x, weight, A / width, B, Pooled(form="side"))
     torch.testing.assert_close(mean, summed, rtol=1e-12, atol=1e-12)
     merged = [
-        Pooled(pooling=pooling, offsets="fp32").merge(weight, factor, B, SCALING)
+        Pooled(pooling=pooling, offsets="fp32").merge(weight, named(factor, B), SCALING)
         for pooling, factor in (("mean", A), ("sum", A / width))
     ]
     torch.testing.assert_close(merged[0].offsets, merged[1].offsets, rtol=1e-6, atol=1e-8)
@@ -182,7 +194,7 @@ def test_the_update_is_constant_within_each_group(
     """
     weight = quant_weight(Format(bits=4), 24, columns, permuted=permuted)
     A, B = factors(weight, rank=8)
-    lora_A, lora_B = Pooled(pooling=pooling).as_lora(weight, A, B)
+    lora_A, lora_B = Pooled(pooling=pooling).as_lora(weight, named(A, B))
     stored_A, delta = weight.stored_order(lora_A), weight.stored_order(SCALING * lora_B @ lora_A)
     assert len(torch.unique(stored_A, dim=1).T) == weight.layout.groups
     D = qa_lora_numpy.update(A.numpy(), B.numpy(), SCALING, 32, pooling)
@@ -221,7 +233,7 @@ def test_the_merged_form_is_the_merged_matrix_bit_for_bit(
     params = (*factors(weight, dtype=torch.float32, size=0.02), *factors(weight, dtype=torch.bfloat16, size=0.02))
     x = torch.randn(7, 80).to(dtype)
     trained = quant_matmul(x, weight, MergedForm(((first, SCALING), (second, 3.0))), params)
-    merged = second.merge(first.merge(weight, *params[:2], SCALING), *params[2:], 3.0)
+    merged = second.merge(first.merge(weight, named(*params[:2]), SCALING), named(*params[2:]), 3.0)
     assert torch.equal(trained, quant_matmul(x, merged))
     assert not torch.equal(trained, quant_matmul(x, weight))
 
@@ -230,11 +242,11 @@ def test_the_merged_form_is_the_merged_matrix_bit_for_bit(
 def test_the_merge_rounds_the_same_on_any_number_of_threads(threads: int, quant_weight: Make) -> None:
     weight = quant_weight(Format(bits=4), 512, 512)
     A, B = factors(weight, rank=64, dtype=torch.float32)
-    want = Pooled().merge(weight, A, B, SCALING).digest()
+    want = Pooled().merge(weight, named(A, B), SCALING).digest()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert Pooled().merge(weight, A, B, SCALING).digest() == want
+        assert Pooled().merge(weight, named(A, B), SCALING).digest() == want
     finally:
         torch.set_num_threads(before)
 
@@ -245,8 +257,8 @@ def test_merging_two_adapters_adds_both(format: Format, quant_weight: Make) -> N
     weight = quant_weight(format, 24, 96)
     one, other = factors(weight), factors(weight, rank=3)
     adapter = Pooled(offsets="fp32")
-    both = adapter.merge(adapter.merge(weight, *one, SCALING), *other, SCALING)
-    swapped = adapter.merge(adapter.merge(weight, *other, SCALING), *one, SCALING)
+    both = adapter.merge(adapter.merge(weight, named(*one), SCALING), named(*other), SCALING)
+    swapped = adapter.merge(adapter.merge(weight, named(*other), SCALING), named(*one), SCALING)
     base = torch.zeros(24, weight.layout.groups) if weight.offsets is None else weight.offsets
     total = base.double() + SCALING * (one[1] @ one[0] + other[1] @ other[0])
     for merged in (both, swapped):
@@ -267,14 +279,14 @@ def test_merging_two_adapters_adds_both(format: Format, quant_weight: Make) -> N
 )
 def test_merged_offsets_are_stored_as_announced(storage: Storage, offsets: str, kind: str, quant_weight: Make) -> None:
     weight = quant_weight(Format(bits=4), 24, 96, storage=storage)
-    merged = Pooled(offsets=offsets).merge(weight, *factors(weight), SCALING)
+    merged = Pooled(offsets=offsets).merge(weight, named(*factors(weight)), SCALING)
     assert merged.layout.storage == Storage(scales=storage.scales, offsets=kind)
 
 
 def test_the_merge_costs_the_bits_that_it_adds(quant_weight: Make) -> None:
     weight = quant_weight(Format(levels="nf", bits=4, group_size=32), 32, 96)
     assert weight.layout.bits_per_weight == 4.5
-    assert Pooled().merge(weight, *factors(weight), SCALING).layout.bits_per_weight == 5.0
+    assert Pooled().merge(weight, named(*factors(weight)), SCALING).layout.bits_per_weight == 5.0
 
 
 @poolings
@@ -284,7 +296,7 @@ def test_as_a_lora_it_does_the_same(columns: int, permuted: bool, pooling: str, 
     weight = quant_weight(Format(bits=4), 24, columns, permuted=permuted)
     A, B = factors(weight, size=0.1)
     adapter = Pooled(pooling=pooling, form="side")
-    lora_A, lora_B = adapter.as_lora(weight, A, B)
+    lora_A, lora_B = adapter.as_lora(weight, named(A, B))
     assert tuple(lora_A.shape) == (4, columns)
     x = torch.randn(5, columns, dtype=torch.float64)
     want = quant_matmul(x, weight) + SCALING * x @ lora_A.T @ lora_B.T
@@ -295,8 +307,8 @@ def test_as_a_lora_it_does_the_same(columns: int, permuted: bool, pooling: str, 
 
 
 def test_pooled_starts_as_the_authors_do() -> None:
-    A, B = torch.full((64, 128), 9.0), torch.full((96, 64), 9.0)
-    Pooled().reset(A, B)
+    layout = Layout(format=Format(bits=4, group_size=16), storage=Storage(), out=96, columns=2048)
+    A, B = begun(Pooled(), layout, 64)
     bound = math.sqrt(6 / (64 + 128))
     assert float(A.abs().max()) <= bound
     assert float(A.abs().max()) > 0.99 * bound
@@ -305,8 +317,8 @@ def test_pooled_starts_as_the_authors_do() -> None:
 
 
 def test_lora_starts_as_the_paper_does() -> None:
-    A, B = torch.full((64, 128), 9.0), torch.full((96, 64), 9.0)
-    LoRA().reset(A, B)
+    layout = Layout(format=Format(bits=4, group_size=16), storage=Storage(), out=96, columns=128)
+    A, B = begun(LoRA(), layout, 64)
     bound = 1 / math.sqrt(128)
     assert 0.99 * bound < float(A.abs().max()) <= bound
     assert torch.equal(B, torch.zeros(96, 64))
@@ -317,11 +329,8 @@ def test_lora_starts_as_the_paper_does() -> None:
 def test_before_the_first_step_it_is_the_quantized_base(format: Format, adapter: Adapter, quant_weight: Make) -> None:
     """Bit for bit: at the start `B`, or what it adds, is zero."""
     weight = quant_weight(format, 24, 96)
-    A, B = torch.empty(4, adapter.inputs(weight.layout)), torch.empty(24, 4)
-    adapter.reset(A, B)
     x = torch.randn(5, 96)
-    move = MergedForm(((adapter, SCALING),)) if adapter.merged_form else None
-    y = adapter.side(x, quant_matmul(x, weight, move, (A, B) if move else ()), weight, A, B, SCALING)
+    y = adapter.forward(x, weight, named(*begun(adapter, weight.layout, 4)), SCALING)
     assert torch.equal(y, quant_matmul(x, weight))
 
 
@@ -342,59 +351,5 @@ def test_lora_does_not_merge_and_says_what_to_do(format: Format, quant_weight: M
     weight = quant_weight(format)
     digest = weight.digest()
     with pytest.raises(MergeError, match=r"export --format lora.*qa-lora.*merge --requantize"):
-        LoRA().merge(weight, *factors(weight, adapter=LoRA()), SCALING)
+        LoRA().merge(weight, named(*factors(weight, adapter=LoRA())), SCALING)
     assert weight.digest() == digest
-
-
-# --- identity ---------------------------------------------------------------------------------------------------------
-
-
-ALL: list[tuple[type[Adapter], dict[str, Any]]] = [
-    (LoRA, {}),
-    (Pooled, {}),
-    (Pooled, {"pooling": "mean", "form": "side"}),
-    (Pooled, {"offsets": "fp32"}),
-]
-
-
-@pytest.mark.parametrize(("kind", "settings"), ALL)
-def test_an_adapter_is_known_again_by_its_identity(kind: type[Adapter], settings: dict[str, Any]) -> None:
-    adapter = kind(**settings)
-    assert adapter.identity() == {"kind": kind.kind, **asdict(adapter)}
-    assert adapter_from(adapter.identity()) == adapter
-    assert set(settings.items()) <= set(adapter.identity().items())
-
-
-def test_every_kind_is_listed_under_its_name() -> None:
-    assert {name: adapter.kind for name, adapter in ADAPTERS.items()} == {name: name for name in ADAPTERS}
-
-
-@pytest.mark.parametrize("identity", [{"kind": "l5q"}, {}, {"kind": None}, {"pooling": "sum"}])
-def test_unknown_kinds_are_refused(identity: dict[str, object]) -> None:
-    with pytest.raises(CheckpointError, match=r"is unknown. Known are lora, pooled"):
-        adapter_from(identity)
-
-
-@pytest.mark.parametrize("settings", [{"shape": "round"}, {"group_size": 32}])
-def test_settings_of_another_version_are_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(CheckpointError, match="Was it saved by another version"):
-        adapter_from({"kind": "pooled", **settings})
-
-
-@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"form": "both"}, {"offsets": "bf16"}])
-def test_settings_that_do_not_exist_are_refused(settings: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="is unknown"):
-        Pooled(**settings)
-
-
-def test_dropout_in_the_merged_form_is_refused(quant_weight: Make) -> None:
-    layout = quant_weight(Format(bits=4)).layout
-    with pytest.raises(ConfigError, match="no branch to drop"):
-        Pooled().check(layout, 8, 0.1)
-    Pooled(form="side").check(layout, 8, 0.1)
-    LoRA().check(layout, 8, 0.1)
-
-
-def test_what_a_merge_promises() -> None:
-    assert (Pooled().exactness, Pooled(form="side").exactness, LoRA().exactness) == ("exact", "equivalent", "none")
-    assert (Pooled().merged_form, Pooled(form="side").merged_form, LoRA().merged_form) == (True, False, False)

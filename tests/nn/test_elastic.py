@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from quadapt.errors import ConfigError, MergeError
 from quadapt.hf.peft_layer import lora_config
 from quadapt.nn.adapters import CodesAdapter, Elastic, ElasticPooled, adapter_from
-from quadapt.nn.adapters.base import MergedForm
+from quadapt.nn.adapters.base import same
+from quadapt.nn.adapters.codes import MergedForm
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.format import Format
@@ -37,6 +38,10 @@ def trained(inputs: int, rank: int, out: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def named(A: Tensor, B: Tensor, beta: Tensor) -> dict[str, Tensor]:
+    return {"A": A, "B": B, "beta": beta}
+
+
 # --- against the equations --------------------------------------------------------------------------------------------
 
 
@@ -46,7 +51,7 @@ def test_merged_factors_do_what_the_equations_do(inputs: int, rank: int, out: in
     A, B, beta = trained(inputs, rank, out)
     x = torch.randn(5, inputs).double()
     want = iec_numpy.branch(x.numpy(), A.numpy(), B.numpy(), (0.7, -0.4))
-    merged = Elastic().factors(A, B, beta)
+    merged = Elastic().factors(named(A, B, beta))
     found = (x @ merged[0].T @ merged[1].T).numpy()
     assert np.abs(found - want).max() <= 1e-12 * np.abs(want).max()
     plain = (x @ A.T @ B.T).numpy()
@@ -57,7 +62,7 @@ def test_merged_factors_do_what_the_equations_do(inputs: int, rank: int, out: in
 def test_connections_of_large_layers_are_the_equations(inputs: int, rank: int, out: int) -> None:
     """The added parts alone, with their gcd windows, at dimensions of Llama."""
     A, B = torch.zeros(rank, inputs, dtype=torch.float64), torch.zeros(out, rank, dtype=torch.float64)
-    first, second = Elastic().factors(A, B, torch.ones(2, dtype=torch.float64))
+    first, second = Elastic().factors(named(A, B, torch.ones(2, dtype=torch.float64)))
     np.testing.assert_array_equal(first.numpy(), iec_numpy.first(inputs, rank).T)
     np.testing.assert_array_equal(second.numpy(), iec_numpy.second(rank, out).T)
 
@@ -68,13 +73,13 @@ def test_the_layout_of_the_papers_text_is_another() -> None:
     x = torch.randn(5, 32).double()
     hidden = x @ (A + 0.7 * torch.from_numpy(iec_numpy.first(32, 8)).T).T
     tiled = hidden @ B.T - 0.4 * hidden @ torch.from_numpy(iec_numpy.tiled(8, 24))
-    merged = Elastic().factors(A, B, beta)
+    merged = Elastic().factors(named(A, B, beta))
     assert float((x @ merged[0].T @ merged[1].T - tiled).norm() / (hidden @ torch.ones(8, 24).double()).norm()) > 0.05
 
 
 def test_windows_are_means_and_copies_where_the_rank_divides() -> None:
     A, B = torch.zeros(4, 12), torch.zeros(8, 4)
-    first, second = Elastic().factors(A, B, torch.ones(2))
+    first, second = Elastic().factors(named(A, B, torch.ones(2)))
     x = torch.randn(3, 12)
     torch.testing.assert_close(x @ first.T, x.unflatten(1, (4, 3)).mean(-1))
     z = torch.randn(3, 4)
@@ -88,10 +93,11 @@ def test_the_side_branch_is_the_equations(columns: int, permuted: bool, quant_we
     A, B, beta = trained(columns, 4, 24)
     x = torch.randn(5, columns).double()
     want = quant_matmul(x, weight).numpy() + SCALING * iec_numpy.branch(x.numpy(), A.numpy(), B.numpy(), (0.7, -0.4))
-    factors = Elastic().factors(A, B, beta)
-    found = Elastic().side(x, quant_matmul(x, weight), weight, *factors, SCALING)
+    params = named(A, B, beta)
+    found = Elastic().side(x, quant_matmul(x, weight), weight, params, SCALING, same)
     np.testing.assert_allclose(found.numpy(), want, rtol=1e-12, atol=1e-12)
-    assert all(torch.equal(*pair) for pair in zip(Elastic().as_lora(weight, *factors), factors, strict=True))
+    lora = Elastic().as_lora(weight, params)
+    assert all(torch.equal(*pair) for pair in zip(lora, Elastic().factors(params), strict=True))
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
@@ -108,10 +114,10 @@ def test_pooled_connections_start_from_pooled_inputs(
     P = qa_lora_numpy.pooling(columns, 32, pooling).T
     pooled = weight.stored_order(x).numpy() @ P
     want = quant_matmul(x, weight).numpy() + SCALING * iec_numpy.branch(pooled, A.numpy(), B.numpy(), (0.7, -0.4))
-    factors = adapter.factors(A, B, beta)
-    found = adapter.side(x, quant_matmul(x, weight), weight, *factors, SCALING)
+    params = named(A, B, beta)
+    found = adapter.side(x, quant_matmul(x, weight), weight, params, SCALING, same)
     np.testing.assert_allclose(found.numpy(), want, rtol=1e-12, atol=1e-12)
-    merged = quant_matmul(x, adapter.merge(weight, *factors, SCALING)).numpy()
+    merged = quant_matmul(x, adapter.merge(weight, params, SCALING)).numpy()
     assert np.linalg.norm(merged - want) < 1e-6 * np.linalg.norm(want)
 
 
@@ -122,10 +128,11 @@ def test_the_merged_form_is_the_merged_matrix_bit_for_bit(
 ) -> None:
     weight, adapter = quant_weight(Format(bits=3), 24, columns), ElasticPooled()
     A, B, beta = (part.to(dtype) for part in trained(weight.layout.groups, rank, 24))
-    factors = adapter.factors(A, 0.01 * B, 0.01 * beta)
+    params = named(A, 0.01 * B, 0.01 * beta)
     x = torch.randn(7, columns).to(dtype)
-    computed = quant_matmul(x, weight, MergedForm(((adapter, SCALING),)), factors)
-    assert torch.equal(computed, quant_matmul(x, adapter.merge(weight, *factors, SCALING)))
+    computed = quant_matmul(x, weight, MergedForm(((adapter, SCALING),)), adapter.factors(params))
+    assert torch.equal(computed, adapter.forward(x, weight, params, SCALING))
+    assert torch.equal(computed, quant_matmul(x, adapter.merge(weight, params, SCALING)))
     assert not torch.equal(computed, quant_matmul(x, weight))
 
 
@@ -143,7 +150,7 @@ def test_gradients_of_inputs_factors_and_betas(columns: int, adapter: CodesAdapt
         tensor.requires_grad_(True)
 
     def ours(x: Tensor, A: Tensor, B: Tensor, beta: Tensor) -> Tensor:
-        return adapter.side(x, quant_matmul(x, weight), weight, *adapter.factors(A, B, beta), SCALING)
+        return adapter.forward(x, weight, named(A, B, beta), SCALING)
 
     def dense(x: Tensor, A: Tensor, B: Tensor, beta: Tensor) -> Tensor:
         first = torch.from_numpy(iec_numpy.first(inputs, 4))
@@ -165,10 +172,7 @@ def test_gradients_of_the_merged_form_are_those_of_the_side_branch(quant_weight:
     given = [part.requires_grad_(True) for part in trained(3, 3, 6)]
     x, dy, found = torch.randn(5, 48).double(), torch.randn(5, 6).double(), []
     for adapter in (ElasticPooled(), ElasticPooled(form="side")):
-        factors = adapter.factors(*given)
-        inside = adapter.merged_form
-        y = quant_matmul(x, weight, MergedForm(((adapter, SCALING),)) if inside else None, factors if inside else ())
-        found.append(torch.autograd.grad(adapter.side(x, y, weight, *factors, SCALING), given, dy))
+        found.append(torch.autograd.grad(adapter.forward(x, weight, named(*given), SCALING), given, dy))
     for merged, side in zip(*found, strict=True):
         torch.testing.assert_close(merged, side, rtol=1e-5, atol=1e-5)
 
@@ -225,8 +229,7 @@ def test_connections_see_what_dropout_takes_from_the_factors(adapter: CodesAdapt
     found.sum().backward()
     assert bool(layer.lora_beta["default"].grad.all())
     without = layer.eval()(x)
-    merged = adapter.side(x, quant_matmul(x, weight), weight, *layer.factors("default"), SCALING)
-    assert torch.equal(without, merged)
+    assert torch.equal(without, adapter.forward(x, weight, layer.params("default"), SCALING))
 
 
 def test_dropout_in_the_merged_form_is_refused(quant_weight: Make) -> None:
@@ -239,7 +242,7 @@ def test_what_a_merge_promises(quant_weight: Make) -> None:
     assert ElasticPooled(form="side").exactness == "equivalent"
     weight = quant_weight(Format(bits=4), 24, 96)
     with pytest.raises(MergeError, match=r"elastic adapters .*export --format lora.*merge --requantize"):
-        Elastic().merge(weight, *Elastic().factors(*trained(96, 4, 24)), SCALING)
+        Elastic().merge(weight, named(*trained(96, 4, 24)), SCALING)
 
 
 @pytest.mark.parametrize("adapter", [Elastic(), ElasticPooled(), ElasticPooled(form="side", pooling="mean")])

@@ -46,17 +46,17 @@ found["icq"] = quantized(Format(levels="nf", bits=4, zero="float"), None, "icq")
 base = quantized(Format(bits=4), None)
 A, B = numbers(16, 13, seed=2), numbers(OUT, 16, seed=3, size=2.0**-8)
 for kind in ("fp16", "fp32"):
-    found[f"pooled {kind}"] = Pooled(offsets=kind).merge(base, A, B, 0.25).digest()
+    found[f"pooled {kind}"] = Pooled(offsets=kind).merge(base, {"A": A, "B": B}, 0.25).digest()
 rho, shift = numbers(OUT, 13, seed=4, size=0.5), numbers(OUT, 13, seed=5, size=0.5)
 A, B = numbers(16, IN, seed=6), numbers(OUT, 16, seed=7, size=2.0**-8)
 for kind in ("fp16", "fp32"):
     adapter = L4Q(bits=4, group_size=32, scales=kind)
-    trained = {"rho": rho, "shift": shift, "A": A, "B": B}
-    found[f"l4q {kind}"] = adapter.merge(weight, adapter.start(weight), trained, 0.25).digest()
+    trained = {"start": adapter.start(weight), "rho": rho, "shift": shift, "A": A, "B": B}
+    found[f"l4q {kind}"] = adapter.merge(weight, trained, 0.25).digest()
     adapter = LRQAT(bits=4, scales=kind)
     inner = quantized(Format(bits=8, zero="none"), None)
-    found[f"lr-qat {kind}"] = adapter.merge(inner, None, {"rho": rho, "A": A, "B": B}, 0.25).digest()
-    found[f"scales {kind}"] = Scales(scales=kind).merge(base, None, {"rho": rho}, 1.0).digest()
+    found[f"lr-qat {kind}"] = adapter.merge(inner, {"rho": rho, "A": A, "B": B}, 0.25).digest()
+    found[f"scales {kind}"] = Scales(scales=kind).merge(base, {"rho": rho}, 1.0).digest()
 found["exponential"] = rho.exp().numpy().tobytes().hex()[:20000]
 found["grown"] = grown(rho).numpy().tobytes().hex()
 print(json.dumps(found))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from quadapt.nn.adapters import Pooled
-from quadapt.nn.adapters.base import MergedForm
+from quadapt.nn.adapters.codes import MergedForm
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.format import Format

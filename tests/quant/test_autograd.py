@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from quadapt.nn.adapters import Pooled
-from quadapt.nn.adapters.base import MergedForm
+from quadapt.nn.adapters.codes import MergedForm
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant import autograd
-from quadapt.quant.autograd import quant_matmul
+from quadapt.quant.autograd import offset_gradient, quant_matmul
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
-from quadapt.quant.weight import QuantWeight
+from quadapt.quant.weight import Layout, QuantWeight
 
 Make = Callable[..., QuantWeight]
 
@@ -154,7 +154,11 @@ class Free:
     def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor:
         return weight.offsets.double() + params[1] @ params[0]
 
-    def gradients(self, weight: QuantWeight, params: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+    def keep(self, layout: Layout, pooled: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return (pooled,)
+
+    def gradients(self, layout: Layout, params: Any, dy: Tensor, kept: Any, needed: Any) -> tuple[Tensor, ...]:
+        gradient = offset_gradient(dy, *kept)
         return params[1].T @ gradient, gradient @ params[0].T
 
 
@@ -228,6 +232,22 @@ def test_training_offsets_keeps_pooled_inputs_alone(dtype: torch.dtype, permuted
     assert sum(tensor.nbytes for tensor in saved.tensors) == 4 * 8 * 512 // 32 * 4  # float32
     y.sum().backward()
     assert A.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_with_a_frozen_the_pooled_inputs_are_not_kept_either(dtype: torch.dtype, quant_weight: Make) -> None:
+    """But their product with `A`, which has the rank for groups; the gradient of `B` is that of before."""
+    weight = quant_weight(Format(bits=4, group_size=32), 256, 512)
+    A, B = torch.randn(4, 16, requires_grad=True), torch.randn(256, 4, requires_grad=True)
+    x, dy = torch.randn(4, 8, 512, dtype=dtype), torch.randn(4, 8, 256, dtype=dtype)
+    (want,) = torch.autograd.grad(merged_form(x, weight, A, B, Pooled(), 0.5), (B,), dy)
+    A.requires_grad_(False)
+    saved = Saved(*weight.tensors.values(), A, B)
+    with saved():
+        y = merged_form(x, weight, A, B, Pooled(), 0.5)
+    assert [tuple(tensor.shape) for tensor in saved.tensors] == [(32, 4)]
+    (found,) = torch.autograd.grad(y, (B,), dy)
+    assert float((found - want).norm() / want.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -35,15 +35,14 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from quadapt.hf.peft_layer import BETA
-
     layers, path = check_lora(model, adapter_name), Path(folder)
-    tensors = {  # betas are part of A and B below; first factors matter only where the adapter is off
+    ours = tuple(f"base_model.model.{name}." for name in layers)
+    tensors = {  # of our layers the factors below and the bias, in which all is contained that serves
         name: tensor
         for name, tensor in get_peft_model_state_dict(
             model, adapter_name=adapter_name, save_embedding_layers=False
         ).items()
-        if not name.endswith(f".{BETA}") and ".lora_first_" not in name
+        if not name.startswith(ours) or name.endswith(".lora_B.bias")
     }
     for name in layers:
         A, B = as_lora(name, layers, adapter_name)
@@ -92,16 +91,15 @@ def adapted(model: nn.Module, adapter_name: str) -> Layers:
     Raises:
         ExportError: There are none.
     """
-    from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
+    from quadapt.hf.peft_layer import adapted_layers
 
     layers = {}
     for name, layer in adapted_layers(model).items():
         if adapter_name not in layer.adapters:
             continue
-        if not isinstance(layer, QuantLoraLinear):
-            raise ExportError(
-                f"{name}: a {layer.adapter.kind} adapter is part of the quantizer, no LoRA. Merge it first"
-            )
+        if layer.as_lora(adapter_name) is None:
+            kind = layer.adapters[adapter_name].kind
+            raise ExportError(f"{name}: a {kind} adapter is part of the quantizer, no LoRA. Merge it first")
         layers[name] = layer
     if not layers:
         known: Any = getattr(model, "peft_config", {})
@@ -123,10 +121,10 @@ def refuse_parts(model: nn.Module, advice: str) -> None:
 
 def as_lora(name: str, layers: Layers, adapter_name: str) -> tuple[Tensor, Tensor]:
     """`A [rank, in]` and `B [out, rank]` of the stock LoRA that does what a layer's adapter does, at its scaling."""
-    layer = layers[name]
     with locate(name):
-        A, B = layer.adapters[adapter_name].as_lora(layer.quant.quant_weight, *layer.factors(adapter_name))
-    return A.detach(), B.detach()
+        found = layers[name].as_lora(adapter_name)
+    assert found is not None  # :func:`adapted` refuses such layers
+    return found[0].detach(), found[1].detach()
 
 
 def adapter_report(

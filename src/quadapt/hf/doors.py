@@ -6,7 +6,6 @@ adapter of ours, and any over a model that we have quantized, must have exactly 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError, ConfigError, locate
+from quadapt.nn.adapters import ADAPTERS, adapter_from
+from quadapt.nn.adapters.base import FIRST
 
 log = logging.getLogger("quadapt")
 
@@ -88,7 +89,8 @@ def _embeddings(model: Any) -> tuple[str, ...]:
 
 def _of_our_making(names: Iterable[str]) -> bool:
     """Whether tensors are an adapter's of ours, by names that no other has, whatever its config says."""
-    parts = {"lora_rho", "lora_shift", "lora_start", "lora_beta", "lora_first_A", "lora_first_B"}
+    declared = {*FIRST, *(name for kind in ADAPTERS.values() for name in kind.extra)}
+    parts = {f"lora_{name}" for name in declared}
     return any(parts.intersection(name.split(".")) for name in names)
 
 
@@ -122,57 +124,43 @@ def _check_given(model: nn.Module, adapter_name: str, folder: Any, given: Any) -
         )
 
 
-def into_peft() -> None:
-    """Put our checks behind PEFT's doors, once."""
-    from peft import PeftModel, peft_model
-    from peft.utils import hotswap
-
+def set_state(stock: Callable[..., Any], model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `set_peft_model_state_dict`, as `load_adapter` calls it; the public function stays."""
     from quadapt.hf.identity import ours
 
-    wrap(PeftModel, "load_adapter", _load_into_peft_model)
-    wrap(hotswap, "check_hotswap_configs_compatible", _check_swap)
-
-    def checked(stock: Callable[..., Any], model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-        name = kwargs.get("adapter_name", args[0] if args else "default")
-        if ours(model, model.peft_config[name]) or _of_our_making(state):
-            check_state(model, name, state)
-        return stock(model, state, *args, **kwargs)
-
-    wrap(peft_model, "set_peft_model_state_dict", checked)  # as load_adapter calls it; the public function stays
+    name = kwargs.get("adapter_name", args[0] if args else "default")
+    if ours(model, model.peft_config[name]) or _of_our_making(state):
+        check_state(model, name, state)
+    return stock(model, state, *args, **kwargs)
 
 
-def _load_into_peft_model(
+def load_into_peft_model(
     stock: Callable[..., Any], self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
+    """PEFT's `PeftModel.load_adapter`."""
     with locate(str(model_id)):
         _check_given(self, adapter_name, model_id, _config_in(model_id, **kwargs))
         return stock(self, model_id, adapter_name, *args, **kwargs)
 
 
-def _check_swap(stock: Callable[..., Any], known: Any, given: Any) -> None:
+def check_swap(stock: Callable[..., Any], known: Any, given: Any) -> None:
     """Hot-swapping copies `lora_A` and `lora_B` alone, whatever else an adapter of ours has."""
-    from quadapt.hf.identity import KEY, check_same_adapter, settings_of
+    from quadapt.hf.identity import KEY, check_same_adapter, identity_of, settings_of
 
     stock(known, given)
     if not any(KEY in (each.auto_mapping or {}) for each in (known, given)):
         return
     check_same_adapter(known, given)
-    kind, started = settings_of(known)["kind"], "start" in (known.auto_mapping or {}).get(KEY, {})
-    if kind not in ("lora", "pooled") or started:
+    adapter = adapter_from(settings_of(known))
+    if adapter.extra or identity_of(known).get("start"):
         raise ConfigError(
-            f"hot-swapping copies lora_A and lora_B alone, and this {kind} adapter has more that trains. Load it under "
-            "a name of its own, and switch with set_adapter"
+            f"hot-swapping copies lora_A and lora_B alone, and this {adapter.kind} adapter has more that trains. Load "
+            "it under a name of its own, and switch with set_adapter"
         )
 
 
-def into_transformers() -> None:
-    """Put our checks behind transformers' `model.load_adapter`, once."""
-    from transformers.integrations.peft import PeftAdapterMixin
-
-    wrap(PeftAdapterMixin, "load_adapter", _load_into_model)
-
-
-def _load_into_model(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def load_into_model(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' `model.load_adapter`."""
     from quadapt.hf.identity import ours
 
     call = inspect.signature(stock).bind(self, *args, **kwargs)
@@ -183,7 +171,7 @@ def _load_into_model(stock: Callable[..., Any], self: Any, *args: Any, **kwargs:
         given = call.arguments["peft_config"] or _config_in(folder, **(call.arguments["adapter_kwargs"] or {}))
         _check_given(self, name, folder, given)
         if swapped:
-            _check_swap(lambda *_: None, self.peft_config[name], given or self.peft_config[name])
+            check_swap(lambda *_: None, self.peft_config[name], given or self.peft_config[name])
         info = stock(self, *args, **kwargs)
         if ours(self, self.peft_config[name]) or _of_our_making(info.unexpected_keys):
             try:
@@ -207,17 +195,3 @@ def _check_loaded(model: Any, name: str, folder: Any, state: Mapping[str, Tensor
     missing, extra = sorted(info.missing_keys), sorted(info.unexpected_keys)
     if missing or extra:
         raise CheckpointError(f"the adapter's file lacks {missing[:3]}, or has {extra[:3]} too many. Download it again")
-
-
-def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replace a function by `around(function, ...)`, unless that has been done."""
-    stock = getattr(owner, name)
-    if getattr(stock, "_quadapt", False):
-        return
-
-    @functools.wraps(stock)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(stock, *args, **kwargs)
-
-    wrapped._quadapt = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)

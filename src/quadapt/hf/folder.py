@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import peft  # noqa: F401 - whole before the modules of ours that plug into it
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn

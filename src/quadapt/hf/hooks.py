@@ -1,14 +1,17 @@
-"""Run code when a module gets imported, so that `import quadapt` need not import transformers and PEFT."""
+"""Run code when a module gets imported, and around functions of others: `import quadapt` imports neither of them."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 _waiting: dict[str, Callable[[], None]] = {}
 
@@ -60,3 +63,26 @@ class _ThenCall(Loader):
 
     def __getattr__(self, name: str) -> object:  # resource readers and the like
         return getattr(self._loader, name)
+
+
+def wrap(owner: Any, name: str, around: str) -> None:
+    """Replace a function or method by one that calls `around(function, ...)` instead, unless that has been done.
+
+    Args:
+        owner: The class or module that has it.
+        name: Its name there.
+        around: Module and name, "quadapt.hf.doors:load": imported when it is first called, so that modules of ours may
+            import PEFT, whose import gets here, in any order.
+    """
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    stock = getattr(owner, name)
+    if getattr(stock, "_quadapt", False):
+        return
+    module, _, function = around.partition(":")
+
+    @functools.wraps(stock)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(stock, *args, **kwargs)
+
+    wrapped._quadapt = True  # type: ignore[attr-defined]
+    setattr(owner, name, staticmethod(wrapped) if static else wrapped)

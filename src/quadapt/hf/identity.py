@@ -23,7 +23,7 @@ from torch import nn
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.quantizer import content_of, fingerprint_of
 from quadapt.model.quantize import quantized_layers
-from quadapt.nn.adapters import LoRA, adapter_from
+from quadapt.nn.adapters import Adapter, adapter_from
 
 log = logging.getLogger("quadapt")
 
@@ -32,6 +32,9 @@ KEY = "quadapt"
 
 TYPE = "QUADAPT"
 """`peft_type` of our adapters on disk."""
+
+STOCK = "lora"
+"""Kind of an adapter whose config has no entry of ours: PEFT's own LoRA."""
 
 _BESIDE = ("base_fingerprint", "start", "digest")
 """What our entry says besides the adapter's kind and settings."""
@@ -99,9 +102,67 @@ class QuadaptLoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
+def lora_config(
+    adapter: Adapter,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: list[str] | str = "all-linear",
+    base_fingerprint: str = "",
+    start: str = "zero",
+) -> LoraConfig:
+    """A PEFT config for one of our adapters.
+
+    Args:
+        adapter: What trains.
+        rank: Rank of the adapter.
+        alpha: The adapter is multiplied by `alpha / rank`.
+        dropout: On the adapter's input.
+        target_modules: As in PEFT.
+        base_fingerprint: Of the base, over which alone the adapter loads later. Empty: it is filled in when the
+            adapter is put over a base.
+        start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
+    """
+    about = {
+        **adapter.identity(),
+        "base_fingerprint": base_fingerprint,
+        **({} if start == "zero" else {"start": start}),
+    }
+    return QuadaptLoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+        auto_mapping={KEY: about},
+    )
+
+
+def adapter_of(config: LoraConfig) -> Adapter:
+    """The adapter that a PEFT config asks for: ours where it names one, else LoRA.
+
+    Raises:
+        ConfigError: It asks for a variant of LoRA that has no meaning over codes.
+    """
+    for option, advice in (
+        ("use_dora", "DoRA rescales the dense weight"),
+        ("use_qalora", "use quadapt's qa-lora, which merges"),
+        ("alora_invocation_tokens", "activated LoRA is not supported"),
+    ):
+        if getattr(config, option, None):
+            raise ConfigError(f"LoraConfig.{option}: {advice}. Leave it unset")
+    if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+        raise ConfigError(
+            f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
+            "layer no longer has. Use True or 'gaussian'"
+        )
+    return adapter_from(settings_of(config))
+
+
 def identity_of(config: LoraConfig) -> dict[str, Any]:
     """Our entry in a PEFT config; that of stock LoRA if there is none."""
-    entry = dict((config.auto_mapping or {}).get(KEY) or {"kind": LoRA.kind})
+    entry = dict((config.auto_mapping or {}).get(KEY) or {"kind": STOCK})
     entry.pop("digest", None)
     return entry
 

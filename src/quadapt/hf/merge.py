@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import peft  # noqa: F401 - first: its import plugs in our layers, which need what follows
 import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
 from quadapt.hf.identity import check_merging
-from quadapt.hf.peft_layer import AdaptedLayer, adapted_layers
+from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.trained import (
     Part,
@@ -216,7 +215,7 @@ def with_tokens(probe: Tensor, tokens: Sequence[int]) -> Tensor:
     return torch.cat([probe, more.repeat(-(-sequences * length // len(more)))[: sequences * length].view(-1, length)])
 
 
-def _check(model: Any, layers: dict[str, AdaptedLayer], requantize: Rounding | None) -> list[Part]:
+def _check(model: Any, layers: dict[str, QuantLoraLinear], requantize: Rounding | None) -> list[Part]:
     """What trained besides `layers`. Raises MergeError if the model cannot be merged; nothing has been changed yet."""
     if layers and not hasattr(model, "unload"):
         raise MergeError(
@@ -233,7 +232,7 @@ def _check(model: Any, layers: dict[str, AdaptedLayer], requantize: Rounding | N
     return besides
 
 
-def _merge_layer(name: str, layer: AdaptedLayer, requantize: Rounding | None) -> MergedLayer:
+def _merge_layer(name: str, layer: QuantLoraLinear, requantize: Rounding | None) -> MergedLayer:
     """Give the layer its merged weight; say how it differs from the adapted one."""
     before, adapted = layer.first_weight(), layer.dense_adapted()
     if requantize is None:
@@ -251,7 +250,7 @@ def _difference(name: str, base: QuantWeight, merged: QuantWeight, adapted: Tens
 
 
 def _round_again(
-    model: Any, layers: dict[str, AdaptedLayer], rounding: Rounding, batches: Sequence[Tensor]
+    model: Any, layers: dict[str, QuantLoraLinear], rounding: Rounding, batches: Sequence[Tensor]
 ) -> tuple[nn.Module, list[MergedLayer]]:
     """Requantize with a rounding that must see the model run: every layer dense first, then block by block."""
     bases = {name: layer.first_weight() for name, layer in layers.items()}
@@ -271,7 +270,7 @@ def _round_again(
 
 
 @torch.no_grad()
-def with_dense(model: Any, layers: Mapping[str, AdaptedLayer], dtype: torch.dtype | None = None) -> Any:
+def with_dense(model: Any, layers: Mapping[str, QuantLoraLinear], dtype: torch.dtype | None = None) -> Any:
     """The base model with a dense layer, adapters added up, in the place of each adapted one; ties are not settled."""
     made = {}
     for name, layer in layers.items():

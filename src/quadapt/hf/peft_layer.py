@@ -1,116 +1,50 @@
-"""The one PEFT layer: every adapter of ours, and stock LoRA, over a :class:`QuantLinear`.
+"""The one PEFT layer: every adapter of ours, and stock LoRA over codes.
 
 PEFT sees an ordinary LoRA adapter (`peft_type` is LORA), so saving, loading, `load_adapter` and resuming are its own.
-Which adapter of ours it is, and over which base, is said in its config: see `hf/identity.py`.
+Which adapter of ours it is, and over which base, is said in its config: see `hf/identity.py`. PEFT gets to know this
+layer by `hf/plug.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
-from quadapt.hf.doors import into_peft
-from quadapt.hf.grid_layer import GridLoraLinear, initialize
-from quadapt.hf.identity import KEY, QuadaptLoraConfig, admit, identity_of, settings_of
-from quadapt.hf.tuner import finish_injection, into_tuners
+from quadapt.hf.identity import STOCK, identity_of
+from quadapt.hf.identity import adapter_of as adapter_of
+from quadapt.hf.identity import lora_config as lora_config
 from quadapt.model.select import refuse_foreign
-from quadapt.nn.adapters import Adapter, CodesAdapter, GridAdapter, LoRA, adapter_from
-from quadapt.nn.adapters.base import MergedForm
+from quadapt.nn.adapters import Adapter, Param, Source
+from quadapt.nn.adapters.base import FIRST, Dropout, Part, same
+from quadapt.nn.adapters.codes import stacked, stacked_dense
 from quadapt.nn.quant_linear import QuantLinear, autocast
-from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.weight import QuantWeight
-
-BETA = "lora_beta"
-"""Parameters of elastic connections, which PEFT saves and loads like any adapter weight."""
-
-
-def lora_config(
-    adapter: Adapter,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: list[str] | str = "all-linear",
-    base_fingerprint: str = "",
-    start: str = "zero",
-) -> LoraConfig:
-    """A PEFT config for one of our adapters.
-
-    Args:
-        adapter: What trains.
-        rank: Rank of the adapter.
-        alpha: The adapter is multiplied by `alpha / rank`.
-        dropout: On the adapter's input.
-        target_modules: As in PEFT.
-        base_fingerprint: Of the base, over which alone the adapter loads later. Empty: it is filled in when the
-            adapter is put over a base.
-        start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
-    """
-    about = {
-        **adapter.identity(),
-        "base_fingerprint": base_fingerprint,
-        **({} if start == "zero" else {"start": start}),
-    }
-    return QuadaptLoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        task_type="CAUSAL_LM",
-        auto_mapping={KEY: about},
-    )
-
-
-def adapter_of(config: LoraConfig) -> Adapter:
-    """The adapter that a PEFT config asks for: ours where it names one, else LoRA.
-
-    Raises:
-        ConfigError: It asks for a variant of LoRA that has no meaning over codes.
-    """
-    for option, advice in (
-        ("use_dora", "DoRA rescales the dense weight"),
-        ("use_qalora", "use quadapt's qa-lora, which merges"),
-        ("alora_invocation_tokens", "activated LoRA is not supported"),
-    ):
-        if getattr(config, option, None):
-            raise ConfigError(f"LoraConfig.{option}: {advice}. Leave it unset")
-    if config.init_lora_weights not in (True, False, "gaussian", "eva"):
-        raise ConfigError(
-            f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
-            "layer no longer has. Use True or 'gaussian'"
-        )
-    return adapter_from(settings_of(config))
-
-
-FIRST = ("lora_first_A", "lora_first_B")
 
 
 class QuantLoraLinear(nn.Module, LoraLayer):
-    """Adapters over a quantized linear layer.
+    """Adapters over a linear layer, quantized or (for adapters that quantize in their forward) dense.
 
-    Besides `lora_A` and `lora_B` it keeps `lora_beta`, for adapters that have such numbers. An adapter that starts from
-    more than zero keeps its first factors, frozen (`lora_first_A`, `lora_first_B`). With the adapter disabled the layer
-    computes with these: that is the model from before training, which DPO and other losses take as their reference; the
-    quantized matrix alone is not.
+    It stores whatever its adapters declare, each parameter under `lora_NAME` by the adapter's name, and adds these to
+    what PEFT saves, loads, freezes and deletes. Adapters that stack may be active together; others one at a time.
+
+    With the adapter disabled the layer computes what it did before training: the base, with the first factors of
+    adapters that start from more than zero. DPO and other losses take that as their reference.
 
     Args:
-        base_layer: The quantized layer (or PEFT's layer over one).
+        base_layer: The layer (or PEFT's layer over one).
         adapter_name: PEFT's name of the first adapter.
         config: Its configuration.
         r: Its rank.
         lora_alpha: Its alpha.
         kwargs: What PEFT passes on to `LoraLayer`.
     """
-
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, BETA, *FIRST)
 
     def __init__(
         self,
@@ -124,59 +58,119 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
-        self.adapters: dict[str, CodesAdapter] = {}
-        self.lora_first_A, self.lora_first_B = nn.ParameterDict(), nn.ParameterDict()
+        self.adapters: dict[str, Adapter] = {}
+        self.declared: dict[str, Mapping[str, Param]] = {}
         self.frozen_peft_weight_names = {}
-        self.lora_beta = nn.ParameterDict()
-        self._unmerged: list[tuple[QuantWeight, Any]] = []
+        self.dense_steps = False
+        self._before: list[nn.Module] = []  # a list: while it is merged, the base from before is no part of the model
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    # --- adding, choosing and removing adapters ---
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter (PEFT's hook)."""
         adapter = adapter_of(config)
         with locate(kwargs.get("target_name") or "layer"):
-            adapter.check(self.quant.layout, r, config.lora_dropout)
-            if not isinstance(adapter, CodesAdapter):
-                raise ConfigError(
-                    f"a {adapter.kind} adapter trains the grid itself, and this layer has adapters over its codes "
-                    f"({', '.join(self.adapters)}). Delete or merge these first"
-                )
+            self._admit(adapter, config)
+            layout = adapter.layout_of(self.source)
+            adapter.check(layout, r, config.lora_dropout)
         self.adapters[adapter_name] = adapter
+        self.declared[adapter_name] = adapter.params(layout, r, started=bool(identity_of(config).get("start")))
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)  # type: ignore[arg-type]
-        inputs = adapter.inputs(self.quant.layout)
-        A, B = self._trained(adapter_name)
-        if inputs != self.in_features:
-            pooled = nn.Linear(inputs, r, bias=False, device=A.device, dtype=A.dtype)
-            self.lora_A[adapter_name] = pooled.requires_grad_(A.requires_grad)
-            A = pooled.weight
-        if adapter.betas:
-            beta = torch.zeros(adapter.betas, device=A.device, dtype=A.dtype)
-            self.lora_beta[adapter_name] = nn.Parameter(beta, requires_grad=A.requires_grad)
-        initialize(adapter, A, B, config.init_lora_weights)
-        if identity_of(config).get("start"):
-            for part, factor in zip(FIRST, (A, B), strict=True):
-                getattr(self, part)[adapter_name] = nn.Parameter(torch.zeros_like(factor), requires_grad=False)
-            self.frozen_peft_weight_names[adapter_name] = FIRST
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        for name, param in self.declared[adapter_name].items():
+            self._store(adapter_name, name, param, config.init_lora_weights)
+        for name in {"A", "B"} - self.declared[adapter_name].keys():
+            del getattr(self, f"lora_{name}")[adapter_name]
+        frozen = tuple(f"lora_{name}" for name, param in self.declared[adapter_name].items() if not param.trains)
+        self.frozen_peft_weight_names[adapter_name] = frozen
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _admit(self, adapter: Adapter, config: LoraConfig) -> None:
+        """Raise ConfigError if an adapter cannot be in this layer, beside those that are there."""
+        quantized, own = isinstance(self.source, QuantWeight), ", ".join(self.adapters)
+        if any(each.stacks for each in self.adapters.values()) and not adapter.stacks:
+            raise ConfigError(
+                f"a {adapter.kind} adapter trains the grid itself, and this layer has adapters over its codes ({own}). "
+                "Delete or merge these first"
+            )
+        fits = not adapter.stacks and quantized != (adapter.base == "float") and not self.merged
+        if any(not each.stacks for each in self.adapters.values()) and not fits:
+            raise ConfigError(
+                f"this layer's grid is trained by {own}; a further adapter must train it too, over the same weights, "
+                f"with none merged, and {adapter.kind} cannot. Merge or delete the other first"
+            )
+        if quantized == (adapter.base == "float"):
+            have = "quantized" if quantized else "dense"
+            raise ConfigError(
+                f"{adapter.kind} adapters train over {adapter.base} weights, and this layer is {have}. Give the "
+                + ("dense model" if quantized else "model that quadapt has quantized")
+            )
+        if config.lora_bias and not adapter.stacks:
+            raise ConfigError(f"LoraConfig.lora_bias: {adapter.kind} adapters have no bias. Leave it unset")
+
+    def _store(self, adapter_name: str, name: str, param: Param, how: Any) -> None:
+        """Make room for a parameter, and begin it as declared; `how` is PEFT's `init_lora_weights`."""
+        place, usual = f"lora_{name}", self.lora_A[adapter_name].get_parameter("weight")
+        if name in ("A", "B"):  # PEFT has made them, for all inputs
+            linear, (rows, columns) = getattr(self, place)[adapter_name], param.shape
+            if linear.weight.shape != param.shape:
+                linear = nn.Linear(columns, rows, linear.bias is not None, usual.device, usual.dtype)
+                getattr(self, place)[adapter_name] = linear
+            tensor = linear.weight
+        else:
+            if place not in self.adapter_layer_names:
+                self.adapter_layer_names = (*self.adapter_layer_names, place)
+                self.register_module(place, nn.ParameterDict())
+            empty = torch.empty(param.shape, device=usual.device, dtype=param.dtype or usual.dtype)
+            tensor = getattr(self, place)[adapter_name] = nn.Parameter(empty, requires_grad=param.trains)
+        if tensor.device.type == "meta":
+            return
+        with torch.no_grad():
+            if name not in ("A", "B") or how is True:
+                param.init(tensor, self.source)
+            elif how == "gaussian" and name == "A":
+                nn.init.normal_(tensor, std=1 / len(tensor))
 
     @torch.no_grad()
     def begin(self, adapter_name: str, up: Tensor, down: Tensor) -> None:
         """Start an adapter from `up @ down`: the factors absorb the scaling."""
-        root = float(self.scaling[adapter_name]) ** 0.5
-        for factor, first, value in zip(
-            self._trained(adapter_name),
-            (self.lora_first_A[adapter_name], self.lora_first_B[adapter_name]),
-            (down, up),
-            strict=True,
-        ):
-            factor.copy_(value / root)
-            first.copy_(value / root)
+        root, params = float(self.scaling[adapter_name]) ** 0.5, self.params(adapter_name)
+        for names, value in zip((("A", FIRST[0]), ("B", FIRST[1])), (down, up), strict=True):
+            for name in names:
+                params[name].copy_(value / root)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter (PEFT's hook).
+
+        Raises:
+            ConfigError: Of several, one trains this layer's grid, and so can only be active alone.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        ours = [name for name in names if name in self.adapters]
+        if len(ours) > 1 and not all(self.adapters[name].stacks for name in ours):
+            raise ConfigError(
+                f"adapters {', '.join(ours)} each train the grid of this layer; set one of them at a time"
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter (PEFT's hook)."""
         super().delete_adapter(adapter_name)
         self.adapters.pop(adapter_name, None)
+        self.declared.pop(adapter_name, None)
+
+    def active(self) -> list[str]:
+        """Names of the adapters of this layer that are active."""
+        return [name for name in self.active_adapters if name in self.adapters]
+
+    # --- what they compute from ---
+
+    @property
+    def source(self) -> Source:
+        """What is trained over: the quantized weight, or the dense one."""
+        layer = self.get_base_layer()
+        return layer.quant_weight if isinstance(layer, QuantLinear) else layer.get_parameter("weight")
 
     @property
     def quant(self) -> QuantLinear:
@@ -185,13 +179,27 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         assert isinstance(layer, QuantLinear)
         return layer
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """`A` and `B` of an adapter, as they act: with what `lora_beta` adds to them, where there is one."""
-        beta = self.lora_beta.get(name, None)
-        return self.adapters[name].factors(*self._trained(name), beta)
+    def params(self, name: str) -> dict[str, Tensor]:
+        """The parameters of an adapter, by the names that it has declared."""
+        held = {each: getattr(self, f"lora_{each}")[name] for each in self.declared[name]}
+        return {each: one if isinstance(one, Tensor) else one.weight for each, one in held.items()}
 
-    def _trained(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_A[name].get_parameter("weight"), self.lora_B[name].get_parameter("weight")
+    def parts(self, names: list[str] | None = None) -> list[Part]:
+        """The adapters at work, by default those that are active, whether switched off or not."""
+        return [
+            Part(self.adapters[name], self.params(name), float(self.scaling[name]), self._dropout(name))
+            for name in (self.active() if names is None else names)
+        ]
+
+    def _dropout(self, name: str) -> Dropout:
+        drop: Any = self.lora_dropout[name]
+        return drop if self.training else same
+
+    def as_lora(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """`A [rank, in]` and `B [out, rank]` of the ordinary LoRA that does what an adapter does; None if none does."""
+        return self.adapters[name].as_lora(self.source, self.params(name))
+
+    # --- forward ---
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with all active adapters."""
@@ -201,57 +209,60 @@ class QuantLoraLinear(nn.Module, LoraLayer):
                 "adapter_names: a batch that mixes adapters is not supported over quantized layers. "
                 "Run one batch per adapter"
             )
-        active = [] if self.disable_adapters or self.merged else self.active()
-        x = autocast(x)
-        weight, bias = self._base()
-        inside = [name for name in active if self.adapters[name].merged_form]
-        move = (
-            MergedForm(tuple((self.adapters[name], float(self.scaling[name])) for name in inside)) if inside else None
-        )
-        factors = {name: self.factors(name) for name in active}
-        y = quant_matmul(x, weight, move, tuple(factor for name in inside for factor in factors[name]))
-        for name in active:
-            adapter, dropped = self.adapters[name], self.lora_dropout[name](x)
-            y = adapter.side(dropped, y, weight, *factors[name], self.scaling[name])
-            if adapter.betas and self.training and dropped is not x:
-                beta, (_, B) = self.lora_beta[name], factors[name]
-                y = adapter.undropped(x - dropped, y, weight, B, beta, self.scaling[name])
+        base: Any = self._before[0] if self.disable_adapters and self._before else self.base_layer
+        if self.disable_adapters:
+            return self._as_at_first(x, base)
+        names = [] if self.merged else self.active()
+        if not names:
+            return base(x)  # type: ignore[no-any-return]
+        parts = self.parts(names)
+        if self.dense_steps:
+            part = parts[0]
+            return part.adapter.dense_step(autocast(x), base(x), part.params, part.scaling)
+        y = self._product(autocast(x), parts)
+        for name in names:
             if self.lora_bias[name]:
                 y = y + self.scaling[name] * self.lora_B[name].bias.to(y.dtype)
-        if self.disable_adapters:
-            y = self._as_at_first(x, y)
+        bias: Any = self.get_base_layer().bias
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _base(self) -> tuple[QuantWeight, Any]:
-        """Weight and bias to compute with: from before the merges, where adapters are merged and switched off."""
-        if self.disable_adapters and self._unmerged:
-            return self._unmerged[0]
-        return self.quant.quant_weight, self.quant.bias
+    def _product(self, x: Tensor, parts: list[Part]) -> Tensor:
+        if len(parts) == 1:
+            part = parts[0]
+            return part.adapter.forward(x, self.source, part.params, part.scaling, part.dropout)
+        return stacked(x, self.quant.quant_weight, parts)
 
-    def _as_at_first(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` of the quantized matrix alone, plus what the active adapters started from."""
-        for name in self.active():
-            if name in self.lora_first_A:
-                first = self.lora_first_A[name], self.lora_first_B[name]
-                y = self.adapters[name].side(x, y, self._base()[0], *first, self.scaling[name])
+    def _as_at_first(self, x: Tensor, base: nn.Module) -> Tensor:
+        """The output of the base, plus what the active adapters started from."""
+        y: Tensor = base(x)
+        for part in self.parts():
+            first = part.adapter.first(part.params)
+            if first is not None:
+                y = part.adapter.side(autocast(x), y, self.quant.quant_weight, first, part.scaling, same)
         return y
 
-    def active(self) -> list[str]:
-        """Names of the adapters of this layer that are active."""
-        return [name for name in self.active_adapters if name in self.adapters]
+    @torch.no_grad()
+    def begin_quantizing(self) -> None:
+        """Leave the dense steps: the grid starts from the matrix as these have changed it."""
+        for part in self.parts():
+            part.adapter.begin_quantizing(self.source, part.params, part.scaling)
+        self.dense_steps = False
+
+    # --- merging ---
 
     def merged_weight(self) -> QuantWeight:
-        """The quantized weight with all active adapters merged into it; codes do not move.
+        """The quantized weight with all active adapters merged into it.
 
         Raises:
-            MergeError: An adapter cannot merge into codes.
+            MergeError: An adapter cannot merge.
         """
         return self._merged(self.active())
 
     def _merged(self, names: list[str]) -> QuantWeight:
-        weight = self.quant.quant_weight
-        for name in names:
-            weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
+        weight = self.source
+        for part in self.parts(names):
+            weight = part.adapter.merge(weight, part.params, part.scaling)
+        assert isinstance(weight, QuantWeight)
         return weight
 
     def merged_bias(self, names: list[str] | None = None) -> Tensor | None:
@@ -273,119 +284,113 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         return bias
 
     def check_merge(self, names: list[str] | None = None) -> None:
-        """Raise MergeError if an adapter (an active one, unless named) cannot merge into codes, or its bias."""
-        names = [name for name in self.active() if name not in self.merged_adapters] if names is None else names
-        names = [name for name in names if name in self.adapters]
+        """Raise MergeError if adapters (the active ones, unless named) cannot merge, or their biases."""
+        names = self.active() if names is None else [name for name in names if name in self.adapters]
+        every = list(dict.fromkeys([*names, *self.merged_adapters]))
+        if len(every) > 1 and not all(self.adapters[name].stacks for name in every):
+            raise MergeError(f"adapters {', '.join(every)} each give this layer a grid of its own. Merge one of them")
+        names = [name for name in names if name not in self.merged_adapters]
         self.merged_bias(names)
         if any(self.adapters[name].exactness == "none" for name in names):
             self._merged(names)
 
     def first_weight(self) -> QuantWeight:
-        """The quantized weight from before the first step: the base's."""
-        return self.quant.quant_weight
+        """The quantized weight from before the first step."""
+        parts = self.parts()
+        if not parts:
+            return self.quant.quant_weight
+        return parts[0].adapter.untrained(self.source, parts[0].params, parts[0].scaling)
 
     @torch.no_grad()
     def dense_adapted(self) -> Tensor:
         """The weight that the layer computes with, adapters included, as float32 `[out, in]`."""
-        weight, active = self.quant.quant_weight, self.active()
-        for name in active:
-            if self.adapters[name].merged_form:
-                weight = self.adapters[name].merge(weight, *self.factors(name), self.scaling[name])
-        dense = weight.dequantize()
-        for name in active:
-            if not self.adapters[name].merged_form:
-                dense = dense + self.get_delta_weight(name)
-        return dense
+        parts = self.parts()
+        if len(parts) == 1:
+            return parts[0].adapter.dense(self.source, parts[0].params, parts[0].scaling)
+        return stacked_dense(self.quant.quant_weight, parts)
 
     def settle(self, weight: QuantWeight, bias: Tensor | None) -> None:
-        """Replace the quantized weight and the bias, for good."""
-        self.quant.quant_weight = weight
-        if bias is not None:
-            self.quant.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        """Replace the weight and the bias by quantized ones, for good."""
+        layer = self.get_base_layer()
+        if not isinstance(layer, QuantLinear):
+            self.base_layer = QuantLinear.of(weight, bias)
+            return
+        layer.quant_weight = weight
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the quantized weight; codes do not move.
+        """Merge adapters into the quantized weight.
 
         Raises:
-            MergeError: An adapter cannot merge into codes. Nothing has been merged then.
+            MergeError: An adapter cannot merge. Nothing has been merged then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.adapters]
         if names:
-            weight, bias = self._merged(names), self.merged_bias(names)
-            self._unmerged.append((self.quant.quant_weight, self.quant.bias))
+            self.check_merge(names)
+            weight, bias, layer = self._merged(names), self.merged_bias(names), self.get_base_layer()
+            if not self._before:
+                self._before = [_copy(layer) if isinstance(layer, QuantLinear) else layer]
             self.settle(weight, bias)
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put back the weight from before the merges."""
-        if self._unmerged:
-            self.quant.quant_weight, self.quant.bias = self._unmerged[0]
-        self._unmerged.clear()
+        for before in self._before:
+            if isinstance(before, QuantLinear):
+                self.quant.quant_weight, self.quant.bias = before.quant_weight, before.bias
+            else:
+                self.base_layer = before
+        self._before.clear()
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter adds to the dense weight, float32 `[out, in]`."""
-        A, B = self.adapters[adapter].as_lora(self.quant.quant_weight, *self.factors(adapter))
-        return self.scaling[adapter] * (B.float() @ A.float())
+        """What an adapter changes about the dense weight, float32 `[out, in]`."""
+        lora = self.as_lora(adapter)
+        if lora is not None:
+            return self.scaling[adapter] * (lora[1].float() @ lora[0].float())
+        (part,), source = self.parts([adapter]), self.source
+        base = source.dequantize() if isinstance(source, QuantWeight) else source.float()
+        return part.adapter.dense(source, part.params, part.scaling) - base
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
 
 
-def register() -> None:
-    """Make PEFT put our layer over quantized ones, once: wrappers, since PEFT has no public registry of layers."""
-    stock: Callable[..., nn.Module] = LoraModel._create_new_module
-    if getattr(stock, "_quadapt", False):
-        return
-
-    def create(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        quantized = isinstance(base, QuantLinear)
-        if not quantized and identity_of(lora_config)["kind"] == LoRA.kind:
-            return stock(lora_config, adapter_name, target, **kwargs)
-        kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
-        adapter = adapter_of(lora_config)
-        with locate(kwargs.get("target_name") or "layer"):
-            refuse_foreign(base)
-            _check_base(adapter, quantized=quantized)
-        if isinstance(adapter, GridAdapter):
-            return GridLoraLinear(target, adapter_name, adapter, lora_config, **kwargs)
-        return QuantLoraLinear(target, adapter_name, lora_config, **kwargs)
-
-    create._quadapt = True  # type: ignore[attr-defined]
-    LoraModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
-    inject: Callable[..., None] = BaseTuner.inject_adapter
-
-    def inject_admitted(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        given = self.peft_config[adapter_name]
-        self.peft_config[adapter_name] = admit(model, given)
-        inject(self, model, adapter_name, *args, **kwargs)
-        finish_injection(self, model, adapter_name, given)
-
-    BaseTuner.inject_adapter = inject_admitted  # type: ignore[method-assign]
-    into_peft()
-    into_tuners()
+def _copy(layer: QuantLinear) -> QuantLinear:
+    """Another layer with the same tensors: a merge gives `layer` itself new ones."""
+    other = QuantLinear.of(layer.quant_weight)
+    other.bias = layer.bias
+    return other
 
 
-def _check_base(adapter: Adapter, *, quantized: bool) -> None:
-    if quantized == (adapter.base == "float"):
-        have = "quantized" if quantized else "dense"
-        raise ConfigError(
-            f"{adapter.kind} adapters train over {adapter.base} weights, and this layer is {have}. Give the "
-            + ("dense model" if quantized else "model that quadapt has quantized")
-        )
+def create(
+    stock: Callable[..., nn.Module], lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+) -> nn.Module:
+    """PEFT's choice of a layer: ours over quantized layers, and for adapters that quantize dense ones."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, QuantLinear) and identity_of(lora_config)["kind"] == STOCK:
+        return stock(lora_config, adapter_name, target, **kwargs)
+    kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
+    with locate(kwargs.get("target_name") or "layer"):
+        refuse_foreign(base)
+    return QuantLoraLinear(target, adapter_name, lora_config, **kwargs)
 
 
-AdaptedLayer = QuantLoraLinear | GridLoraLinear
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+def adapted_layers(model: nn.Module) -> dict[str, QuantLoraLinear]:
     """The layers of a model that carry adapters of ours, by their name in the base model."""
     prefix = "base_model.model."
     return {
-        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)
+        name.removeprefix(prefix): module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLoraLinear)
     }
 
 
-register()
+def declared_params(model: nn.Module) -> Iterator[tuple[nn.Parameter, Param]]:
+    """Each parameter of an adapter of ours in a model, with what the adapter has declared about it."""
+    for layer in adapted_layers(model).values():
+        for adapter_name, declared in layer.declared.items():
+            for name, tensor in layer.params(adapter_name).items():
+                assert isinstance(tensor, nn.Parameter)
+                yield tensor, declared[name]

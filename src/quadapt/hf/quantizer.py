@@ -15,7 +15,6 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.doors import into_transformers
 from quadapt.model.layer import quantize_layer
 from quadapt.model.quantize import fingerprint, quantized_layers
 from quadapt.model.select import refuse_foreign, select
@@ -231,11 +230,10 @@ def base_config(model: nn.Module) -> QuadaptConfig:
 
 
 def register() -> None:
-    """Make transformers know the quantizer, and check what adapters it loads, once."""
+    """Make transformers know the quantizer, once."""
     if "quadapt" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("quadapt")(QuadaptConfig)
         register_quantizer("quadapt")(QuadaptQuantizer)
-    into_transformers()
 
 
 register()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quadapt.files import writing
-from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
+from quadapt.hf.peft_layer import adapted_layers
 from quadapt.hf.reading import reading
 
 START = "start.safetensors"
@@ -43,5 +43,5 @@ def _read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
 def set_start(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default") -> None:
     """Give the adapters of a PEFT model their first factors."""
     for name, layer in adapted_layers(model).items():
-        if isinstance(layer, QuantLoraLinear) and name in factors:
+        if name in factors and layer.adapters[adapter_name].begins == "factors":
             layer.begin(adapter_name, *factors[name])

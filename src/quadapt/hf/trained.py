@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from quadapt.errors import MergeError
-from quadapt.hf.peft_layer import AdaptedLayer
+from quadapt.hf.peft_layer import QuantLoraLinear
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import hash_tensor
 
@@ -56,7 +56,7 @@ def adapting(model: nn.Module) -> dict[str, Adapting]:
     for name, module in model.named_modules():
         if name.startswith(closed) and closed:
             continue
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, QuantLoraLinear):
             closed += (f"{name}.",)
         elif isinstance(module, ModulesToSaveWrapper):
             found[name] = module
@@ -210,7 +210,7 @@ def _unwrap(model: Any) -> None:
         if not isinstance(module, Adapting) or (done and name.startswith(done)):
             continue
         done += (f"{name}.",)
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, QuantLoraLinear):
             continue
         how = getattr(module, "unload_and_optionally_merge_module", None)
         inner = module.get_base_layer() if how is None else how(merge=False, safe_merge=False, adapter_names=None)

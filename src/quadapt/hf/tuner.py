@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from quadapt.errors import ConfigError, locate
-from quadapt.hf.doors import wrap
-from quadapt.hf.identity import identity_of, settings_of
+from quadapt.hf.identity import admit, identity_of, settings_of
+from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.quantizer import adopt, base_config, disown
+from quadapt.hf.trained import Part, changed_besides, merge_parts, parts_of, settle_ties
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.select import left_over
+from quadapt.nn.adapters import adapter_from
 from quadapt.nn.quant_linear import QuantLinear
-
-if TYPE_CHECKING:
-    from quadapt.hf.trained import Part
 
 log = logging.getLogger("quadapt")
 
@@ -32,18 +30,18 @@ BEFORE = "_quadapt_before"
 """Attribute of a base model in which adapters are merged for the time being: its config from before, or None."""
 
 
-def into_tuners() -> None:
-    """Put what our layers need around PEFT's operations on LoRA models, once."""
-    wrap(LoraModel, "_unload_and_optionally_merge", _unload)
-    wrap(LoraModel, "merge_adapter", _merge)
-    wrap(LoraModel, "unmerge_adapter", _unmerge)
-    wrap(LoraModel, "_check_add_weighted_adapter", _check_weighted)
+def inject(
+    stock: Callable[..., None], self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """PEFT's `inject_adapter`: an adapter that may go over a model gets its layers, and a name for its base."""
+    given = self.peft_config[adapter_name]
+    self.peft_config[adapter_name] = admit(model, given)
+    stock(self, model, adapter_name, *args, **kwargs)
+    finish_injection(self, model, adapter_name, given)
 
 
 def about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
     """How a quantized base was made and what it leaves unquantized; of a dense base there is nothing to say."""
-    from quadapt.hf.peft_layer import adapted_layers
-
     if not quantized_layers(model):
         kinds = {layer.adapters[name].kind for layer in adapted_layers(model).values() for name in layer.active()}
         return {"method": ", ".join(sorted(kinds))}, {}
@@ -53,18 +51,13 @@ def about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
 
 def _check(model: Any, names: list[str] | None) -> None:
     """Raise MergeError if an adapter cannot merge; the layer is named, and nothing has been merged yet."""
-    from quadapt.hf.peft_layer import adapted_layers
-
     for name, layer in adapted_layers(model).items():
         with locate(name), torch.no_grad():
             layer.check_merge(names)
 
 
-def _unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+def unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
     """PEFT's `merge_and_unload` and `unload`."""
-    from quadapt.hf.peft_layer import adapted_layers
-    from quadapt.hf.trained import merge_parts, parts_of, settle_ties
-
     layers = list(adapted_layers(self.model).values())
     if not layers and not quantized_layers(self.model):
         return stock(self, merge, *args, **kwargs)
@@ -87,8 +80,6 @@ def _unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any
 
 def _declare(model: Any, made: Mapping[str, Any], left: Mapping[str, str], parts: Sequence[Part]) -> None:
     """Make transformers know what a model holds after a merge that nothing has measured."""
-    from quadapt.hf.trained import changed_besides
-
     adopt(
         model,
         left=left or left_over(model, "no adapter trained over it"),
@@ -97,11 +88,8 @@ def _declare(model: Any, made: Mapping[str, Any], left: Mapping[str, str], parts
     )
 
 
-def _merge(stock: Callable[..., Any], self: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
+def merge(stock: Callable[..., Any], self: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
     """PEFT's `merge_adapter`: the base model is another one until `unmerge_adapter`."""
-    from quadapt.hf.peft_layer import adapted_layers
-    from quadapt.hf.trained import parts_of
-
     _check(self.model, adapter_names)
     before, (made, left) = getattr(self.model.config, "quantization_config", None), about(self.model)
     parts = parts_of(self.model) if quantized_layers(self.model) else []
@@ -111,14 +99,14 @@ def _merge(stock: Callable[..., Any], self: Any, adapter_names: list[str] | None
         _declare(self.model, made, left, parts)
 
 
-def _unmerge(stock: Callable[..., Any], self: Any) -> None:
+def unmerge(stock: Callable[..., Any], self: Any) -> None:
     """PEFT's `unmerge_adapter`."""
     stock(self)
     if BEFORE in self.model.__dict__:
         disown(self.model, self.model.__dict__.pop(BEFORE))
 
 
-def _check_weighted(
+def check_weighted(
     stock: Callable[..., Any], self: Any, adapters: list[str], combination_type: str, svd_rank: int | None
 ) -> Any:
     """PEFT's `add_weighted_adapter` works on `lora_A` and `lora_B` alone, and with svd on the dense sum of both."""
@@ -129,16 +117,16 @@ def _check_weighted(
         raise ConfigError(
             f"add_weighted_adapter: {', '.join(adapters)} are of other kinds or settings; they do not add"
         )
-    started = any(identity_of(config).get("start") for config in configs)
-    if kinds[0]["kind"] not in ("lora", "pooled") or started:
+    adapter, started = adapter_from(kinds[0]), any(identity_of(config).get("start") for config in configs)
+    if adapter.extra or started:
         raise ConfigError(
-            f"add_weighted_adapter adds lora_A and lora_B alone, and a {kinds[0]['kind']} adapter trains more. "
+            f"add_weighted_adapter adds lora_A and lora_B alone, and a {adapter.kind} adapter trains more. "
             "Merge one of them, and train on over the merged model"
         )
-    if kinds[0]["kind"] == "pooled" and found[0].endswith("svd"):
+    if adapter.begins != "factors" and found[0].endswith("svd"):
         raise ConfigError(
-            f"add_weighted_adapter: combination_type={combination_type!r} makes factors over all inputs, and pooled "
-            "adapters have one for each group. Use 'cat' or 'linear'"
+            f"add_weighted_adapter: combination_type={combination_type!r} makes factors over all inputs, and "
+            f"{adapter.kind} adapters have one for each group. Use 'cat' or 'linear'"
         )
     return found
 
@@ -160,13 +148,11 @@ def _refuse_other_tuners(model: nn.Module, config: Any) -> None:
 
     They would name no base, and their merges write into the codes: IA3's without an error.
     """
-    from quadapt.hf.peft_layer import AdaptedLayer
-
     found: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
-        and not isinstance(module, AdaptedLayer)
+        and not isinstance(module, QuantLoraLinear)
         and isinstance(module.get_base_layer(), QuantLinear)
     }
     for name, module in found.items():
@@ -181,8 +167,6 @@ def _refuse_other_tuners(model: nn.Module, config: Any) -> None:
 @torch.no_grad()
 def _copy(model: nn.Module, source: str, target: str) -> bool:
     """Copy all tensors of one adapter of ours into another; whether there were any."""
-    from quadapt.hf.peft_layer import adapted_layers
-
     layers = adapted_layers(model).values()
     for layer in layers:
         for part in layer.adapter_layer_names:

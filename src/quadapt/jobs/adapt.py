@@ -10,7 +10,7 @@ from torch import nn
 
 from quadapt.config.spec import Spec
 from quadapt.errors import ConfigError, QuadaptError
-from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.peft_layer import adapted_layers, declared_params, lora_config
 from quadapt.hf.vocabulary import token_layers
 from quadapt.model.quantize import bits_of, quantized_layers
 from quadapt.model.select import matching, select
@@ -77,13 +77,8 @@ def _layouts(model: nn.Module, adapter: Adapter, skip: Sequence[str]) -> dict[st
     """Layers that `adapter` can train over, with their layout: of the base, or of the product over a dense one."""
     if adapter.base == "float":
         chosen = select(model, skip=skip).chosen
-        return {name: adapter.layout(linear.out_features, linear.in_features) for name, linear in chosen.items()}
+        return {name: adapter.layout_of(linear.weight) for name, linear in chosen.items()}
     return {name: layer.layout for name, layer in quantized_layers(model).items()}
-
-
-def serves(name: str) -> bool:
-    """Whether a parameter is an adapter's and takes part in inference; first factors do only with the adapter off."""
-    return "lora_" in name and ".lora_first_" not in name
 
 
 def true_bits(model: nn.Module) -> dict[str, float]:
@@ -95,5 +90,5 @@ def true_bits(model: nn.Module) -> dict[str, float]:
         base = bits / weights
     else:
         weights, base = sum(layout.out * layout.columns for layout in layouts), bits_of(layouts)
-    adapter = sum(8 * parameter.nbytes for name, parameter in model.named_parameters() if serves(name))
+    adapter = sum(8 * parameter.nbytes for parameter, declared in declared_params(model) if declared.serves)
     return {"base": base, "with_adapter": base + adapter / weights}

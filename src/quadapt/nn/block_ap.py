@@ -170,16 +170,21 @@ class BlockAPLinear(nn.Module):
         self.adapter, self.bias = _quantizer(layout), linear.bias
         self.source = nn.Parameter(weight)
         self.start = torch.stack([scales, shift + half * scales])
-        self.trained = nn.ParameterDict({name: torch.zeros_like(scales) for name in self.adapter.names})
+        declared = self.adapter.grid_params(layout)
+        self.trained = nn.ParameterDict({n: torch.zeros_like(scales) for n, param in declared.items() if param.trains})
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the quantized weight."""
-        y = self.adapter.forward(autocast(x), self.source, self.start, dict(self.trained.items()), 1.0)
+        y = self.adapter.forward(autocast(x), self.source, self._params(), 1.0)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def quantized(self) -> QuantWeight:
         """The quantized weight that forward computes with."""
-        return self.adapter.quantized(self.source, self.start, dict(self.trained.items()), 1.0)
+        return self.adapter.quantized(self.source, self._params(), 1.0)
+
+    def _params(self) -> dict[str, Tensor]:
+        """What the quantizer computes from; there is no `A` and `B`."""
+        return {**dict(self.trained.items()), "start": self.start}
 
     def state(self) -> list[Tensor]:
         """A copy of all that trains."""

@@ -1,8 +1,8 @@
 """The product with a quantized matrix, differentiable, without ever keeping the dense matrix.
 
 Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored
-form itself (which exists anyway) and, where offsets are trained, the inputs pooled over groups: `1 / group_size` of the
-inputs. Few tokens without gradients (decoding, on a CUDA device) are multiplied with the codes themselves.
+form itself (which exists anyway) and, where offsets are trained, the inputs pooled over groups, `1 / group_size` of the
+inputs, or less. Few tokens without gradients (decoding, on a CUDA device) are multiplied with the codes themselves.
 """
 
 from __future__ import annotations
@@ -26,8 +26,26 @@ class Move(Protocol):
     def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:
         """Offsets `[out, groups]` to compute with: those that a merge would store, rounded to their stored dtype."""
 
-    def gradients(self, weight: QuantWeight, params: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of `params`, given that of the offsets (straight through their rounding)."""
+    def keep(
+        self, layout: Layout, pooled: Tensor, params: tuple[Tensor, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor, ...]:
+        """What `gradients` needs of the inputs, given their sums over groups, `pooled [tokens, groups]`.
+
+        `needed` says of each parameter whether its gradient is wanted.
+        """
+
+    def gradients(
+        self,
+        layout: Layout,
+        params: tuple[Tensor, ...],
+        dy: Tensor,
+        kept: tuple[Tensor, ...],
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of `params`, straight through the rounding of offsets: see :func:`offset_gradient`.
+
+        `dy` is the gradient of the output, `[tokens, out]`, and `kept` what :meth:`keep` gave.
+        """
 
 
 class QuantMatmul(torch.autograd.Function):
@@ -40,22 +58,24 @@ class QuantMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layout: Layout, move: Move | None, *tensors: Tensor) -> Tensor:
         weight, params = _split(layout, tensors)
         x = weight.stored_order(x)
-        trains = move is not None and any(param.requires_grad for param in params)
-        ctx.layout, ctx.move, ctx.trains = layout, move, trains
-        ctx.save_for_backward(*tensors, *([_pooled(x, layout)] if trains else []))
+        needed = ctx.needs_input_grad[3 + len(layout.shapes) :]
+        kept = move.keep(layout, _pooled(x, layout), params, needed) if move is not None and any(needed) else ()
+        ctx.layout, ctx.move, ctx.kept = layout, move, len(kept)
+        ctx.save_for_backward(*tensors, *kept)
         return torch.nn.functional.linear(x, _dense(weight, move, params, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         layout, move, saved = ctx.layout, ctx.move, ctx.saved_tensors
-        tensors = saved[:-1] if ctx.trains else saved
+        tensors, kept = saved[: len(saved) - ctx.kept], saved[len(saved) - ctx.kept :]
         weight, params = _split(layout, tensors)
+        needed = ctx.needs_input_grad[3 + len(layout.shapes) :]
         dx = None
         if ctx.needs_input_grad[0]:
             dx = weight.layer_order(dy @ _dense(weight, move, params, dy.dtype))
         moved: tuple[Tensor | None, ...] = (None,) * len(params)
-        if ctx.trains:
-            moved = move.gradients(weight, params, _offset_gradient(dy.reshape(-1, layout.out), saved[-1]))
+        if kept:
+            moved = move.gradients(layout, params, dy.reshape(-1, layout.out), kept, needed)
         return dx, None, None, *((None,) * len(layout.shapes)), *moved
 
 
@@ -68,8 +88,13 @@ def _pooled(x: Tensor, layout: Layout) -> Tensor:
     return pooled if x.dtype == torch.float16 else pooled.to(operand_dtype(x, pooled.dtype))
 
 
-def _offset_gradient(dy: Tensor, pooled: Tensor) -> Tensor:
-    """Gradient of the offsets, float32 `[out, groups]`, given `dy [tokens, out]` (float64 for float64)."""
+def offset_gradient(dy: Tensor, pooled: Tensor) -> Tensor:
+    """`dy^T pooled`, float32 `[out, groups]` (float64 for float64): the gradient of the offsets.
+
+    Args:
+        dy: Gradient of the output, `[tokens, out]`.
+        pooled: Inputs summed over groups, `[tokens, groups]`, or what `Move.keep` has made of them.
+    """
     wide = torch.promote_types(dy.dtype, torch.float32)
     gradient = dy.new_empty(dy.shape[1], pooled.shape[1], dtype=wide)
     add_product(gradient, dy.to(pooled.dtype).T, pooled, first=True)

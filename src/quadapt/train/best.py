@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from quadapt.hf.peft_layer import declared_params
 from quadapt.hf.reading import read_json
 from quadapt.hf.workspace import write_json
 
@@ -105,8 +106,9 @@ class Best(TrainerCallback):
 
     def _adapters(self) -> dict[str, Tensor]:
         """All that training may change: what has a gradient, and what adapters hold besides."""
+        held = {id(parameter) for parameter, _ in declared_params(self._model)}
         return {
             name: parameter
             for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad or "lora_" in name
+            if parameter.requires_grad or id(parameter) in held
         }

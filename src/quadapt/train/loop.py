@@ -16,7 +16,7 @@ from transformers.trainer_utils import set_seed
 
 from quadapt.data.packing import check_packing
 from quadapt.errors import ConfigError
-from quadapt.hf.grid_layer import GridLoraLinear
+from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.workspace import remove, write_json
 from quadapt.methods import Recipe
 from quadapt.nn.objective import Bound
@@ -162,7 +162,7 @@ class _Watcher(TrainerCallback):
 class _DenseSteps(TrainerCallback):
     """Lets layers that quantize in their forward train without quantization for some steps (L4Q's first version)."""
 
-    def __init__(self, layers: list[GridLoraLinear], steps: int) -> None:
+    def __init__(self, layers: list[QuantLoraLinear], steps: int) -> None:
         self._layers, self._steps = layers, steps
 
     def on_train_begin(
@@ -226,7 +226,7 @@ def train(
             raise ConfigError(
                 f"dense_steps={run.recipe.dense_steps} leaves none of {steps} steps to train the quantizer. Use fewer"
             )
-        layers = [layer for layer in model.modules() if isinstance(layer, GridLoraLinear)]
+        layers = list(adapted_layers(model).values())
         trainer.add_callback(_DenseSteps(layers, run.recipe.dense_steps))
     trainer.objective = objective
     trainer.grid_learning_rate = run.recipe.grid_learning_rate

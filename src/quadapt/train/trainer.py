@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from quadapt.data.collate import NO_LOSS
 from quadapt.errors import ConfigError
+from quadapt.hf.peft_layer import declared_params
 from quadapt.nn.objective import Bound
 
 
@@ -43,11 +44,11 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         whole: Any = model or self.model
-        named = [(name, p) for name, p in whole.named_parameters() if p.requires_grad]
-        grid = [p for name, p in named if "lora_rho" in name or "lora_shift" in name]
+        own = {id(p) for p, declared in declared_params(whole) if declared.group == "grid"}
+        trained = [p for p in whole.parameters() if p.requires_grad]
+        grid, rest = [p for p in trained if id(p) in own], [p for p in trained if id(p) not in own]
         if not grid or self.optimizer is not None:
             return super().create_optimizer(model)
-        rest = [p for name, p in named if "lora_rho" not in name and "lora_shift" not in name]
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
         rate = self.grid_learning_rate or self.args.learning_rate
         groups = [{"params": grid, "lr": rate, "weight_decay": 0.0}]

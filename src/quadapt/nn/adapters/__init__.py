@@ -1,11 +1,15 @@
-"""The adapters, by the name under which they are saved. A new one is a file and a line here."""
+"""The adapters. Each registers itself under the name by which it is saved; a new one is one new file in this package.
+
+The names imported here are those that the library itself uses: others are found by `ADAPTERS[name]`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from quadapt.errors import CheckpointError
-from quadapt.nn.adapters.base import Adapter, CodesAdapter
+from quadapt.nn.adapters.base import ADAPTERS, Adapter, Param, Params, Source
+from quadapt.nn.adapters.codes import CodesAdapter
 from quadapt.nn.adapters.elastic import Elastic, ElasticPooled
 from quadapt.nn.adapters.grid import GridAdapter
 from quadapt.nn.adapters.l4q import L4Q, QATLoRA
@@ -24,15 +28,14 @@ __all__ = [
     "ElasticPooled",
     "GridAdapter",
     "LoRA",
+    "Param",
+    "Params",
     "Pooled",
     "QATLoRA",
     "Scales",
+    "Source",
     "adapter_from",
 ]
-
-ADAPTERS: dict[str, type[Adapter]] = {
-    kind.kind: kind for kind in (LoRA, Pooled, Elastic, ElasticPooled, Scales, L4Q, QATLoRA, LRQAT)
-}
 
 
 def adapter_from(identity: Mapping[str, object]) -> Adapter:

@@ -1,65 +1,129 @@
-"""What an adapter is: which parameters train over a matrix, and what they do to it.
+"""What an adapter is: which parameters it has over a matrix, and what they do to it.
 
-An :class:`Adapter` is a frozen dataclass without tensors; a layer keeps the parameters and hands them over. So few PEFT
-layers serve every adapter, and an adapter's settings are its identity on disk. There are two families: a
-:class:`CodesAdapter` moves what lies over fixed codes and scales; a `GridAdapter` (grid.py) trains the grid itself.
+An :class:`Adapter` is a frozen dataclass without tensors. It declares its parameters (:meth:`Adapter.params`); a layer
+stores what is declared, whatever it is, and hands it back by name. So one PEFT layer serves every adapter, an optimizer
+reads from the declaration how a parameter trains, and an adapter's settings are its identity on disk.
+
+A new adapter is a class in a file of its own in this package, or in another package that names it under the entry
+points `quadapt.adapters`::
+
+    @ADAPTERS.register("my-adapter")
+    @dataclass(frozen=True, kw_only=True)
+    class MyAdapter(CodesAdapter):
+        ...
+
+Most derive from :class:`~quadapt.nn.adapters.codes.CodesAdapter` (codes and scales stay as they are), or from
+:class:`~quadapt.nn.adapters.grid.GridAdapter` (the grid itself trains).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quadapt.errors import MergeError
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.registry import Registry
 
 Exactness = Literal["exact", "equivalent", "none"]
-
 
 Base = Literal["codes", "float", "fixed-point"]
 
 Begins = Literal["factors", "offsets", "zero"]
 
+Group = Literal["adapter", "grid"]
+
+Source = QuantWeight | Tensor
+"""What an adapter trains over: a quantized matrix, or the dense one `[out, in]`."""
+
+Params = Mapping[str, Tensor]
+"""The parameters of one adapter in one layer, by the names that it has declared."""
+
+Dropout = Callable[[Tensor], Tensor]
+"""Dropout on the input of a side branch; gives back the very tensor where there is none."""
+
+Init = Callable[[Tensor, Source], None]
+"""Fills a parameter in place, given what the adapter trains over."""
+
+
+def same(x: Tensor) -> Tensor:
+    """No dropout: `x` itself."""
+    return x
+
+
+FIRST = ("first_A", "first_B")
+"""Names of the factors from before training, which an adapter that starts from more than zero keeps, frozen."""
+
+
+class _Adapters(Registry[type["Adapter"]]):
+    """Adapters by the name under which they are saved; each class learns its name here."""
+
+    def _add(self, name: str, piece: object) -> None:
+        super()._add(name, piece)
+        piece.kind = name  # type: ignore[attr-defined]  # the class of an adapter
+
+
+ADAPTERS = _Adapters("adapter", "quadapt.nn.adapters")
+"""Every adapter's class by its name on disk (`kind`): those of this package, and those of other packages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Param:
+    """One parameter that an adapter has over a matrix."""
+
+    shape: tuple[int, ...]
+    """Its shape. `A` is `[rank, inputs]` and `B` is `[out, rank]`."""
+
+    init: Init
+    """How it begins: fills it in place, given the matrix. PEFT's `init_lora_weights` replaces that of `A` and `B`."""
+
+    dtype: torch.dtype | None = None
+    """Its dtype; None for the adapter's usual one, which PEFT chooses (float32, unless `autocast_adapter_dtype` is
+    off)."""
+
+    trains: bool = True
+    """Whether it trains. Otherwise it is frozen, whatever else is set, and saved and loaded all the same."""
+
+    group: Group = "adapter"
+    """How an optimizer treats it: `grid` (scales, offsets) has a learning rate of its own and no weight decay;
+    `adapter` has what is usual."""
+
+    serves: bool = True
+    """Whether the adapted layer computes with it. First factors matter only while the adapter is switched off."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(ABC):
-    """What trains over a matrix: `lora_A`, `lora_B`, `scaling` (alpha / rank), and whatever else its family has."""
+    """What trains over a matrix, and what it makes of it.
+
+    Methods take `source` (the matrix), `params` (what :meth:`params` declares, by name) and `scaling` (alpha / rank).
+    """
 
     kind: ClassVar[str]
-    """Name on disk and in `ADAPTERS`."""
+    """Name on disk and in `ADAPTERS`; registering the class sets it."""
 
     base: ClassVar[Base] = "codes"
-    """What it trains over: codes; the dense matrix; or its 8-bit fixed-point form."""
+    """What it trains over: codes; the dense matrix (float); or its 8-bit fixed-point form."""
+
+    extra: ClassVar[tuple[str, ...]] = ()
+    """Names of all parameters that it may declare besides `A`, `B` and first factors, whatever its settings. A file
+    with such names is known to be an adapter of this library's."""
+
+    stacks: ClassVar[bool] = False
+    """Whether several may be active in one layer. These say what they do by :meth:`merge` (and its gradients) in the
+    merged form, by :meth:`side` otherwise, and `codes.stacked` puts them together. Others own their forward."""
 
     @property
     def begins(self) -> Begins:
         """What a start (nn/starts) sets: the factors, the offsets of the base (it is folded into them), or nothing."""
         return "zero"
-
-    def check(self, layout: Layout, rank: int, dropout: float) -> None:  # noqa: B027 - most adapters accept anything
-        """Raise ConfigError or ShapeError if this adapter cannot train over `layout`."""
-
-    def layout(self, out: int, columns: int) -> Layout:
-        """Layout of the quantized product over a dense matrix `[out, columns]`, for `base = "float"`."""
-        raise AssertionError(f"{self.kind} does not train over dense matrices")
-
-    @abstractmethod
-    def inputs(self, layout: Layout) -> int:
-        """Inputs of `lora_A` `[rank, inputs]`; `lora_B` is `[out, rank]`. 0: there are no such factors."""
-
-    @abstractmethod
-    def reset(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Initialize the factors in place, as the method's paper or authors do."""
-
-    def with_grid(self, format: Format, storage: Storage) -> Adapter:
-        """The same adapter for another grid: only those that do not train over codes keep it themselves."""
-        return self
 
     @property
     def exactness(self) -> Exactness:
@@ -75,77 +139,177 @@ class Adapter(ABC):
         """Kind and settings, as they are saved."""
         return {"kind": self.kind, **asdict(self)}
 
+    def with_grid(self, format: Format, storage: Storage) -> Adapter:
+        """The same adapter for another grid: only those that do not train over codes keep it themselves."""
+        return self
 
-class CodesAdapter(Adapter):
-    """An adapter over a matrix whose codes and scales stay as they are."""
-
-    betas: ClassVar[int] = 0
-    """How many numbers train beside the factors (`lora_beta`, zero at first)."""
-
-    def factors(self, lora_A: Tensor, lora_B: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The factors that act, differentiable, of those that train and of `beta` `[betas]`.
-
-        All other methods are given these.
-        """
-        return lora_A, lora_B
-
-    def merge(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> QuantWeight:
-        """The adapted matrix, quantized, without moving a code.
-
-        Raises:
-            MergeError: This adapter changes weights within a group, which codes cannot follow.
-        """
-        raise MergeError(
-            f"{self.kind} adapters change weights within a group, which the codes of {weight.format.name} cannot "
-            "follow. Serve base + adapter (export --format lora), train with --method qa-lora, "
-            "or accept the loss and requantize (merge --requantize)"
-        )
-
-    def offset_gradients(
-        self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of `lora_A` and `lora_B` from that of the merged offsets `[out, groups]`, straight through."""
-        raise AssertionError(f"{self.kind} does not move offsets")
-
-    def side(self, x: Tensor, y: Tensor, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        """`y` plus what a side branch adds to the layer's output for (dropped-out) inputs `x`."""
-        return y
-
-    def undropped(
-        self, missing: Tensor, y: Tensor, weight: QuantWeight, lora_B: Tensor, beta: Tensor, scaling: float
-    ) -> Tensor:
-        """`y` plus what connections that see inputs without dropout make of those it took: `missing = x - dropped`."""
-        return y
+    # --- what it has ---
 
     @abstractmethod
-    def as_lora(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """`A [rank, in]` and `B [out, rank]` of the ordinary LoRA that does the same, at the same scaling."""
+    def layout_of(self, source: Source) -> Layout:
+        """The layout that its parameters belong to: of the quantized base, or of the product that it quantizes to."""
+
+    @abstractmethod
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        """Its parameters over one matrix, by name; a layer stores each as `lora_NAME`.
+
+        Args:
+            layout: As :meth:`layout_of` says.
+            rank: Rank of the low-rank factors.
+            started: Whether a start sets the factors, which are then kept as they were (`FIRST`).
+        """
+
+    def inputs(self, layout: Layout) -> int:
+        """Inputs of `A`; 0 if there are no such factors."""
+        factor = self.params(layout, 1).get("A")
+        return 0 if factor is None else factor.shape[1]
+
+    def check(self, layout: Layout, rank: int, dropout: float) -> None:  # noqa: B027 - most adapters accept anything
+        """Raise ConfigError or ShapeError if this adapter cannot train over `layout`."""
+
+    # --- what it does ---
+
+    @abstractmethod
+    def forward(self, x: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout = same) -> Tensor:
+        """The layer's product for `x [.., in]`, without its bias, with this adapter alone: `[.., out]`.
+
+        An adapter may compute it by an autograd function of its own, and keep for backward what it needs.
+        """
+
+    @abstractmethod
+    def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
+        """The adapted matrix, quantized, with nothing of the adapter left beside it.
+
+        Raises:
+            MergeError: It cannot be done without loss; the message says what can be done instead.
+        """
+
+    @abstractmethod
+    def as_lora(self, source: Source, params: Params) -> tuple[Tensor, Tensor] | None:
+        """`A [rank, in]` and `B [out, rank]` of the ordinary LoRA that does the same at the same scaling.
+
+        None if there is none, since the quantizer itself has trained.
+        """
+
+    @abstractmethod
+    def dense(self, source: Source, params: Params, scaling: float) -> Tensor:
+        """The matrix that forward computes with, adapter included, float32 `[out, in]`."""
+
+    @abstractmethod
+    def untrained(self, source: Source, params: Params, scaling: float) -> QuantWeight:
+        """The quantized matrix from before the first step."""
+
+    def first(self, params: Params) -> Params | None:
+        """Parameters from before training, for adapters that kept first factors.
+
+        None for all others: before training the layer was what it is without them.
+        """
+        if FIRST[0] not in params:
+            return None
+        return {"A": params[FIRST[0]], "B": params[FIRST[1]]}
+
+    # --- side by side with others (`stacks`) ---
+
+    def acting(self, params: Params) -> Params:
+        """The parameters to compute with, differentiable in those that are stored.
+
+        Those that have been worked into others are left out. All methods take what is stored, and what acts as well.
+        """
+        return params
+
+    def side(self, x: Tensor, y: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout) -> Tensor:
+        """`y [.., out]` plus what a side branch adds to it for inputs `x [.., in]`, of which it sees `dropout(x)`."""
+        return y
+
+    def keep(self, layout: Layout, pooled: Tensor, params: Params, needed: frozenset[str]) -> Tensor:
+        """What :meth:`gradients` needs of the inputs, which are kept for backward summed over groups.
+
+        Args:
+            layout: Of the matrix.
+            pooled: `[tokens, groups]`.
+            params: As :meth:`acting` gives them.
+            needed: Names of the parameters whose gradients are wanted.
+        """
+        return pooled
+
+    def gradients(
+        self, layout: Layout, params: Params, scaling: float, dy: Tensor, kept: Tensor, needed: frozenset[str]
+    ) -> Params:
+        """Gradients, by name, of the parameters that move offsets in the merged form (straight through rounding).
+
+        Args:
+            layout: Of the matrix.
+            params: As :meth:`acting` gives them.
+            scaling: alpha / rank.
+            dy: Gradient of the output, `[tokens, out]`.
+            kept: What :meth:`keep` gave.
+            needed: Names of the parameters whose gradients are wanted.
+        """
+        return {}
+
+    # --- steps before it quantizes (`base = "float"`) ---
+
+    def dense_step(self, x: Tensor, y: Tensor, params: Params, scaling: float) -> Tensor:
+        """Output of the first steps, in which nothing is quantized yet: `y [.., out]` is the dense layer's."""
+        return add_low_rank(y, x, params["A"], params["B"], scaling) if "A" in params else y
+
+    def begin_quantizing(self, source: Source, params: Params, scaling: float) -> None:  # noqa: B027 - few have any
+        """Set in place what begins with the matrix, from the one that those first steps have arrived at."""
 
 
 @dataclass(frozen=True)
-class MergedForm:
-    """Adapters trained in the merged form: the product computes with what they merge to."""
+class Part:
+    """An adapter at work in a layer."""
 
-    parts: tuple[tuple[CodesAdapter, float], ...]
-    """Adapters with their scaling, in the order in which a merge would apply them."""
+    adapter: Adapter
+    """What it is."""
 
-    def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:
-        """Offsets of the merged matrix. `params` has `lora_A` and `lora_B` of each part."""
-        for at, (adapter, scaling) in enumerate(self.parts):
-            weight = adapter.merge(weight, params[2 * at], params[2 * at + 1], scaling)
-        return weight.offsets
+    params: Params
+    """Its parameters there."""
 
-    def gradients(self, weight: QuantWeight, params: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
-        """Each part adds to the offsets, so each sees the same gradient."""
-        pairs = (
-            adapter.offset_gradients(weight.layout, params[2 * at], params[2 * at + 1], scaling, gradient)
-            for at, (adapter, scaling) in enumerate(self.parts)
-        )
-        return tuple(tensor for pair in pairs for tensor in pair)
+    scaling: float
+    """alpha / rank."""
+
+    dropout: Dropout = same
+    """On the input of its side branch."""
+
+
+# --- what many declare ------------------------------------------------------------------------------------------------
+
+
+def kaiming(tensor: Tensor, _: Source) -> None:
+    """As LoRA's authors begin `A`: uniform in `+-1 / sqrt(inputs)`."""
+    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+def xavier(tensor: Tensor, _: Source) -> None:
+    """As QA-LoRA's authors begin `A`: uniform in `+-sqrt(6 / (rank + inputs))`."""
+    nn.init.xavier_uniform_(tensor)
+
+
+def zeros(tensor: Tensor, _: Source) -> None:
+    """Zero: at first it does nothing."""
+    nn.init.zeros_(tensor)
+
+
+def low_rank(
+    layout: Layout, inputs: int, rank: int, init: Init = kaiming, *, started: bool = False
+) -> dict[str, Param]:
+    """`A [rank, inputs]` and `B [out, rank]`, which is zero; with frozen first factors of the same shapes if asked."""
+    shapes = (rank, inputs), (layout.out, rank)
+    trained = {"A": Param(shape=shapes[0], init=init), "B": Param(shape=shapes[1], init=zeros)}
+    first = {
+        name: Param(shape=shape, init=zeros, trains=False, serves=False)
+        for name, shape in zip(FIRST, shapes, strict=True)
+    }
+    return {**trained, **first} if started else trained
 
 
 def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """`y + scaling * x A^T B^T` in the dtype of `y`; parameters are cast, inputs and outputs are not."""
+    """`y + scaling * x A^T B^T` in the dtype of `y`; parameters are cast, inputs and outputs are not.
+
+    Backward needs `x` for the gradient of `A` alone: with `A` frozen, `x A^T` is all that is kept.
+    """
     hidden = torch.nn.functional.linear(x, lora_A.to(x.dtype))
     rows = torch.addmm(
         y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), lora_B.to(y.dtype).T, alpha=scaling

@@ -21,35 +21,46 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quadapt.kernels import pool
-from quadapt.nn.adapters.base import CodesAdapter
+from quadapt.nn.adapters.base import ADAPTERS, Dropout, Param, Params, Source, same, zeros
+from quadapt.nn.adapters.codes import CodesAdapter, quantized
 from quadapt.nn.adapters.lora import LoRA
 from quadapt.nn.adapters.pooled import Pooled
-from quadapt.quant.weight import QuantWeight
+from quadapt.quant.weight import Layout
+
+BETA = Param(shape=(2,), init=zeros)
+"""beta1 and beta2 of a layer."""
 
 
 class _Connected(CodesAdapter):
-    """What both adapters below have in common: two betas, and factors that hold the connections."""
+    """What both adapters below have in common: two betas, which are worked into the factors."""
 
-    betas: ClassVar[int] = 2
+    extra: ClassVar[tuple[str, ...]] = ("beta",)
 
-    def factors(self, lora_A: Tensor, lora_B: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert beta is not None
-        return _connect(lora_A, beta[0]), _connect(lora_B, beta[1])
+    def acting(self, params: Params) -> Params:
+        """The factors with their connections; without betas (at first these are zero) as they are."""
+        if "beta" not in params:
+            return params
+        beta = params["beta"]
+        return {"A": _connect(params["A"], beta[0]), "B": _connect(params["B"], beta[1])}
 
 
+@ADAPTERS.register("elastic")
 @dataclass(frozen=True, kw_only=True)
 class Elastic(_Connected, LoRA):
     """LoRA with IR-QLoRA's connections. Cannot merge into codes; goes out as an ordinary LoRA of the same rank."""
 
-    kind: ClassVar[str] = "elastic"
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        return {**super().params(layout, rank, started=started), "beta": BETA}
 
-    def undropped(
-        self, missing: Tensor, y: Tensor, weight: QuantWeight, lora_B: Tensor, beta: Tensor, scaling: float
-    ) -> Tensor:
-        return _add_mean(y, missing, lora_B, scaling * beta[0])
+    def side(self, x: Tensor, y: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout) -> Tensor:
+        dropped, acting = dropout(x), self.acting(params)
+        y = super().side(dropped, y, source, acting, scaling, same)
+        if dropped is x or "beta" not in params:
+            return y
+        return _add_mean(y, x - dropped, acting["B"], scaling * params["beta"][0])
 
 
+@ADAPTERS.register("elastic-pooled")
 @dataclass(frozen=True, kw_only=True)
 class ElasticPooled(_Connected, Pooled):
     """QA-LoRA's adapter with IR-QLoRA's connections, which start from the pooled inputs: merges exactly.
@@ -59,13 +70,18 @@ class ElasticPooled(_Connected, Pooled):
         constant within a group cannot merge into offsets. Here `M1` has the groups for inputs.
     """
 
-    kind: ClassVar[str] = "elastic-pooled"
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        return {**super().params(layout, rank, started=started), "beta": BETA}
 
-    def undropped(
-        self, missing: Tensor, y: Tensor, weight: QuantWeight, lora_B: Tensor, beta: Tensor, scaling: float
-    ) -> Tensor:
-        pooled = pool(weight.stored_order(missing), weight.format.width(weight.layout.columns)).to(missing.dtype)
-        return _add_mean(y, pooled, lora_B, self._strength(weight.layout, scaling) * beta[0])
+    def side(self, x: Tensor, y: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout) -> Tensor:
+        if self.merged_form:
+            return y
+        dropped, acting = dropout(x), self.acting(params)
+        y = super().side(dropped, y, source, acting, scaling, same)
+        if dropped is x or "beta" not in params:
+            return y
+        strength = self._strength(quantized(source).layout, scaling)
+        return _add_mean(y, self._pooled(x - dropped, source), acting["B"], strength * params["beta"][0])
 
 
 def _connect(factor: Tensor, beta: Tensor) -> Tensor:

@@ -9,28 +9,31 @@ the merged model is the trained one bit for bit.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import pack
-from quadapt.nn.adapters.base import Adapter, Exactness
+from quadapt.nn.adapters.base import (
+    Adapter,
+    Dropout,
+    Exactness,
+    Param,
+    Params,
+    Source,
+    kaiming,
+    low_rank,
+    same,
+    zeros,
+)
 from quadapt.quant.fake_quant import FakeQuant, fake_quant_codes, fake_quant_matmul
 from quadapt.quant.grids import check_choice, implied_offsets
 from quadapt.quant.storage import FLOATS
 from quadapt.quant.weight import Layout, QuantWeight
-
-Source = QuantWeight | Tensor
-"""What an adapter trains over: a quantized weight, or the dense one `[out, in]`."""
-
-Trained = Mapping[str, Tensor]
-"""Trained tensors by name: `rho` and `shift` `[out, groups]`, `A` and `B`, as far as an adapter has them."""
 
 Held = Literal["fp16", "fp32"]
 
@@ -39,17 +42,14 @@ Held = Literal["fp16", "fp32"]
 class GridAdapter(Adapter):
     """An adapter whose forward quantizes: scales, and offsets or codes, are part of the training step."""
 
+    extra: ClassVar[tuple[str, ...]] = ("rho",)
+
     scales: Held | Literal["base"] = "base"
     """How scales (and float offsets) are stored in the end; base: as those of the quantized base, fp16 where there is
     none."""
 
     def __post_init__(self) -> None:
         check_choice("scales", self.scales, ("base", *FLOATS))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Trained tensors `[out, groups]`; each starts at zero."""
-        return ("rho",)
 
     @property
     def exactness(self) -> Exactness:
@@ -63,37 +63,33 @@ class GridAdapter(Adapter):
         if dropout:
             raise ConfigError(f"dropout={dropout}: {self.kind} adapters train without it. Use dropout=0")
 
-    def reset(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        nn.init.zeros_(lora_B)
-
     @abstractmethod
-    def product(self, source: Source) -> Layout:
-        """Layout of the quantized matrix that a merge gives."""
+    def layout_of(self, source: Source) -> Layout:
+        """Layout of the quantized matrix that forward computes with, and that a merge gives."""
+
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        return {**low_rank(layout, layout.columns, rank, kaiming), **self.grid_params(layout)}
+
+    def grid_params(self, layout: Layout) -> dict[str, Param]:
+        """The parameters from which scales and offsets are made."""
+        return {"rho": grid_param(layout)}
 
     @abstractmethod
     def how(self, layout: Layout) -> FakeQuant:
         """How forward quantizes to `layout`."""
 
-    def start(self, source: Source) -> Tensor:
-        """What scales and shifts start from over a dense base, float32 `[2, out, groups]`; a quantized base says it."""
-        raise AssertionError(f"{self.kind} starts from its base")
-
     @abstractmethod
-    def grid(
-        self, source: Source, start: Tensor | None, trained: Trained, scaling: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def grid(self, source: Source, params: Params, scaling: float) -> tuple[Tensor, Tensor | None]:
         """Scales, and what is stored for offsets (offsets, zero-points, or nothing), differentiable, as stored."""
 
-    def inside(self, trained: Trained) -> tuple[Tensor | None, Tensor | None]:
+    def inside(self, params: Params) -> tuple[Tensor | None, Tensor | None]:
         """`A` and `B` that the quantizer sees."""
-        return trained.get("A"), trained.get("B")
+        return params.get("A"), params.get("B")
 
-    def forward(self, x: Tensor, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> Tensor:
-        """The layer's product for `x [.., in]`, without its bias."""
-        layout = self.product(source)
-        scales, held = self.grid(source, start, trained, scaling)
-        A, B = self.inside(trained)
+    def forward(self, x: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout = same) -> Tensor:
+        layout = self.layout_of(source)
+        scales, held = self.grid(source, params, scaling)
+        A, B = self.inside(params)
         return fake_quant_matmul(
             source.stored_order(x) if isinstance(source, QuantWeight) else x,
             source.packed if isinstance(source, QuantWeight) else source,
@@ -106,34 +102,39 @@ class GridAdapter(Adapter):
         )
 
     @torch.no_grad()
-    def quantized(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> QuantWeight:
+    def quantized(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         """What the quantizer gives: codes, scales and offsets, those that forward computes with."""
-        layout = self.product(source)
-        scales, held = self.grid(source, start, trained, scaling)
-        A, B = self.inside(trained)
+        layout = self.layout_of(source)
+        scales, held = self.grid(source, params, scaling)
+        A, B = self.inside(params)
         base = source.packed if isinstance(source, QuantWeight) else source
         shift = _shift(layout, scales, held)
         codes = fake_quant_codes(base, scales, shift, how=self.how(layout), A=A, B=B, scaling=scaling)
         perm = source.tensors["perm"] if isinstance(source, QuantWeight) and layout.permuted else None
         return QuantWeight.build(layout, pack(codes, layout.format.bits), scales, held, perm)
 
-    def merge(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> QuantWeight:
-        """The trained matrix, quantized, with nothing else left.
+    def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
+        return self.quantized(source, params, scaling)
 
-        Raises:
-            MergeError: The adapter has a part beside the quantized matrix.
-        """
-        return self.quantized(source, start, trained, scaling)
+    def as_lora(self, source: Source, params: Params) -> tuple[Tensor, Tensor] | None:
+        return None
 
-    def untrained(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> QuantWeight:
+    def untrained(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         """What the quantizer gave before the first step."""
-        begun = {name: tensor if name == "A" else torch.zeros_like(tensor) for name, tensor in trained.items()}
-        return self.quantized(source, start, begun, scaling)
+        declared = self.params(self.layout_of(source), 1)
+        begun = {
+            name: torch.zeros_like(each) if declared[name].init is zeros else each for name, each in params.items()
+        }
+        return self.quantized(source, begun, scaling)
 
     @torch.no_grad()
-    def dense(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> Tensor:
-        """The matrix that forward computes with, float32 `[out, in]`."""
-        return self.quantized(source, start, trained, scaling).dequantize()
+    def dense(self, source: Source, params: Params, scaling: float) -> Tensor:
+        return self.quantized(source, params, scaling).dequantize()
+
+
+def grid_param(layout: Layout) -> Param:
+    """A parameter `[out, groups]` that is zero at first, of the grid's own learning rate."""
+    return Param(shape=(layout.out, layout.groups), init=zeros, dtype=torch.float32, group="grid")
 
 
 def grown(rho: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError
 from quadapt.kernels import kernels_for
-from quadapt.nn.adapters.base import Exactness, add_low_rank
-from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, grown
+from quadapt.nn.adapters.base import ADAPTERS, Base, Dropout, Exactness, Param, Params, Source, add_low_rank, same
+from quadapt.nn.adapters.grid import GridAdapter, Held, grid_param, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.grids import check_choice
@@ -19,6 +19,7 @@ from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 
+@ADAPTERS.register("l4q")
 @dataclass(frozen=True, kw_only=True)
 class L4Q(GridAdapter):
     """L4Q (Jeon et al. 2024, arXiv:2402.04902): quantize after merging, `W' = Q(W0 + scaling * B A; s, b)`.
@@ -30,8 +31,8 @@ class L4Q(GridAdapter):
         paper trains them as they are, where one step of Adam may be several percent of a scale, or cross zero.
     """
 
-    kind: ClassVar[str] = "l4q"
-    base = "float"
+    base: ClassVar[Base] = "float"
+    extra: ClassVar[tuple[str, ...]] = ("rho", "shift", "start")
 
     bits: int = 4
     """Width of a code."""
@@ -58,12 +59,14 @@ class L4Q(GridAdapter):
         if self.init == "asymmetric" and self.offsets == "none":
             raise ConfigError("init='asymmetric' starts from offsets, and offsets='none' has none. Use another init")
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("rho",) if self.offsets == "none" else ("rho", "shift")
+    def grid_params(self, layout: Layout) -> dict[str, Param]:
+        """`rho`, `shift` where offsets train, and the first scales and shifts, `start [2, out, groups]`, frozen."""
+        names = ("rho",) if self.offsets == "none" else ("rho", "shift")
+        start = Param(shape=(2, layout.out, layout.groups), init=self._begin, dtype=torch.float32, trains=False)
+        return {**{name: grid_param(layout) for name in names}, "start": start}
 
-    def inputs(self, layout: Layout) -> int:
-        return layout.columns
+    def _begin(self, tensor: Tensor, source: Source) -> None:
+        tensor.copy_(self.start(source))
 
     def with_grid(self, format: Format, storage: Storage) -> L4Q:
         if format.levels != "int":
@@ -72,11 +75,12 @@ class L4Q(GridAdapter):
         assert format.zero != "default"  # a format resolves it
         return replace(self, bits=format.bits, group_size=format.group_size, offsets=format.zero, scales=kind)
 
-    def product(self, source: Source) -> Layout:
+    def layout_of(self, source: Source) -> Layout:
         assert isinstance(source, Tensor)
         return self.layout(*source.shape)
 
     def layout(self, out: int, columns: int) -> Layout:
+        """Layout of the product over a dense matrix `[out, columns]`."""
         format = Format(bits=self.bits, group_size=self.group_size, zero=self.offsets)
         kind: Held = "fp32" if self.scales == "fp32" else "fp16"
         offsets = {"none": "absent", "integer": "integer", "float": kind}[self.offsets]
@@ -87,9 +91,9 @@ class L4Q(GridAdapter):
 
     @torch.no_grad()
     def start(self, source: Source) -> Tensor:
-        """First scales and shifts, `[2, out, groups]`."""
+        """First scales and shifts over a dense matrix, float32 `[2, out, groups]`."""
         assert isinstance(source, Tensor)
-        layout, half = self.product(source), 2 ** (self.bits - 1)
+        layout, half = self.layout_of(source), 2 ** (self.bits - 1)
         width = layout.format.width(layout.columns)
         low, high = kernels_for(source.device).group_range(source, width)
         if self.init == "asymmetric":
@@ -104,30 +108,32 @@ class L4Q(GridAdapter):
             scales = torch.maximum(-low / half, high / (half - 1))
         return torch.stack([_up(scales, layout.storage.scales), torch.zeros_like(scales)])
 
-    def grid(
-        self, source: Source, start: Tensor | None, trained: Trained, scaling: float
-    ) -> tuple[Tensor, Tensor | None]:
-        assert start is not None
-        layout, half = self.product(source), 2 ** (self.bits - 1)
-        first, shift = start.detach().float()
-        scales = snap(first * grown(trained["rho"]), layout.storage.scales)
+    def begin_quantizing(self, source: Source, params: Params, scaling: float) -> None:
+        """Begin with the grid of the matrix as the first steps have changed it."""
+        assert isinstance(source, Tensor)
+        changed = source.float() + scaling * (params["B"].float() @ params["A"].float())
+        params["start"].copy_(self.start(changed))
+
+    def grid(self, source: Source, params: Params, scaling: float) -> tuple[Tensor, Tensor | None]:
+        layout, half = self.layout_of(source), 2 ** (self.bits - 1)
+        first, shift = params["start"].detach().float()
+        scales = snap(first * grown(params["rho"]), layout.storage.scales)
         if self.offsets == "none":
             return scales, None
-        shift = shift + first * trained["shift"].float()
+        shift = shift + first * params["shift"].float()
         if self.offsets == "integer":
             zero = half - shift / scales
             return scales, zero + (zero.round().clamp(0, 2 * half - 1) - zero).detach()
         return scales, snap(shift - half * scales, layout.storage.offsets)
 
 
+@ADAPTERS.register("qat-lora")
 @dataclass(frozen=True, kw_only=True)
 class QATLoRA(L4Q):
     """QAT-LoRA, the baseline of L4Q's paper: `y = Q(W0; s, b) x + scaling * B A x`.
 
     The quantizer and the adapter train side by side; the sum does not merge into codes.
     """
-
-    kind: ClassVar[str] = "qat-lora"
 
     @property
     def exactness(self) -> Exactness:
@@ -137,22 +143,21 @@ class QATLoRA(L4Q):
     def merged_form(self) -> bool:
         return False
 
-    def inside(self, trained: Trained) -> tuple[Tensor | None, Tensor | None]:
+    def inside(self, params: Params) -> tuple[Tensor | None, Tensor | None]:
         return None, None
 
-    def forward(self, x: Tensor, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> Tensor:
-        y = super().forward(x, source, start, trained, scaling)
-        return add_low_rank(y, x, trained["A"], trained["B"], scaling)
+    def forward(self, x: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout = same) -> Tensor:
+        y = super().forward(x, source, params, scaling)
+        return add_low_rank(y, x, params["A"], params["B"], scaling)
 
-    def merge(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> QuantWeight:
+    def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         raise MergeError(
             "qat-lora's branch changes weights within a group, which codes cannot follow. Train with --method l4q, or "
             "accept the loss and requantize (merge --requantize)"
         )
 
-    def dense(self, source: Source, start: Tensor | None, trained: Trained, scaling: float) -> Tensor:
-        quantized = super().dense(source, start, trained, scaling)
-        return quantized + scaling * (trained["B"].float() @ trained["A"].float())
+    def dense(self, source: Source, params: Params, scaling: float) -> Tensor:
+        return super().dense(source, params, scaling) + scaling * (params["B"].float() @ params["A"].float())
 
 
 def _up(scales: Tensor, kind: str) -> Tensor:

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from quadapt.nn.adapters.base import Begins, CodesAdapter, add_low_rank
-from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.nn.adapters.base import ADAPTERS, Begins, Dropout, Param, Params, Source, add_low_rank, low_rank
+from quadapt.nn.adapters.codes import CodesAdapter
+from quadapt.quant.weight import Layout
 
 
+@ADAPTERS.register("lora")
 @dataclass(frozen=True, kw_only=True)
 class LoRA(CodesAdapter):
     """`y = x W^T + scaling * x A^T B^T`. Cannot merge into codes: stays base + adapter, or is requantized by name."""
-
-    kind: ClassVar[str] = "lora"
 
     @property
     def begins(self) -> Begins:
         return "factors"
 
-    def inputs(self, layout: Layout) -> int:
-        return layout.columns
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        return low_rank(layout, layout.columns, rank, started=started)
 
-    def reset(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        nn.init.zeros_(lora_B)
+    def side(self, x: Tensor, y: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout) -> Tensor:
+        return add_low_rank(y, dropout(x), *self.factors(params), scaling)
 
-    def side(self, x: Tensor, y: Tensor, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        return add_low_rank(y, x, lora_A, lora_B, scaling)
-
-    def as_lora(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        return lora_A, lora_B
+    def as_lora(self, source: Source, params: Params) -> tuple[Tensor, Tensor]:
+        return self.factors(params)

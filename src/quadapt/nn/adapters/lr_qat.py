@@ -8,13 +8,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.nn.adapters.grid import GridAdapter, Held, Source, Trained, base_layout, grown
+from quadapt.nn.adapters.base import ADAPTERS, Base, Params, Source
+from quadapt.nn.adapters.grid import GridAdapter, Held, base_layout, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 
+@ADAPTERS.register("lr-qat")
 @dataclass(frozen=True, kw_only=True)
 class LRQAT(GridAdapter):
     """LR-QAT (Bondarenko et al. 2024, arXiv:2406.06385): `W' = s * clip(round(W_fixed + scaling * B A))`.
@@ -25,14 +27,10 @@ class LRQAT(GridAdapter):
     Differs: the fixed point reaches just below `2**(bits - 1)`, where the authors clip to the last code.
     """
 
-    kind: ClassVar[str] = "lr-qat"
-    base = "fixed-point"
+    base: ClassVar[Base] = "fixed-point"
 
     bits: int = 4
     """Width of a code of the product."""
-
-    def inputs(self, layout: Layout) -> int:
-        return layout.columns
 
     def with_grid(self, format: Format, storage: Storage) -> LRQAT:
         if format.levels != "int" or format.zero != "none" or format.bits == 8:
@@ -41,7 +39,7 @@ class LRQAT(GridAdapter):
             )
         return replace(self, bits=format.bits, scales="fp32" if storage.scales == "fp32" else "fp16")
 
-    def product(self, source: Source) -> Layout:
+    def layout_of(self, source: Source) -> Layout:
         base = base_layout(source)
         if base.format.bits != 8 or base.format.levels != "int" or base.format.zero != "none":
             raise ConfigError(
@@ -55,9 +53,7 @@ class LRQAT(GridAdapter):
     def how(self, layout: Layout) -> FakeQuant:
         return FakeQuant(format=layout.format, columns=layout.columns, domain="codes", order="round-clamp", base_bits=8)
 
-    def grid(
-        self, source: Source, start: Tensor | None, trained: Trained, scaling: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def grid(self, source: Source, params: Params, scaling: float) -> tuple[Tensor, Tensor | None]:
         assert isinstance(source, QuantWeight)
         first = source.scales * 2 ** (8 - self.bits)
-        return snap(first * grown(trained["rho"]), self.product(source).storage.scales), None
+        return snap(first * grown(params["rho"]), self.layout_of(source).storage.scales), None

@@ -7,19 +7,32 @@ offset: `offsets += scaling * B @ A`. Codes and scales never change.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import expand, pool
-from quadapt.nn.adapters.base import Begins, CodesAdapter, Exactness, add_low_rank
+from quadapt.nn.adapters.base import (
+    ADAPTERS,
+    Begins,
+    Dropout,
+    Exactness,
+    Param,
+    Params,
+    Source,
+    add_low_rank,
+    low_rank,
+    xavier,
+)
+from quadapt.nn.adapters.codes import CodesAdapter, promoted, quantized
+from quadapt.quant.autograd import offset_gradient
 from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import FLOATS, Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 
+@ADAPTERS.register("pooled")
 @dataclass(frozen=True, kw_only=True)
 class Pooled(CodesAdapter):
     """`W' = scales * levels[codes] + offsets + scaling * B @ A`, with `A [rank, groups]`.
@@ -31,8 +44,6 @@ class Pooled(CodesAdapter):
     Differs: the paper trains a side branch on pooled inputs (`form="side"`), which equals the merged model but for
         rounding: with fp16 offsets the merge then loses 1 to 9 % of what the adapter does.
     """
-
-    kind: ClassVar[str] = "pooled"
 
     pooling: Literal["sum", "mean"] = "sum"
     """sum over a group, as in the paper, or mean, as in the authors' code: there the same A and B do `1 / group_size`
@@ -60,12 +71,8 @@ class Pooled(CodesAdapter):
                 "Use dropout=0, or form='side'"
             )
 
-    def inputs(self, layout: Layout) -> int:
-        return layout.groups
-
-    def reset(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        nn.init.xavier_uniform_(lora_A)
-        nn.init.zeros_(lora_B)
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        return low_rank(layout, layout.groups, rank, init=xavier)
 
     @property
     def exactness(self) -> Exactness:
@@ -75,13 +82,14 @@ class Pooled(CodesAdapter):
     def merged_form(self) -> bool:
         return self.form == "merged"
 
-    def merge(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> QuantWeight:
+    def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         """Shift the offsets.
 
         `B @ A` is computed in float64: a merge on another device, or with other threads, must round to the same
         offsets.
         """
-        change = self._strength(weight.layout, scaling) * (lora_B.double() @ lora_A.double())
+        weight, (A, B) = quantized(source), self.factors(params)
+        change = self._strength(weight.layout, scaling) * (B.double() @ A.double())
         base = weight.offsets
         return weight.with_offsets(
             (change if base is None else base + change).float(), self._kind(weight.layout.storage)
@@ -92,25 +100,39 @@ class Pooled(CodesAdapter):
             return self.offsets
         return storage.floats
 
-    def offset_gradients(
-        self, layout: Layout, lora_A: Tensor, lora_B: Tensor, scaling: float, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gradient = self._strength(layout, scaling) * gradient
-        kind = torch.promote_types(gradient.dtype, lora_A.dtype)
-        gradient, A, B = gradient.to(kind), lora_A.to(kind), lora_B.to(kind)
-        return (B.T @ gradient).to(lora_A.dtype), (gradient @ A.T).to(lora_B.dtype)
+    def keep(self, layout: Layout, pooled: Tensor, params: Params, needed: frozenset[str]) -> Tensor:
+        """The pooled inputs themselves; where `A` is frozen, `pooled A^T [tokens, rank]` is all that `B` needs."""
+        if "A" in needed:
+            return pooled
+        pooled, A = promoted(pooled, params["A"])
+        return pooled @ A.T
 
-    def side(self, x: Tensor, y: Tensor, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    def gradients(
+        self, layout: Layout, params: Params, scaling: float, dy: Tensor, kept: Tensor, needed: frozenset[str]
+    ) -> Params:
+        gradient = self._strength(layout, scaling) * offset_gradient(dy, kept)
+        if "A" not in needed:
+            return {"B": gradient.to(params["B"].dtype)}
+        gradient, A, B = promoted(gradient, params["A"], params["B"])
+        return {"A": (B.T @ gradient).to(params["A"].dtype), "B": (gradient @ A.T).to(params["B"].dtype)}
+
+    def side(self, x: Tensor, y: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout) -> Tensor:
         if self.merged_form:
             return y
-        pooled = pool(weight.stored_order(x), weight.format.width(weight.layout.columns)).to(x.dtype)
-        return add_low_rank(y, pooled, lora_A, lora_B, self._strength(weight.layout, scaling))
+        strength = self._strength(quantized(source).layout, scaling)
+        return add_low_rank(y, self._pooled(dropout(x), source), *self.factors(params), strength)
 
-    def as_lora(self, weight: QuantWeight, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _pooled(self, x: Tensor, source: Source) -> Tensor:
+        """`x [.., in]` summed over the groups of the matrix, `[.., groups]` in the dtype of `x`."""
+        weight = quantized(source)
+        return pool(weight.stored_order(x), weight.format.width(weight.layout.columns)).to(x.dtype)
+
+    def as_lora(self, source: Source, params: Params) -> tuple[Tensor, Tensor]:
         """Repeat each column of `A` for all inputs of its group."""
+        weight, (A, B) = quantized(source), self.factors(params)
         columns = weight.layout.columns
-        A = weight.layer_order(expand(lora_A, weight.format.width(columns), columns))
-        return A * self._strength(weight.layout, 1.0), lora_B
+        wide = weight.layer_order(expand(A, weight.format.width(columns), columns))
+        return wide * self._strength(weight.layout, 1.0), B
 
     def _strength(self, layout: Layout, scaling: float) -> float:
         """Factor of `B @ A` in the offsets. A shorter last group counts as a full one that ends in zeros."""
