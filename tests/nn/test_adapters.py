@@ -346,6 +346,28 @@ def test_lora_adds_a_low_rank_product(format: Format, quant_weight: Make) -> Non
     torch.testing.assert_close(side_branch(x, weight, A, B, LoRA()), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_with_a_frozen_nothing_of_the_size_of_the_inputs_is_kept(frozen: bool, quant_weight: Make) -> None:
+    """`x A^T [tokens, rank]` is all that the gradient of `B` needs."""
+    weight = quant_weight(Format(bits=4), 24, 96)
+    A, B = (factor.requires_grad_(True) for factor in factors(weight, adapter=LoRA(), dtype=torch.float32))
+    A.requires_grad_(not frozen)
+    x, sizes = torch.randn(5, 96, requires_grad=True), []
+    known = {tensor.untyped_storage().data_ptr() for tensor in (A, B, *weight.tensors.values())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            sizes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = LoRA().forward(x, weight, named(A, B), SCALING)
+    assert sizes == [(5, 4)] if frozen else (5, 96) in sizes
+    y.sum().backward()
+    assert B.grad is not None
+    assert (A.grad is None) == frozen
+
+
 @formats
 def test_lora_does_not_merge_and_says_what_to_do(format: Format, quant_weight: Make) -> None:
     weight = quant_weight(format)

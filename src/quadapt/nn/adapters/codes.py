@@ -6,7 +6,6 @@ side branch, added to the product.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -44,10 +43,6 @@ class CodesAdapter(Adapter):
             f"{quantized(source).format.name} cannot follow. Serve base + adapter (export --format lora), train with "
             "--method qa-lora, or accept the loss and requantize (merge --requantize)"
         )
-
-    @abstractmethod
-    def as_lora(self, source: Source, params: Params) -> tuple[Tensor, Tensor]:
-        """`A [rank, in]` and `B [out, rank]` of the ordinary LoRA that does the same, at the same scaling."""
 
     def dense(self, source: Source, params: Params, scaling: float) -> Tensor:
         return stacked_dense(quantized(source), [Part(self, params, scaling)])

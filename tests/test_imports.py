@@ -1,0 +1,59 @@
+"""Every module can be the first that a process imports, whatever it makes PEFT and transformers import in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import quadapt
+
+EACH = """
+import os
+import sys
+import traceback
+
+import accelerate, datasets, gguf, numba, peft, pydantic, scipy.stats, torch, transformers.trainer, typer
+
+# What is imported above stays, so that a child costs little; these two are run anew by whoever imports them first, and
+# after them what waits for them.
+for name in ("peft", "transformers.modeling_utils"):
+    del sys.modules[name]
+assert not [name for name in sys.modules if name.partition(".")[0] == "quadapt"]
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            __import__(name)
+            if "peft" in sys.modules:
+                from peft.tuners.lora.model import LoraModel
+                assert LoraModel._create_new_module._quadapt, "PEFT was not plugged into"
+            if "transformers.modeling_utils" in sys.modules:
+                from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+                assert "quadapt" in AUTO_QUANTIZER_MAPPING, "transformers was not plugged into"
+            code = 0
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        print("cannot be imported first:", name, flush=True)
+"""
+
+
+def modules() -> list[str]:
+    root = Path(quadapt.__file__).parent
+    paths = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in paths}
+    return sorted(name for name in names if not name.endswith(".__main__"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each module is imported in a fork of one process")
+def test_every_module_can_be_imported_first(run_python: Callable[..., str]) -> None:
+    names = modules()
+    assert {"quadapt.hf.identity", "quadapt.hf.tuner", "quadapt.hf.peft_layer", "quadapt.cli"} <= set(names)
+    assert run_python(EACH, *names) == ""
