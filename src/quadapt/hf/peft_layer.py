@@ -214,7 +214,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             return self._as_at_first(x, base)
         names = [] if self.merged else self.active()
         if not names:
-            return base(x)  # type: ignore[no-any-return]
+            return base(x)
         parts = self.parts(names)
         if self.dense_steps:
             part = parts[0]
@@ -316,7 +316,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             self.base_layer = QuantLinear.of(weight, bias)
             return
         layer.quant_weight = weight
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -92,7 +92,7 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
                 plan.rounding.check(layouts[layer])
     adapter = config.spec.method.adapter
     if quantized is None and adapter.base == "float":  # quantizes in its forward: the base stays dense
-        layouts = {layer: adapter.layout_of(model.get_submodule(layer).weight) for layer in layouts}
+        layouts = {layer: adapter.layout_of(model.get_submodule(layer).get_parameter("weight")) for layer in layouts}
         return _sketched(model, layouts, left, about, (dense, part))
     for layer, layout in layouts.items():
         bias = model.get_submodule(layer).bias
