@@ -18,7 +18,14 @@ from pydantic.fields import FieldInfo
 
 from quadapt.cli import COMMANDS
 from quadapt.config import Flag, RunConfig, Settings
+from quadapt.exporters.formats import EXPORTERS
 from quadapt.methods import METHODS, method_named
+from quadapt.nn.adapters import ADAPTERS
+from quadapt.nn.objective import OBJECTIVES
+from quadapt.nn.starts import STARTS
+from quadapt.quant.ranges import RANGES
+from quadapt.quant.rounding import ROUNDINGS
+from quadapt.quant.storage import STORAGES
 from quadapt.quant.weight import Layout
 
 if TYPE_CHECKING:
@@ -28,6 +35,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = {"README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CHANGELOG.md": "changelog.md"}
 COPIED["CONTRIBUTING.md"] = "contributing.md"
+REGISTRIES = {
+    "Roundings": ROUNDINGS,
+    "Ranges": RANGES,
+    "Storages of scales and offsets": STORAGES,
+    "Starts": STARTS,
+    "Adapters": ADAPTERS,
+    "Objectives": OBJECTIVES,
+    "Export formats": EXPORTERS,
+}
 MERGES = {"exact": "exactly", "equivalent": "but for rounding", "none": "not exactly: serve base and adapter"}
 PLAIN = {"Zero", "Nearest", "CrossEntropy"}
 """Pieces that say nothing about a method."""
@@ -39,7 +55,7 @@ def generated() -> dict[str, str]:
     found = {where: moved(name) for name, where in COPIED.items()}
     found |= {f"methods/{name}.md": method_page(name) for name in METHODS}
     found |= {f"settings/{name}.md": settings_page(name) for name in (*COMMANDS, "run")}
-    return found | {"examples.md": examples_page()}
+    return found | {"examples.md": examples_page(), "pieces.md": pieces_page()}
 
 
 def moved(name: str) -> str:
@@ -65,6 +81,22 @@ def examples_page() -> str:
         said = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
         parts.append(f"## {path.stem.replace('_', ' ').capitalize()} {{ #{path.stem} }}\n")
         parts.append(f'{said}\n\n```python title="examples/{path.name}"\n{text}```\n')
+    return "\n".join(parts)
+
+
+def pieces_page() -> str:
+    """Every piece of every registry, with what it says of itself in one sentence."""
+    parts = [
+        "# Pieces by name\n",
+        "What a setting such as `--rounding` or `--start` takes, and what a method is made of. Other packages can "
+        "[add theirs](contributing.md#in-a-package-of-your-own).\n",
+    ]
+    for title, registry in REGISTRIES.items():
+        parts.append(f"## {title}\n")
+        shown = {getattr(piece, "spelling", name): piece for name, piece in registry.items()}
+        for name, piece in shown.items():
+            said = " ".join((inspect.getdoc(piece) or "").partition("\n\n")[0].split())
+            parts.append(f"`{name}`\n:   {re.sub(r':class:', '', said)}\n")
     return "\n".join(parts)
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed
 from benchmarks.gpu.rows import shown
 from compared import RESULTS, ROOT, compared, table
 
+from quadapt.exporters.formats import EXPORTERS
 from quadapt.methods import METHODS, method_named
 
 NOT_MEASURED = "Not measured yet.\n"
@@ -49,6 +50,15 @@ def methods() -> str:
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
         rows.append((f"`{name}`", paper, method.summary.removesuffix(" Cannot merge exactly."), merges))
     return table(("method", "arXiv", "what it is", "merges"), rows)
+
+
+def exporters() -> str:
+    """Every export format, in its own words."""
+    rows = []
+    for name, kind in EXPORTERS.items():
+        words = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+        rows.append((f"`{name}`", words, f"`{kind.suffix}` file" if kind.suffix else "folder", kind.served_by))
+    return table(("format", "what it is", "written as", "served by"), rows)
 
 
 def demo(found: dict[str, Any]) -> str:
@@ -162,7 +172,8 @@ def marked(name: str) -> str:
         where, made = MEASURED[name]
         found = stored(where)
         return made(found) if found else NOT_MEASURED
-    return {"methods": methods, "gpu": gpu}[name]() if name in ("methods", "gpu") else compared(name)
+    made = {"methods": methods, "exporters": exporters, "gpu": gpu}
+    return made[name]() if name in made else compared(name)
 
 
 def pages() -> dict[Path, str]:
