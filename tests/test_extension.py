@@ -30,8 +30,10 @@ def installed(tmp_path: Path) -> dict[str, str]:
 
 
 USE = """
+import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quadapt
 from quadapt.methods import METHODS, method_named
@@ -65,12 +67,21 @@ with torch.no_grad():
 trained = model.eval()(ids).logits
 model.save_pretrained("adapter")
 model.unload().save_pretrained("base")
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
 assert torch.allclose(again(ids).logits, trained, atol=1e-5)
 layer = again.base_model.model.model.layers[0].mlp.down_proj.base_layer
 assert layer.quant_weight.layout.storage.scales == "bf16"
+
+base = AutoModelForCausalLM.from_pretrained("base")
+report = quadapt.export(base, None, "model.npz", format="npz")
+arrays = np.load("model.npz")
+name = "model.layers.0.mlp.down_proj.weight"
+codes, scales, offsets = (arrays[f"{name}.{part}"] for part in ("codes", "scales", "offsets"))
+groups = np.arange(codes.shape[1]) // 32
+found = codes * scales[:, groups] + offsets[:, groups]
+assert np.array_equal(found, base.model.layers[0].mlp.down_proj.quant_weight.dequantize().numpy())
+assert arrays["model.embed_tokens.weight"].shape == (96, 64)
+assert "model.npz" in report.path
 print("used")
 """
 

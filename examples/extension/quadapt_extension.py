@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from quadapt.errors import ExportError
+from quadapt.exporters.files import new_file
+from quadapt.exporters.formats import EXPORTERS, Exporter
+from quadapt.exporters.formats.base import Origin, Progress
+from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
+from quadapt.exporters.tensors import refuse_adapters, shape_of, tensors_of
 from quadapt.methods import METHODS, Method, Recipe
 from quadapt.nn.adapters import LoRA
 from quadapt.nn.starts import STARTS, Begun, Start
@@ -20,7 +28,7 @@ from quadapt.quant.format import Format
 from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.rounding import Nearest, Statistics
 from quadapt.quant.storage import Storage, ValueStorage, register
-from quadapt.quant.weight import Layout
+from quadapt.quant.weight import Layout, QuantWeight
 
 
 @RANGES.register("inner")
@@ -75,6 +83,49 @@ class Residual(Start):
         U, S, Vh = torch.linalg.svd(weight.double() - base.dequantize().double(), full_matrices=False)
         root = S[:rank].sqrt()
         return Begun(base, ((U[:, :rank] * root).float(), (root[:, None] * Vh[:rank]).float()))
+
+
+@EXPORTERS.register("npz")
+@dataclass(frozen=True, kw_only=True)
+class Npz(Exporter):
+    """One file of NumPy arrays: codes, scales and offsets of each quantized layer, and whatever else the model has."""
+
+    summary: ClassVar[str] = "arrays for NumPy, codes as they are"
+    form: ClassVar[str] = "codes as they are"
+    served_by: ClassVar[str] = "NumPy"
+    suffix: ClassVar[str] = ".npz"
+
+    def accepts(self, layout: Layout) -> str | None:
+        return (
+            "the order of its inputs has no place in the file. Quantize without act_order" if layout.permuted else None
+        )
+
+    def write(
+        self, model: Any, tokenizer: Any, path: Path, *, origin: Origin | None = None, progress: Progress = iter
+    ) -> ExportReport:
+        refuse_adapters(model)
+        arrays: dict[str, np.ndarray] = {}
+        rows: list[TensorRow] = []
+        for name, source in tensors_of(model):
+            made = self._arrays(name, source)
+            arrays |= made
+            nbytes, linear = sum(array.nbytes for array in made.values()), isinstance(source, QuantWeight)
+            rows.append(TensorRow(name=name, type="arrays", shape=shape_of(source), nbytes=nbytes, linear=linear))
+        with new_file(path) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
+        bits = bits_per_weight(rows)
+        return ExportReport(
+            format=self.name, path=str(path), bytes=size_of(path), tensors=tuple(rows), bits_per_weight=bits
+        )
+
+    def _arrays(self, name: str, source: Tensor | QuantWeight) -> dict[str, np.ndarray]:
+        if isinstance(source, Tensor):
+            return {name: np.asarray(source.float())}
+        reason = self.accepts(source.layout)
+        if reason:
+            raise ExportError(f"{name}: {reason}")
+        made = {"codes": source.codes(), "scales": source.scales, "offsets": source.offsets}
+        return {f"{name}.{part}": np.asarray(tensor) for part, tensor in made.items() if tensor is not None}
 
 
 @METHODS.register("residual-lora")
