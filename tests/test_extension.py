@@ -32,7 +32,10 @@ def installed(tmp_path: Path) -> dict[str, str]:
 USE = """
 import numpy as np
 import torch
+from dataclasses import replace
+
 from peft import PeftModel
+from quadapt_extension import Shift
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quadapt
@@ -82,6 +85,25 @@ found = codes * scales[:, groups] + offsets[:, groups]
 assert np.array_equal(found, base.model.layers[0].mlp.down_proj.quant_weight.dequantize().numpy())
 assert arrays["model.embed_tokens.weight"].shape == (96, 64)
 assert "model.npz" in report.path
+
+method = replace(method_named("residual-lora", start="zero"), adapter=Shift())
+model = quadapt.prepare(LlamaForCausalLM.from_pretrained("dense"), method=method)
+before = model.eval()(ids).logits
+model.train()(ids, labels=ids).loss.backward()
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.abs().max() > 0
+            parameter -= 0.05 * parameter.grad
+trained = model.eval()(ids).logits
+assert not torch.allclose(trained, before, atol=1e-3)
+model.save_pretrained("shifted")
+model.unload().save_pretrained("shifted-base")
+again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("shifted-base"), "shifted").eval()
+assert torch.equal(again(ids).logits, trained)
+merged, certificate = quadapt.merge(again)
+assert certificate.verdict == "exact"
+assert torch.equal(merged(ids).logits, trained)
 print("used")
 """
 

@@ -20,10 +20,14 @@ from quadapt.exporters.formats import EXPORTERS, Exporter
 from quadapt.exporters.formats.base import Origin, Progress
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import refuse_adapters, shape_of, tensors_of
+from quadapt.kernels import expand
 from quadapt.methods import METHODS, Method, Recipe
-from quadapt.nn.adapters import LoRA
+from quadapt.nn.adapters import ADAPTERS, CodesAdapter, LoRA, Param, Params, Source
+from quadapt.nn.adapters.base import Exactness, zeros
+from quadapt.nn.adapters.codes import quantized
 from quadapt.nn.starts import STARTS, Begun, Start
 from quadapt.nn.starts.base import Quantize
+from quadapt.quant.autograd import offset_gradient
 from quadapt.quant.format import Format
 from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.rounding import Nearest, Statistics
@@ -83,6 +87,41 @@ class Residual(Start):
         U, S, Vh = torch.linalg.svd(weight.double() - base.dequantize().double(), full_matrices=False)
         root = S[:rank].sqrt()
         return Begun(base, ((U[:, :rank] * root).float(), (root[:, None] * Vh[:rank]).float()))
+
+
+@ADAPTERS.register("shift")
+@dataclass(frozen=True, kw_only=True)
+class Shift(CodesAdapter):
+    """Every offset trains by itself: `offsets + scaling * shift`, with `shift [out, groups]`, and a merge is exact."""
+
+    extra: ClassVar[tuple[str, ...]] = ("shift",)
+
+    @property
+    def exactness(self) -> Exactness:
+        return "exact"
+
+    @property
+    def merged_form(self) -> bool:
+        return True
+
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        return {"shift": Param(shape=(layout.out, layout.groups), init=zeros)}
+
+    def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
+        weight, change = quantized(source), scaling * params["shift"].double()
+        moved = change if weight.offsets is None else weight.offsets + change
+        return weight.with_offsets(moved.float(), weight.layout.storage.floats)
+
+    def gradients(
+        self, layout: Layout, params: Params, scaling: float, dy: Tensor, kept: Tensor, needed: frozenset[str]
+    ) -> Params:
+        return {"shift": scaling * offset_gradient(dy, kept).to(params["shift"].dtype)}
+
+    def as_lora(self, source: Source, params: Params) -> tuple[Tensor, Tensor]:
+        weight, shift = quantized(source), params["shift"]
+        each = torch.eye(weight.layout.groups, dtype=shift.dtype, device=shift.device)
+        columns = weight.layout.columns
+        return weight.layer_order(expand(each, weight.format.width(columns), columns)), shift
 
 
 @EXPORTERS.register("npz")
