@@ -10,21 +10,14 @@ import sys
 from transformers import AutoTokenizer
 
 import quadapt
+from quadapt.methods import gptq_lora
 
 model_folder, text, output = sys.argv[1:]
 
 # A method is a choice along several axes, and each of them can be given by itself. Here: 4-bit integers in groups of
 # 32, whose ranges have the least squared error, rounded by GPTQ on 64 pieces of the text; the output head stays dense.
-prepared = quadapt.prepare(
-    model_folder,
-    method="gptq-lora",
-    bits=4,
-    group_size=32,
-    range="mse",
-    calibration=text,
-    calibration_sequences=64,
-    skip=["lm_head"],
-)
+method = gptq_lora(bits=4, group_size=32, range="mse")
+prepared = quadapt.prepare(model_folder, method=method, calibration=text, calibration_sequences=64, skip=["lm_head"])
 
 # What `prepare` gives has an adapter on it. It is not wanted here, and has not trained: taken off, the base is left.
 model = prepared.unload()
