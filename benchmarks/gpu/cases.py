@@ -25,7 +25,7 @@ from quadapt.kernels.fake_reference import Grid
 from quadapt.quant.format import Format, normal_levels
 from quadapt.quant.icq import fractions
 from quadapt.quant.rounding import Nearest
-from quadapt.quant.storage import Offsets, Storage
+from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout
 from quadapt.widths import INTEGER_WIDTHS, NORMAL_FLOAT_WIDTHS
 
@@ -204,7 +204,7 @@ def _faking(rows: int, columns: int, group: int) -> Iterator[Case]:
 
 
 def _products(rows: int, columns: int, group: int) -> Iterator[Case]:
-    kinds: tuple[tuple[str, str, Offsets, str], ...] = (
+    kinds: tuple[tuple[str, str, str, str], ...] = (
         ("int", "none", "absent", "fp16"),
         ("int", "integer", "integer", "double"),
         ("int", "float", "fp16", "fp16"),

@@ -16,7 +16,6 @@ from quadapt.methods import method_named
 from quadapt.nn.starts import LQ
 from quadapt.nn.starts.lq import squared_error
 from quadapt.quant.rounding import Nearest
-from quadapt.quant.storage import Linear
 
 LQ_LORA = method_named("lq-lora")
 
@@ -100,7 +99,7 @@ def test_nothing_that_matters_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
 def test_constants_that_fp16_cannot_hold_are_no_option() -> None:
     for scale in (1e-7, 1e6):
         found = measure(scale * torch.randn(64, 64), candidates(LQ_LORA), LQ_LORA, rank=0)
-        kinds = [Linear.of(option.candidate.storage.scales) for option in found]
+        kinds = [option.candidate.storage.of_scales for option in found]
         assert all(kind and kind.constant == "fp32" for kind in kinds)
     found = measure(1e-7 * torch.randn(64, 64), candidates(method_named("qa-lora")), method_named("qa-lora"), rank=0)
     assert {option.candidate.format.bits for option in found} == {8}  # whose scales are fp32 anyway

@@ -21,7 +21,7 @@ from quadapt import load
 from quadapt.budget import BudgetPlan
 from quadapt.config import TuneConfig
 from quadapt.jobs import plan as job
-from quadapt.quant.storage import Linear
+from quadapt.quant.storage import STORAGES, Linear
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -47,7 +47,7 @@ def test_a_plan_is_kept_to_the_bit(made: tuple[Path, dict[str, Any]], tmp_path: 
     assert made_["made"]["method"] == "lq-lora"  # of the plan
     for name, layer in written["layers"].items():
         assert inspected["layers"][name].startswith(f"nf{layer['format']['bits']}-g{layer['format']['group_size']}")
-        assert Linear.of(layer["storage"]["scales"])
+        assert isinstance(STORAGES[layer["storage"]["scales"]], Linear)
     stored = load_file(tmp_path / "q" / "model.safetensors")
     parts = ("weight", "scales", "scales_largest", "scales_smallest")
     size = sum(stored[f"{name}.{part}"].nbytes for name in written["layers"] for part in parts)

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import unpack
-from quadapt.quant import storage
 from quadapt.quant.format import Format, normal_levels
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest, ScaleUnderflow
-from quadapt.quant.storage import LINEAR, Linear, Storage
+from quadapt.quant.storage import LINEAR, STORAGES, Linear, Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 KINDS = [
@@ -39,7 +38,7 @@ def stored(kind: str) -> Storage:
 
 
 def through(values: Tensor, kind: str) -> Tensor:
-    return storage.decode(storage.encode(values, kind, centre=True), kind, (values.shape[0], values.shape[1]))
+    return STORAGES[kind].through(values, centre=True)
 
 
 def layout(format: Format, kind: str, out: int = 40, columns: int = 144) -> Layout:
@@ -49,13 +48,13 @@ def layout(format: Format, kind: str, out: int = 40, columns: int = 144) -> Layo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(40, 9), (1, 1), (7, 5), (16, 16)])
 def test_scales_are_those_of_the_papers_equations(kind: str, shape: tuple[int, int]) -> None:
-    linear, values = Linear.of(kind), torch.rand(shape) + 0.01
+    linear, values = STORAGES[kind], torch.rand(shape) + 0.01
     assert linear is not None
     constant = {"fp16": np.float16, "fp32": np.float32}[linear.constant]
     _, want, constants, offset = lq_numpy.scales(
         values.double().numpy(), bits=linear.bits, block=linear.block, constant=constant
     )
-    kept = storage.encode(values, kind, centre=True)
+    kept = STORAGES[kind].encode(values, centre=True)
     held = kept["_largest"].view({"fp16": torch.float16, "fp32": torch.float32}[linear.constant]).flatten()
     np.testing.assert_allclose(held.numpy(), constants, rtol=1e-3 if linear.constant == "fp16" else 1e-6)
     assert float(kept["_smallest"].view(torch.float32)) == pytest.approx(offset)
@@ -73,7 +72,7 @@ def test_scales_are_those_of_the_papers_equations(kind: str, shape: tuple[int, i
     kind=st.sampled_from(KINDS),
 )
 def test_stored_scales_are_positive_ordered_and_near(values: np.ndarray, kind: str) -> None:
-    linear, flat = Linear.of(kind), torch.from_numpy(values).flatten()
+    linear, flat = STORAGES[kind], torch.from_numpy(values).flatten()
     assert linear is not None
     found = through(torch.from_numpy(values), kind).flatten()
     assert bool((found >= flat.min()).all())
@@ -90,7 +89,7 @@ def test_a_constant_that_fp16_rounds_down_leaves_the_largest_scale_on_top(bits: 
     """1.4 times the smallest float16 is stored as that, and 1.4 times the top code does not fit."""
     kind, smallest, top = f"linear{bits}-16-fp16", 1e-5, 2**bits - 1
     values = smallest + 2.0**-24 * torch.tensor([[0.0, 1.4, 1.2, 1.01], [0.0, 1.3, 0.0, 1.45]])
-    kept = storage.encode(values, kind, centre=False)
+    kept = STORAGES[kind].encode(values, centre=False)
     codes = unpack(kept[""], bits, values.numel())[0].tolist()
     assert codes == [0, top, top, top, 0, top, 0, top]
     found = through(values, kind)
@@ -109,8 +108,8 @@ def test_eight_bits_are_as_good_as_double_quantization() -> None:
     """Against bitsandbytes' form: scales of a Gaussian matrix differ by under one percent."""
     scales = torch.randn(512, 64, 64).abs().amax(-1)
     for kind in (LINEAR, "double"):
-        values = storage.encode(scales, kind, centre=True)
-        found = storage.decode(values, kind, (512, 64))
+        values = STORAGES[kind].encode(scales, centre=True)
+        found = STORAGES[kind].decode(values, (512, 64))
         assert float(((found - scales).abs() / scales).max()) < 0.01
 
 
@@ -140,7 +139,7 @@ def test_bits_are_the_papers_and_one_offset(bits: int, kind: str, want: float) -
 
 def test_the_whole_grid_costs_what_the_formula_says() -> None:
     for kind, bits, group in itertools.product(KINDS, (2, 3, 4, 8), (16, 32, 64)):
-        linear = Linear.of(kind)
+        linear = STORAGES[kind]
         assert linear is not None
         found = layout(Format(levels="nf", bits=bits, group_size=group), kind, 1024, 2048)
         width = {"fp16": 16, "fp32": 32}[linear.constant]
@@ -177,7 +176,7 @@ def test_other_offsets_leave_linear_scales_alone() -> None:
 @pytest.mark.parametrize("scale", [1e-8, 1e6])
 def test_what_fp16_constants_cannot_hold_is_said(scale: float) -> None:
     weight = scale * torch.randn(16, 64)
-    with pytest.raises(ScaleUnderflow, match="do not fit fp16"):
+    with pytest.raises(ScaleUnderflow, match="do not fit linear8-16-fp16"):
         Nearest()(weight, layout(NF4, "linear8-16-fp16", 16, 64))
     kept = Nearest()(weight, layout(NF4, "linear8-16-fp32", 16, 64))
     assert float((kept.dequantize() - weight).norm() / weight.norm()) < 0.12 if scale > 1 else True

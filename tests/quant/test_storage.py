@@ -18,17 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quadapt.errors import ConfigError, ShapeError
-from quadapt.quant import storage
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
-from quadapt.quant.storage import Storage
+from quadapt.quant.storage import STORAGES, Storage, dynamic_map
 from quadapt.quant.weight import Layout, QuantWeight
 
 KINDS = ("fp16", "fp32", "integer", "double")
 
 
 def through(values: Tensor, kind: str, *, centre: bool = True) -> Tensor:
-    return storage.decode(storage.encode(values, kind, centre=centre), kind)
+    return STORAGES[kind].through(values, centre=centre)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -49,36 +48,36 @@ def test_what_has_been_stored_once_stays(kind: str) -> None:
 
 def test_zero_points_are_whole_bytes() -> None:
     points = torch.tensor([[0.0, 1.0, 15.0], [128.0, 254.0, 255.0]])
-    stored = storage.encode(points, "integer", centre=False)
+    stored = STORAGES["integer"].encode(points, centre=False)
     assert stored[""].dtype == torch.uint8
-    assert torch.equal(storage.decode(stored, "integer"), points)
+    assert torch.equal(STORAGES["integer"].decode(stored, (2, 3)), points)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_that_is_stored_is_bytes_of_the_announced_shape(kind: str) -> None:
     for out, groups in ((1, 1), (3, 5), (40, 16)):
-        stored = storage.encode(torch.rand(out, groups).mul(200).round(), kind, centre=True)
+        stored = STORAGES[kind].encode(torch.rand(out, groups).mul(200).round(), centre=True)
         shapes = {suffix: tuple(tensor.shape) for suffix, tensor in stored.items()}
-        assert shapes == storage.stored_shapes(kind, out, groups)
+        assert shapes == STORAGES[kind].shapes(out, groups)
         assert {tensor.dtype for tensor in stored.values()} == {torch.uint8}
-        assert tuple(stored) == storage.suffixes(kind)
+        assert tuple(stored) == STORAGES[kind].suffixes
 
 
 def test_a_cast_of_all_floats_changes_nothing() -> None:
     """Mixed precision turns float parameters into bfloat16; none of these is one."""
     for kind in KINDS:
-        stored = storage.encode(torch.ones(2, 2), kind, centre=True)
+        stored = STORAGES[kind].encode(torch.ones(2, 2), centre=True)
         assert not any(tensor.is_floating_point() for tensor in stored.values())
 
 
 def test_bytes_that_start_at_any_address_are_read() -> None:
     scales = torch.randn(3, 5)
-    stored = storage.encode(scales, "fp32", centre=True)[""]
+    stored = STORAGES["fp32"].encode(scales, centre=True)[""]
     buffer = torch.zeros(stored.numel() + 1, dtype=torch.uint8)
     buffer[1:] = stored.flatten()
     unaligned = buffer[1:].view(stored.shape)
     assert unaligned.storage_offset() % 4
-    assert torch.equal(storage.decode({"": unaligned}, "fp32"), scales)
+    assert torch.equal(STORAGES["fp32"].decode({"": unaligned}, (3, 5)), scales)
 
 
 # --- double quantization ----------------------------------------------------------------------------------------------
@@ -87,23 +86,23 @@ def test_bytes_that_start_at_any_address_are_read() -> None:
 def test_the_dynamic_map_is_that_of_bitsandbytes() -> None:
     from bitsandbytes.functional import create_dynamic_map
 
-    assert torch.equal(storage.dynamic_map(device=torch.device("cpu")), create_dynamic_map(signed=True))
+    assert torch.equal(dynamic_map(device=torch.device("cpu")), create_dynamic_map(signed=True))
     np.testing.assert_allclose(
-        storage.dynamic_map(device=torch.device("cpu")).numpy(), double_quant_numpy.dynamic_map(), rtol=1e-6
+        dynamic_map(device=torch.device("cpu")).numpy(), double_quant_numpy.dynamic_map(), rtol=1e-6
     )
-    assert float(storage.dynamic_map(device=torch.device("cpu")).min()) == pytest.approx(-0.99297, abs=1e-5)
-    assert float(storage.dynamic_map(device=torch.device("cpu")).max()) == 1.0
+    assert float(dynamic_map(device=torch.device("cpu")).min()) == pytest.approx(-0.99297, abs=1e-5)
+    assert float(dynamic_map(device=torch.device("cpu")).max()) == 1.0
 
 
 @pytest.mark.parametrize("centre", [True, False])
 def test_double_quantization_is_the_papers(centre: bool) -> None:
     values = 0.02 + 0.005 * torch.randn(30, 20)
-    stored = storage.encode(values, "double", centre=centre)
+    stored = STORAGES["double"].encode(values, centre=centre)
     codes, constants, mean = double_quant_numpy.encode(values.double().numpy(), centre=centre)
     differing = (stored[""].numpy() != codes).mean()
     assert differing < 0.01  # only where a value lies within float32's rounding of a threshold
     want = double_quant_numpy.decode(stored[""].numpy(), constants, mean)
-    np.testing.assert_allclose(storage.decode(stored, "double").numpy(), want, rtol=1e-5)
+    np.testing.assert_allclose(STORAGES["double"].decode(stored, (30, 20)).numpy(), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 4), (40, 17), (5, 3)])
@@ -113,10 +112,12 @@ def test_double_quantization_is_that_of_bitsandbytes(shape: tuple[int, int]) -> 
     scales = torch.rand(shape) + 0.5
     codes, state = quantize_blockwise(scales - scales.mean(), blocksize=256)
     want = dequantize_blockwise(codes, state) + scales.mean()
-    found = storage.encode(scales, "double", centre=True)
+    found = STORAGES["double"].encode(scales, centre=True)
     differing = (found[""] != codes).nonzero()
     assert len(differing) <= 2  # ties
-    torch.testing.assert_close(storage.decode(found, "double"), want, rtol=0, atol=2e-3 if len(differing) else 1e-7)
+    torch.testing.assert_close(
+        STORAGES["double"].decode(found, shape), want, rtol=0, atol=2e-3 if len(differing) else 1e-7
+    )
 
 
 def test_double_quantized_offsets_keep_zero() -> None:
@@ -133,7 +134,7 @@ def test_double_quantization_of_equal_values_and_of_zeros_divides_by_nothing() -
 def test_the_error_of_double_quantization_is_half_a_gap_of_the_map() -> None:
     values = torch.rand(16, 16)
     found = through(values, "double", centre=False)
-    table = storage.dynamic_map(device=torch.device("cpu"))
+    table = dynamic_map(device=torch.device("cpu"))
     gap = float((table[1:] - table[:-1]).max())
     assert float((found - values).abs().max()) <= gap / 2 * float(values.max()) * (1 + 1e-5)
 

@@ -33,7 +33,7 @@ from quadapt.quant.rounding import (
     implied_offsets,
     row_chunks,
 )
-from quadapt.quant.storage import Linear, Storage, through
+from quadapt.quant.storage import Linear, Storage
 from quadapt.quant.weight import Layout
 
 TURNS = 5
@@ -87,7 +87,7 @@ def measure(
         ShapeError: No way can hold the matrix, or it is not finite.
     """
     start, rounding = table_start(method, "fisher" in statistics), table_rounding(method)
-    shared = isinstance(start, (Zero, LQ)) and all(Linear.of(way.storage.scales) for way in ways)
+    shared = isinstance(start, (Zero, LQ)) and all(isinstance(way.storage.of_scales, Linear) for way in ways)
     table = _Table(weight.float().contiguous(), start, rounding, rank, statistics)
     found = table.shared(ways) if shared else table.each(ways)
     if not found:
@@ -166,8 +166,7 @@ class _Table:
         if not self.rank or isinstance(self.start, Zero):
             return None
         layout = way.layout(*self.weight.shape)
-        offsets = "fp32" if way.storage.offsets in ("fp16", "fp32", "double") else way.storage.offsets
-        return self._begin(replace(layout, storage=Storage(scales="fp32", offsets=offsets))).factors
+        return self._begin(replace(layout, storage=way.storage.widest())).factors
 
     def _again(self, factors: Factors | None, way: Candidate, bits: int) -> Factors | None:
         """The low-rank part after more turns with scales of so many bits, which it makes up for if they are coarse.
@@ -205,14 +204,14 @@ class _Remainder:
         rest = self.weight if self.factors is None else torch.addmm(self.weight, *self.factors, alpha=-1)
         plain = replace(self.layout, storage=replace(self.layout.storage, scales="fp32"))
         grid = find_grid(rest, plain, self.rounding.range)
+        largest = float(grid[0].max())
         rows: list[Tensor | slice] = list(row_chunks(rest))
         if sampled:
             count = min(len(rest), max(FEWEST, len(rest) // SAMPLED))
             rows = [torch.linspace(0, len(rest) - 1, count, device=rest.device).round().long()]
         found = []
         for way in ways:
-            linear = Linear.of(way.storage.scales)
-            if linear and linear.constant == "fp16" and not _fits_fp16(grid[0]):
+            if not _fits(way.storage, largest):
                 continue
             layout = way.layout(self.layout.out, self.layout.columns)
             found.append(Option(way, layout.bits, self._error(rest, grid, layout, rows)))
@@ -222,8 +221,8 @@ class _Remainder:
         self, rest: Tensor, grid: tuple[Tensor, Tensor | None], layout: Layout, rows: Sequence[Tensor | slice]
     ) -> float:
         """Squared error on some rows, with the scales and offsets of `grid` held as `layout` says."""
-        scales = through(grid[0], layout.storage.scales, centre=True)
-        offsets = None if grid[1] is None else through(grid[1], layout.storage.offsets, centre=False)
+        scales = layout.storage.of_scales.through(grid[0], centre=True)
+        offsets = None if grid[1] is None else layout.storage.of_offsets.through(grid[1], centre=False)
         stored = scales, implied_offsets(layout, scales, offsets)
         exact = grid[0], implied_offsets(layout, *grid)
         against = stored if self.rounding.code_against == "stored" else exact
@@ -255,15 +254,14 @@ class _Remainder:
 
 
 def _scale_bits(way: Candidate) -> int:
-    linear = Linear.of(way.storage.scales)
-    assert linear is not None
+    linear = way.storage.of_scales
+    assert isinstance(linear, Linear)
     return linear.bits
 
 
-def _fits_fp16(scales: Tensor) -> bool:
-    """Whether fp16 constants hold such scales, with room for those that a full decomposition ends in."""
-    largest = float(scales.max())
-    return 2.0**-16 < largest < torch.finfo(torch.float16).max / 4
+def _fits(storage: Storage, largest: float) -> bool:
+    """Whether scales up to `largest` are held well, with room for those that a full decomposition ends in."""
+    return all(storage.of_scales.fits_scales(each, each) for each in (largest / 8, largest * 4))
 
 
 def _plausible(rough: Sequence[Option]) -> set[Candidate]:

@@ -78,9 +78,7 @@ class QuadaptConfig(QuantizationConfigMixin):
         format = Format(levels=self.levels, bits=self.bits, group_size=self.group_size, zero=self.zero)  # type: ignore[arg-type]
         storage = Storage.default(format)
         if self.scales:
-            floats = storage.offsets in ("fp16", "fp32") and self.scales in ("fp16", "fp32", "double")
-            offsets = self.scales if floats else storage.offsets
-            storage = Storage(scales=self.scales, offsets=offsets)
+            storage = storage.with_scales(self.scales)
         rounding = Nearest(range=self.range)  # type: ignore[arg-type]
         return Plan(format=format, storage=storage, rounding=rounding)
 

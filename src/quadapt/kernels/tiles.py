@@ -89,7 +89,7 @@ def read_words(packed, row, word, rows, row_bytes, BITS: tl.constexpr, CODES: tl
 
 @triton.jit
 def held(values, absmax, mean, unit, at, inside, KIND: tl.constexpr):
-    """Scales or offsets at the flat positions `at`, float32, in the operations of `quant.storage.decode`."""
+    """Scales or offsets at the flat positions `at`, float32, in the operations of `ValueStorage.decode`."""
     if KIND == DOUBLE:
         code = tl.load(values + at, mask=inside, other=0).to(tl.int32)
         scaled = tl.load(unit + code) * tl.load(absmax + at // SUPER, mask=inside, other=0)

@@ -188,8 +188,7 @@ def widened(name: str, layout: Layout, plan: Plan, why: ScaleUnderflow) -> Layou
     """
     if name in plan.shapes:
         raise ShapeError(f"{why}, and make the plan anew without this layer (--skip): its bits are spent") from why
-    offsets = "fp32" if layout.storage.offsets == "fp16" else layout.storage.offsets
-    return replace(layout, storage=replace(layout.storage, scales="fp32", offsets=offsets))
+    return replace(layout, storage=layout.storage.widened())
 
 
 def row_of(

@@ -28,7 +28,7 @@ from quadapt.kernels import few, pack, product, unpack
 from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
 from quadapt.quant.products import add_product, operand_dtype
-from quadapt.quant.storage import FLOATS
+from quadapt.quant.storage import STORAGES
 
 _TILE = {"cpu": 1 << 20}
 """Weights whose gradient exists at once (4 MB on a CPU, else 64 MB): enough for a product to run at full speed."""
@@ -292,16 +292,6 @@ def fake_quant_codes(
     return fake_quant_weight(base, scales, offsets, how=how, dtype=torch.uint8, A=A, B=B, scaling=scaling)
 
 
-class _Snap(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return values.to(dtype).to(values.dtype)
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 def snap(values: Tensor, kind: str) -> Tensor:
-    """Round `values` as they will be stored, with the gradient of no rounding at all; their dtype stays."""
-    return _Snap.apply(values, FLOATS[kind])
+    """Round `values` as a storage of that name will hold them, with the gradient of no rounding; their dtype stays."""
+    return STORAGES[kind].snap(values)

@@ -3,8 +3,8 @@
     W[o, i] = scales[o, g] * levels[codes[o, i]] + offsets[o, g],    g = perm[i] // group_size
 
 Integers have the levels 0, 1, .. 2**bits - 1. NormalFloat has quantiles of the normal distribution between -1 and 1. A
-:class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is `storage.py`'s
-affair.
+:class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is decided in
+`quant/storage/`.
 """
 
 from __future__ import annotations

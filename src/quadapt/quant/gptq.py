@@ -29,7 +29,6 @@ from quadapt.quant.rounding import (
     codes_of_zero,
     find_grid,
 )
-from quadapt.quant.storage import Linear
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -70,8 +69,7 @@ class GPTQ(Rounding):
         RANGES[self.range]().check(layout.format)
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
-        kinds = (layout.storage.scales, layout.storage.offsets)
-        if ("double" in kinds or Linear.of(layout.storage.scales)) and not self.static_groups:
+        if not (layout.storage.local or self.static_groups):
             raise ConfigError(
                 "GPTQ chooses scales as it goes, double quantization needs them all at once. "
                 "Use static_groups=True, or fp16 scales and offsets"

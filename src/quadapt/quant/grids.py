@@ -7,12 +7,9 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import kernels_for
-from quadapt.quant import storage as stored
 from quadapt.quant.storage import Storage
+from quadapt.quant.storage.floats import SMALLEST_SCALE
 from quadapt.quant.weight import Layout
-
-SMALLEST_SCALE = 32 * 2.0**-24
-"""Smallest scale that fp16 holds within 1/64."""
 
 
 def as_float(weight: Tensor) -> Tensor:
@@ -64,12 +61,8 @@ def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> T
 
 
 def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Round scales and offsets as stored. Double-quantized ones stay: their codes depend on the whole matrix."""
-
-    def rounded(values: Tensor, kind: str) -> Tensor:
-        return values.float().to(stored.FLOATS[kind]).to(values.dtype) if kind in stored.FLOATS else values
-
-    return rounded(scales, storage.scales), None if offsets is None else rounded(offsets, storage.offsets)
+    """Round scales and offsets as stored. Those stay whose codes depend on the whole matrix (double quantization)."""
+    return storage.of_scales.rounded(scales), None if offsets is None else storage.of_offsets.rounded(offsets)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import kernels_for
 from quadapt.kernels.reference import rows_per_chunk
-from quadapt.quant import storage as stored
-from quadapt.quant.grids import SMALLEST_SCALE, as_float, check_choice, implied_offsets, spanning
+from quadapt.quant.grids import as_float, check_choice, implied_offsets, spanning
 from quadapt.quant.ranges import RANGES
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
@@ -199,20 +198,19 @@ def check_grid(scales: Tensor, offsets: Tensor | None, storage: Storage) -> None
             offset is over its top. Where fp16 holds only the constants of linear codes, the largest scale counts.
         ShapeError: Some are not finite, for another reason.
     """
-    linear, top = stored.Linear.of(storage.scales), torch.finfo(torch.float16).max
     finite = torch.isfinite(scales)
     ends = [scales.where(finite, torch.inf).min(), scales.where(finite, 0).max(), finite.all()]
     if offsets is not None:
         ends += [offsets.where(torch.isfinite(offsets), 0).abs().max(), torch.isfinite(offsets).all()]
     least, most, *rest = torch.stack([each.to(scales.dtype) for each in ends]).tolist()  # a GPU is waited for once
-    if storage.scales == "fp16" or (linear and linear.constant == "fp16"):
-        worst = most if linear else least
-        if worst < SMALLEST_SCALE or most > top:
-            raise ScaleUnderflow(
-                f"scales from {worst:.1e} to {most:.1e} do not fit fp16. Use fp32 scales (--scales fp32)"
-            )
-    if offsets is not None and storage.offsets == "fp16" and rest[1] > top:
-        raise ScaleUnderflow(f"offsets up to {rest[1]:.1e} do not fit fp16. Use fp32 scales (--scales fp32)")
+    if not storage.of_scales.fits_scales(least, most):
+        raise ScaleUnderflow(
+            f"scales from {least:.1e} to {most:.1e} do not fit {storage.scales}. Use fp32 scales (--scales fp32)"
+        )
+    if offsets is not None and not storage.of_offsets.fits_offsets(rest[1]):
+        raise ScaleUnderflow(
+            f"offsets up to {rest[1]:.1e} do not fit {storage.offsets}. Use fp32 scales (--scales fp32)"
+        )
     if not all(rest[::2]):
         raise ShapeError(
             "rounding errors that are handed on grow beyond all bounds. Calibrate on more text, or skip it"

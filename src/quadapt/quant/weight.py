@@ -25,11 +25,14 @@ from torch import Tensor
 from quadapt import kernels
 from quadapt.errors import ShapeError
 from quadapt.kernels.reference import rows_per_chunk
-from quadapt.quant import storage as stored
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 
 T = TypeVar("T")
+
+Name = Literal["scales", "offsets"]
+SCALES_AND_OFFSETS: tuple[Name, Name] = ("scales", "offsets")
+"""The two kinds of numbers that a weight has for each group, by the names of their tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +104,8 @@ def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "weight": (layout.out, row, 1) if layout.format.bits == 8 else (layout.out, row)
     }
-    for name, kind in (("scales", layout.storage.scales), ("offsets", layout.storage.offsets)):
-        for suffix, shape in stored.stored_shapes(kind, layout.out, layout.groups).items():
+    for name in SCALES_AND_OFFSETS:
+        for suffix, shape in layout.storage.of(name).shapes(layout.out, layout.groups).items():
             shapes[name + suffix] = shape
     if layout.permuted:
         shapes["perm"] = (layout.columns,)
@@ -121,8 +124,8 @@ class QuantWeight:
 
     tensors: Mapping[str, Tensor] = field(repr=False)
     """`weight`: packed codes, uint8 `[out, ceil(in * bits / 8)]`, stored in group order. `scales`, `offsets` and their
-    second-level constants: bytes of floats, see `storage.py`. `perm`: int32 `[in]`, the position of each input in the
-    row."""
+    second-level constants: bytes of numbers, see `quant/storage/`. `perm`: int32 `[in]`, the position of each input in
+    the row."""
 
     def __post_init__(self) -> None:
         want = self.layout.shapes
@@ -136,12 +139,9 @@ class QuantWeight:
     ) -> QuantWeight:
         """Store packed codes, and scales and offsets `[out, groups]` (zero-points, for `zero="integer"`)."""
         tensors = {"weight": packed.view(layout.shapes["weight"])}
-        for name, kind, values in (
-            ("scales", layout.storage.scales, scales),
-            ("offsets", layout.storage.offsets, offsets),
-        ):
+        for name, values in zip(SCALES_AND_OFFSETS, (scales, offsets), strict=True):
             if values is not None:
-                for suffix, tensor in stored.encode(values, kind, centre=name == "scales").items():
+                for suffix, tensor in layout.storage.of(name).encode(values, centre=name == "scales").items():
                     tensors[name + suffix] = tensor
         if perm is not None:
             tensors["perm"] = perm.to(torch.int32)
@@ -152,32 +152,32 @@ class QuantWeight:
         """The grid."""
         return self.layout.format
 
-    def _stored(self, name: str) -> tuple[dict[str, Tensor], str, tuple[int, int]]:
-        kind = getattr(self.layout.storage, name)
-        tensors = {suffix: self.tensors[name + suffix] for suffix in stored.suffixes(kind)}
-        return tensors, kind, (self.layout.out, self.layout.groups)
+    def _stored(self, name: Name) -> tuple[dict[str, Tensor], tuple[int, int]]:
+        """The tensors of scales or offsets by suffix, and the shape of the numbers that they hold."""
+        tensors = {suffix: self.tensors[name + suffix] for suffix in self.layout.storage.of(name).suffixes}
+        return tensors, (self.layout.out, self.layout.groups)
 
-    def held(self, name: Literal["scales", "offsets"]) -> list[Tensor]:
+    def held(self, name: Name) -> list[Tensor]:
         """Scales or offsets as they are held, as `kernels.product` takes them."""
-        return stored.held(*self._stored(name))
+        return self.layout.storage.of(name).held(*self._stored(name))
 
     @property
     def scales(self) -> Tensor:
         """Float32 `[out, groups]`."""
-        return stored.decode(*self._stored("scales"))
+        return self.layout.storage.of_scales.decode(*self._stored("scales"))
 
     @property
     def offsets(self) -> Tensor | None:
         """Float32 `[out, groups]`: stored, or what the format implies; None if zero (NormalFloat without a shift)."""
-        kind = self.layout.storage.offsets
-        if kind == "absent":
+        held = self.layout.storage.of_offsets
+        if held.implied:
             return None if self.format.levels != "int" else -self.scales * 2 ** (self.format.bits - 1)
-        values = stored.decode(*self._stored("offsets"))
-        return -self.scales * values if kind == "integer" else values
+        values = held.decode(*self._stored("offsets"))
+        return values if held.free else -self.scales * values
 
-    def operand(self, name: Literal["scales", "offsets"]) -> Tensor | None:
+    def operand(self, name: Name) -> Tensor | None:
         """Scales or offsets as `kernels.dequantize` takes them: bytes of floats where they are stored so."""
-        if getattr(self.layout.storage, name) in stored.FLOATS:
+        if self.layout.storage.of(name).is_float:
             return self.held(name)[0]
         return self.scales if name == "scales" else self.offsets
 
@@ -217,13 +217,14 @@ class QuantWeight:
         """Bytes of all stored tensors."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
 
-    def with_offsets(self, offsets: Tensor, kind: stored.Offsets) -> QuantWeight:
+    def with_offsets(self, offsets: Tensor, kind: str) -> QuantWeight:
         """The same codes and scales over other offsets (float32 `[out, groups]`), stored as `kind` (fp16 or fp32)."""
         layout = replace(
             self.layout, format=replace(self.format, zero="float"), storage=replace(self.layout.storage, offsets=kind)
         )
         kept = {name: tensor for name, tensor in self.tensors.items() if name in layout.shapes and name != "offsets"}
-        moved = {"offsets" + suffix: tensor for suffix, tensor in stored.encode(offsets, kind, centre=False).items()}
+        encoded = layout.storage.of_offsets.encode(offsets, centre=False)
+        moved = {"offsets" + suffix: tensor for suffix, tensor in encoded.items()}
         return QuantWeight(layout, {name: {**kept, **moved}[name] for name in layout.shapes})
 
     def digest(self) -> str:

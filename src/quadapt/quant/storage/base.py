@@ -82,8 +82,13 @@ class ValueStorage(ABC):
         return self.zero == "float"
 
     @property
+    def implied(self) -> bool:
+        """Whether nothing is stored, since the format implies the numbers."""
+        return self.zero == "none"
+
+    @property
     def trained(self) -> Literal["fp16", "fp32"]:
-        """The plain floats that hold these numbers once they train."""
+        """The name of the plain floats that hold these numbers once they train."""
         return "fp32" if self.dtype == torch.float32 else "fp16"
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quadapt.kernels import pack, unpack
 from quadapt.kernels.reference import as_floats
-from quadapt.quant.storage.base import STORAGES, ValueStorage, as_bytes, register
+from quadapt.quant.storage.base import ValueStorage, as_bytes, register
 from quadapt.quant.storage.floats import FLOATS, LARGEST, SMALLEST_SCALE
 
 
@@ -84,12 +84,6 @@ class Linear(ValueStorage):
     def fits_scales(self, least: float, most: float) -> bool:
         """As :meth:`ValueStorage.fits_scales`; the constants alone are floats, so the largest scale counts."""
         return self.constant == "fp32" or SMALLEST_SCALE <= most <= LARGEST
-
-    @staticmethod
-    def of(kind: str) -> Linear | None:
-        """What a name on disk means, or None if it is no name of this kind."""
-        found = STORAGES.get(kind)
-        return found if isinstance(found, Linear) else None
 
 
 for _each in itertools.starmap(Linear, itertools.product((2, 3, 4, 8), (16, 64, 256), FLOATS)):

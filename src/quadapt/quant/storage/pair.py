@@ -59,6 +59,11 @@ class Storage:
             )
 
     @property
+    def local(self) -> bool:
+        """Whether each scale and each offset is stored by itself, whatever the others of the matrix are."""
+        return self.of_scales.local and self.of_offsets.local
+
+    @property
     def floats(self) -> Literal["fp16", "fp32"]:
         """The plain floats that hold offsets which are put in the place of these."""
         return "fp32" if torch.float32 in (self.of_scales.dtype, self.of_offsets.dtype) else "fp16"
@@ -72,6 +77,10 @@ class Storage:
         """The same with scales, and offsets that are plain floats, in fp32."""
         offsets = self.of_offsets.widest if self.of_offsets.is_float else self.offsets
         return replace(self, scales=self.of_scales.widest, offsets=offsets)
+
+    def widest(self) -> Storage:
+        """The same with every number that may be any in fp32."""
+        return replace(self, scales=self.of_scales.widest, offsets=self.of_offsets.widest)
 
     @staticmethod
     def default(format: Format) -> Storage:
