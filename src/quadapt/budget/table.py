@@ -25,12 +25,12 @@ from quadapt.nn.starts.lq import low_rank, scaling_of, squared_error
 from quadapt.quant.fixed import total
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
+from quadapt.quant.grids import implied_offsets
 from quadapt.quant.rounding import (
     Nearest,
     ScaleUnderflow,
     Statistics,
     find_grid,
-    implied_offsets,
     row_chunks,
 )
 from quadapt.quant.storage import Linear, Storage

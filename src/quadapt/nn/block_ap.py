@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CalibrationError, ConfigError
-from quadapt.nn.adapters.grid import Held
 from quadapt.nn.adapters.l4q import L4Q
 from quadapt.nn.quant_linear import autocast
 from quadapt.nn.resident import moved
@@ -199,7 +198,7 @@ class BlockAPLinear(nn.Module):
 
 def _quantizer(layout: Layout) -> L4Q:
     """L4Q's forward without `A` and `B`: over a weight that trains itself."""
-    held: Held = "fp32" if layout.storage.scales == "fp32" else "fp16"
+    held = layout.storage.of_scales.trained
     format = layout.format
     assert format.zero != "default"
     return L4Q(bits=format.bits, group_size=format.group_size, offsets=format.zero, order="round-clamp", scales=held)

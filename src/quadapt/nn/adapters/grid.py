@@ -52,6 +52,11 @@ class GridAdapter(Adapter):
         check_choice("scales", self.scales, ("base", *FLOATS))
 
     @property
+    def floats(self) -> Held:
+        """How scales are stored where there is no quantized base to follow."""
+        return "fp16" if self.scales == "base" else self.scales
+
+    @property
     def exactness(self) -> Exactness:
         return "exact"
 

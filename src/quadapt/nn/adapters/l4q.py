@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from quadapt.errors import ConfigError, MergeError
 from quadapt.kernels import kernels_for
 from quadapt.nn.adapters.base import ADAPTERS, Base, Dropout, Exactness, Param, Params, Source, add_low_rank, same
-from quadapt.nn.adapters.grid import GridAdapter, Held, grid_param, grown
+from quadapt.nn.adapters.grid import GridAdapter, grid_param, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.grids import check_choice
-from quadapt.quant.storage import Storage
+from quadapt.quant.storage import Storage, ValueStorage
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -71,9 +71,9 @@ class L4Q(GridAdapter):
     def with_grid(self, format: Format, storage: Storage) -> L4Q:
         if format.levels != "int":
             raise ConfigError(f"levels={format.levels!r}: {self.kind} trains evenly spaced levels. Use levels='int'")
-        kind: Held = "fp32" if storage.scales == "fp32" else "fp16"
         assert format.zero != "default"  # a format resolves it
-        return replace(self, bits=format.bits, group_size=format.group_size, offsets=format.zero, scales=kind)
+        scales = storage.of_scales.trained
+        return replace(self, bits=format.bits, group_size=format.group_size, offsets=format.zero, scales=scales)
 
     def layout_of(self, source: Source) -> Layout:
         assert isinstance(source, Tensor)
@@ -82,9 +82,7 @@ class L4Q(GridAdapter):
     def layout(self, out: int, columns: int) -> Layout:
         """Layout of the product over a dense matrix `[out, columns]`."""
         format = Format(bits=self.bits, group_size=self.group_size, zero=self.offsets)
-        kind: Held = "fp32" if self.scales == "fp32" else "fp16"
-        offsets = {"none": "absent", "integer": "integer", "float": kind}[self.offsets]
-        return Layout(format=format, storage=Storage(scales=kind, offsets=offsets), out=out, columns=columns)
+        return Layout(format=format, storage=Storage.floating(self.floats, self.offsets), out=out, columns=columns)
 
     def how(self, layout: Layout) -> FakeQuant:
         return FakeQuant(format=layout.format, columns=layout.columns, order=self.order, tolerance=self.tolerance)
@@ -97,7 +95,7 @@ class L4Q(GridAdapter):
         width = layout.format.width(layout.columns)
         low, high = kernels_for(source.device).group_range(source, width)
         if self.init == "asymmetric":
-            scales = _up((high - low) / (2 * half - 1), layout.storage.scales)
+            scales = _up((high - low) / (2 * half - 1), layout.storage.of_scales)
             return torch.stack([scales, low + half * scales])
         if self.init == "lsq+":
             mean, deviation = _moments(source, width)
@@ -106,7 +104,7 @@ class L4Q(GridAdapter):
             scales = torch.maximum(-low, high) / half
         else:
             scales = torch.maximum(-low / half, high / (half - 1))
-        return torch.stack([_up(scales, layout.storage.scales), torch.zeros_like(scales)])
+        return torch.stack([_up(scales, layout.storage.of_scales), torch.zeros_like(scales)])
 
     def begin_quantizing(self, source: Source, params: Params, scaling: float) -> None:
         """Begin with the grid of the matrix as the first steps have changed it."""
@@ -160,13 +158,9 @@ class QATLoRA(L4Q):
         return super().dense(source, params, scaling) + scaling * (params["B"].float() @ params["A"].float())
 
 
-def _up(scales: Tensor, kind: str) -> Tensor:
+def _up(scales: Tensor, held: ValueStorage) -> Tensor:
     """The next number that storage can hold: a scale that is rounded down would clip its group's extreme."""
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    if kind != "fp16":
-        return scales
-    kept = scales.half()
-    return torch.where(kept.float() < scales, kept * (1 + 2**-10), kept).float()
+    return held.above(torch.where(scales > 0, scales, torch.ones_like(scales)))
 
 
 def _moments(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:

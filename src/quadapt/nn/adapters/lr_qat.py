@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.nn.adapters.base import ADAPTERS, Base, Params, Source
-from quadapt.nn.adapters.grid import GridAdapter, Held, base_layout, grown
+from quadapt.nn.adapters.grid import GridAdapter, base_layout, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -37,7 +37,7 @@ class LRQAT(GridAdapter):
             raise ConfigError(
                 f"{format.name}: lr-qat trains symmetric integers of 2 to 6 bits. Use --levels int --zero none"
             )
-        return replace(self, bits=format.bits, scales="fp32" if storage.scales == "fp32" else "fp16")
+        return replace(self, bits=format.bits, scales=storage.of_scales.trained)
 
     def layout_of(self, source: Source) -> Layout:
         base = base_layout(source)
@@ -45,9 +45,8 @@ class LRQAT(GridAdapter):
             raise ConfigError(
                 f"lr-qat trains over 8-bit fixed point, not over {base.format.name}. Give the dense model"
             )
-        kind: Held = "fp32" if self.scales == "fp32" else "fp16"
         return replace(
-            base, format=replace(base.format, bits=self.bits), storage=Storage(scales=kind, offsets="absent")
+            base, format=replace(base.format, bits=self.bits), storage=Storage.floating(self.floats, base.format.zero)
         )
 
     def how(self, layout: Layout) -> FakeQuant:

@@ -40,7 +40,7 @@ class Scales(GridAdapter):
     def layout_of(self, source: Source) -> Layout:
         base = base_layout(source)
         kind = self._kind(base.storage)
-        if self.pooled or base.storage.offsets in ("fp16", "fp32", "double"):
+        if self.pooled or base.storage.of_offsets.free:
             return replace(base, format=replace(base.format, zero="float"), storage=Storage(scales=kind, offsets=kind))
         return replace(base, storage=replace(base.storage, scales=kind))
 
@@ -56,9 +56,9 @@ class Scales(GridAdapter):
         assert isinstance(source, QuantWeight)
         storage, growth, base = self.layout_of(source).storage, grown(params["rho"]), source.offsets
         scales = snap(source.scales * growth, storage.scales)
-        if storage.offsets == "absent":
+        if storage.of_offsets.implied:
             return scales, None
-        if storage.offsets == "integer":
+        if not storage.of_offsets.free:
             assert base is not None
             return scales, (-base / source.scales).round()
         offsets = torch.zeros_like(scales) if base is None else base * growth

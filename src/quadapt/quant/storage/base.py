@@ -133,6 +133,13 @@ class ValueStorage(ABC):
         """Numbers of any shape as they are once stored, in their own dtype; unchanged if storing is not `local`."""
         return values
 
+    def above(self, values: Tensor) -> Tensor:
+        """The least number that is held and not below each of `values`, which are positive; float32.
+
+        Storages that are not `local` cannot say, and give `values`.
+        """
+        return values
+
     def snap(self, values: Tensor) -> Tensor:
         """The same as :meth:`rounded`, with the gradient of no rounding at all (straight through)."""
         return _StraightThrough.apply(values, self) if self.local else values

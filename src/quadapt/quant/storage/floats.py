@@ -55,6 +55,10 @@ class Floats(ValueStorage):
     def rounded(self, values: Tensor) -> Tensor:
         return values.float().to(self.dtype).to(values.dtype)
 
+    def above(self, values: Tensor) -> Tensor:
+        kept = values.to(self.dtype)
+        return torch.where(kept.float() < values, kept * (1 + torch.finfo(self.dtype).eps), kept).float()
+
     def fits_scales(self, least: float, most: float) -> bool:
         return self.dtype == torch.float32 or (least >= SMALLEST_SCALE and most <= LARGEST)
 

@@ -85,9 +85,12 @@ class Storage:
     @staticmethod
     def default(format: Format) -> Storage:
         """fp16, but fp32 at 8 bits, where fp16 would cost a quarter of a step; offsets as the format's zero demands."""
-        floats = "fp32" if format.bits == 8 else "fp16"
-        offsets = {"none": "absent", "integer": "integer", "float": floats}
-        return Storage(scales=floats, offsets=offsets[format.zero])
+        return Storage.floating("fp32" if format.bits == 8 else "fp16", format.zero)
+
+    @staticmethod
+    def floating(floats: str, zero: str) -> Storage:
+        """Scales as such floats, and offsets as a format's zero (none, integer or float) demands, alike if it may."""
+        return Storage(scales=floats, offsets={"none": "absent", "integer": "integer", "float": floats}[zero])
 
 
 def _known(name: object, role: str) -> bool:
