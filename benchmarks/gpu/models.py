@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
+from quadapt.methods import method_named
 from quadapt.model.layer import Plan
 from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
@@ -43,7 +44,7 @@ def llama(device: torch.device, dtype: torch.dtype = torch.float32, **sizes: int
 
 def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None) -> nn.Module:
     """A method's adapter over a model, whose layers are rounded to nearest on the device where they are."""
-    chosen = method(method)
+    chosen = method_named(method)
     if bits is not None:
         chosen = chosen.with_format(replace(chosen.format, bits=bits))
     selection = select(model)

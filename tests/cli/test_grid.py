@@ -106,7 +106,7 @@ def test_rilq_with_targets_from_disk_is_rilq_with_the_teacher_in_memory(tmp_path
         (("dense", "--method", "lr-qat", "--zero", "float"), "symmetric integers"),
         (("dense", "--method", "l4q", "--dropout", "0.1"), "train without it"),
         (("dense", "--method", "qat-lora", "--dropout", "0.1"), "train without it"),
-        (("dense", "--method", "qlora", "--init", "lsq+"), "setting of l4q's adapter"),
+        (("dense", "--method", "qlora", "--init", "lsq+"), "is a setting of the adapter of l4q"),
         (("dense", "--method", "qlora", "--dense-steps", "3"), "needs the dense matrix"),
         (("dense", "--method", "l4q", "--dense-steps", "6", "--max-steps", "6"), "Use fewer"),
     ],
