@@ -226,7 +226,11 @@ def train(
             raise ConfigError(
                 f"dense_steps={run.recipe.dense_steps} leaves none of {steps} steps to train the quantizer. Use fewer"
             )
-        layers = list(adapted_layers(model).values())
+        layers = [
+            layer
+            for layer in adapted_layers(model).values()
+            if any(layer.adapters[name].base == "float" for name in layer.active())
+        ]
         trainer.add_callback(_DenseSteps(layers, run.recipe.dense_steps))
     trainer.objective = objective
     trainer.grid_learning_rate = run.recipe.grid_learning_rate

@@ -86,7 +86,7 @@ class Param:
 
     dtype: torch.dtype | None = None
     """Its dtype; None for the adapter's usual one, which PEFT chooses (float32, unless `autocast_adapter_dtype` is
-    off)."""
+    off). Of `A` and `B` PEFT always chooses it."""
 
     trains: bool = True
     """Whether it trains. Otherwise it is frozen, whatever else is set, and saved and loaded all the same."""
