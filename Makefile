@@ -10,12 +10,13 @@ PORTABLE := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INST
 NUMERIC := tests/kernels tests/quant tests/nn tests/model tests/budget tests/hf/test_merge.py tests/hf/test_grid_layer.py \
 	tests/hf/test_start.py tests/hf/test_contract.py tests/test_calibrate.py tests/test_statistics.py tests/test_objectives.py
 
-.PHONY: help install demo test test-portable check bench gpu fuzz kill docs wheel clean
+.PHONY: help install demo test test-deep test-portable check bench gpu fuzz kill docs wheel clean
 
 help:
 	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
 	@echo "make demo      tune the embedded model by every method, compare, export, run in llama.cpp (about 6 minutes)"
 	@echo "make test      lint, types and tests (under 15 minutes on two cores)"
+	@echo "make test-deep  further variants of what make test checks: Triton's interpreter, a pretended card (10 minutes)"
 	@echo "make test-portable  what computes, as on processors with other instructions, and in one thread (25 minutes)"
 	@echo "make check     lint and types alone"
 	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"
@@ -43,7 +44,10 @@ check: install
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not deep"
+
+test-deep: install
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m deep
 
 # Numbers must be right on every processor: the numeric tests with the instructions of others, where they can be left out
 # here, and with one thread (of torch, of MKL, and of our own kernels, which take as many as torch: kernels/threads.py).

@@ -127,7 +127,14 @@ class Task:
         recipe = Recipe(
             learning_rate=rate, rank=RANK, alpha=RANK, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0
         )
-        run = Run(recipe=recipe, max_steps=self.steps, batch_size=self.batch, seed=seed, save_steps=10 * self.steps)
+        run = Run(
+            recipe=recipe,
+            max_steps=self.steps,
+            batch_size=self.batch,
+            gradient_accumulation=1,
+            seed=seed,
+            save_steps=10 * self.steps,
+        )
         with tempfile.TemporaryDirectory() as folder:
             train(model, self.data.data, run, Path(folder), collate=Collator(pad_token_id(self.tokenizer)))
         found: dict[str, Any] = {"as trained": self.loss(model), "CPU seconds": time.process_time() - start}

@@ -121,7 +121,14 @@ class Starts:
         recipe = Recipe(
             learning_rate=rate, rank=self.rank, alpha=self.rank, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0
         )
-        run = Run(recipe=recipe, max_steps=task.steps, batch_size=task.batch, seed=seed, save_steps=10 * task.steps)
+        run = Run(
+            recipe=recipe,
+            max_steps=task.steps,
+            batch_size=task.batch,
+            gradient_accumulation=1,
+            seed=seed,
+            save_steps=10 * task.steps,
+        )
         with tempfile.TemporaryDirectory() as folder:
             train(model, task.data.data, run, Path(folder), collate=Collator(pad_token_id(task.tokenizer)))
         return {

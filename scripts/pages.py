@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from quadapt.cli import COMMANDS
+from quadapt.cli.commands import settings_of
 from quadapt.config import Flag, RunConfig, Settings
 from quadapt.exporters.formats import EXPORTERS
 from quadapt.methods import METHODS, method_named
@@ -143,7 +144,7 @@ def rows(facts: list[tuple[str, object]]) -> str:
 
 def settings_page(command: str) -> str:
     """Every setting of a command, under the headings of `--help`."""
-    kind: type[Settings] = RunConfig if command == "run" else COMMANDS[command][0]
+    kind: type[Settings] = RunConfig if command == "run" else settings_of(command)
     panels: dict[str, list[str]] = {}
     for name, field in kind.model_fields.items():
         flag = next((item for item in field.metadata if isinstance(item, Flag)), Flag())

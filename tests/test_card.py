@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-CASES = sorted((Path(__file__).parent / "card").glob("cases*.py"))
+FOLDER = Path(__file__).parent / "card"
+CASES = [FOLDER / "cases.py", pytest.param(FOLDER / "cases_commands.py", marks=pytest.mark.deep)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("cases", CASES, ids=["models", "commands"])
 def test_on_a_pretended_card(cases: Path) -> None:
     """In a process of its own: torch takes a new kind of device only before its first backward."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]

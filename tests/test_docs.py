@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from quadapt.cli import COMMANDS
+from quadapt.cli.commands import settings_of
 from quadapt.methods import METHODS, method_named
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +114,7 @@ def test_a_method_has_a_page(name: str, pages: dict[str, str]) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_setting_is_on_the_page_of_its_command(command: str, pages: dict[str, str]) -> None:
     page = pages[f"settings/{command}.md"]
-    for name, field in COMMANDS[command][0].model_fields.items():
+    for name, field in settings_of(command).model_fields.items():
         assert f"`--{name.replace('_', '-')}`" in page or f"`{name.upper()}`" in page
         assert " ".join((field.description or "?").split()) in page
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 import quadapt.methods as package
+from quadapt.config.spec import Spec
 from quadapt.errors import ConfigError
 from quadapt.methods import METHODS, Method, Recipe, method_named, qa_lora
 from quadapt.nn.adapters import L4Q, LoRA
@@ -72,6 +73,21 @@ def test_a_setting_lands_in_the_piece_that_has_it() -> None:
 def test_what_does_not_fit_is_refused_with_advice(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         method_named("qlora", **settings).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank": -1}, "rank=-1 of Recipe: must be a whole number, at least 1"),
+        ({"rank": True}, "rank=True of Recipe: must be a whole number"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan of Recipe: must be a number, above 0"),
+        ({"damping": "much"}, "damping='much' of GPTQ: must be a number"),
+        ({"schedule": "cosin"}, "schedule='cosin' of Recipe: must be 'constant', 'cosine' or 'linear'"),
+    ],
+)
+def test_values_from_python_are_checked_as_those_of_flags(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Spec.of(qa_lora(**settings))
 
 
 def test_an_adapter_with_a_grid_of_its_own_has_the_methods() -> None:

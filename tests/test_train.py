@@ -45,6 +45,7 @@ def tuned(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
                 raise KeyboardInterrupt
 
         settings: dict[str, Any] = {"max_steps": 8, "batch_size": 4, "eval_steps": 2, "save_steps": 3, **about}
+        settings = {"gradient_accumulation": 1, "keep": "last", **settings}
         held = sequences(6, seed=1)
         run = Run(recipe=recipe, **settings)
         found = train(

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from quadapt.cli.commands import COMMANDS, guarded
+from quadapt.cli.commands import COMMANDS, guarded, settings_of
 from quadapt.config import checked
 from quadapt.report.ui import UI
 
@@ -56,7 +56,7 @@ def command(name: str, settings: Mapping[str, Any]) -> tuple[int, str]:
     Raises:
         FaultError: As `guard`; or something was left half written.
     """
-    kind, where = COMMANDS[name]
+    kind, where = settings_of(name), COMMANDS[name][1]
     module, _, function = where.partition(":")
     do = getattr(importlib.import_module(module), function)
     output = Path(settings["output"]) if "output" in settings else None

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quadapt.errors import QuadaptError
-from quadapt.hf.hooks import when_imported
 from quadapt.hf.plug import plug_into_peft, plug_into_transformers
+from quadapt.hooks import when_imported
 
 if TYPE_CHECKING:
     from quadapt.api import export, load, merge, prepare

@@ -55,6 +55,9 @@ class Flag:
     name: str = ""
     """The name under which it is set, where that of the field would be taken for another's."""
 
+    of_piece: bool = False
+    """Whether it is a setting of one of the method's pieces, and None leaves it as the method has it."""
+
 
 def setting(*aliases: str, panel: str, default: Any = MISSING, name: str = "", idle: bool = False) -> Any:
     """A dataclass field that is also a flag; the string below the field is what `--help` says.

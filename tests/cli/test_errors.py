@@ -53,7 +53,7 @@ def tuned(*changes: str) -> tuple[str, ...]:
 
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # settings
-    "method": (tuned("--method", "qalora"), ("method='qalora'", "'qa-lora', 'qlora', 'loftq'")),
+    "method": (tuned("--method", "qalora"), ("method='qalora'", "'qa-lora'", "Did you mean qa-lora?")),
     "bits": (tuned("--bits", "7"), ("bits=7", "2, 3, 4, 5, 6 or 8")),
     "bits of quantiles": (
         tuned("--method", "qlora", "--bits", "5"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
@@ -12,10 +14,17 @@ from typer import rich_utils
 
 import quadapt
 from quadapt.cli import COMMANDS
-from quadapt.config import ExportConfig, Flag, MethodName, Settings, TuneConfig, checked
+from quadapt.cli.commands import settings_of
+from quadapt.config import ExportConfig, Flag, Settings, TuneConfig, checked, fields, grid, tune
 from quadapt.errors import ConfigError
-from quadapt.methods import METHODS
+from quadapt.methods import Recipe, Run
+from quadapt.nn.adapters import ADAPTERS
+from quadapt.nn.objective import OBJECTIVES
+from quadapt.nn.starts import STARTS
+from quadapt.quant.format import Format
+from quadapt.quant.rounding import ROUNDINGS
 from quadapt.setting import Count
+from quadapt.setting import settings_of as declared_settings
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +39,9 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_every_setting_with_its_words(command: str) -> None:
     said = plain(give(command, "--help", code=0).out)
-    kind, _ = COMMANDS[command]
+    kind = settings_of(command)
     assert plain(kind.__doc__ or "?") in said
+    assert plain(kind.__doc__ or "?") == COMMANDS[command][2]
     for name, field in kind.model_fields.items():
         flag = next(item for item in field.metadata if isinstance(item, Flag))
         assert field.description, name
@@ -69,20 +79,32 @@ except SystemExit as error:
 assert not {"torch", "transformers", "peft", "numpy", "datasets"} & set(sys.modules)
 """
     assert "quantize" in run_python(code, "--help")
-    assert "--group-size" in run_python(code, "tune", "--help")
+    assert "--requantize" in run_python(code, "merge", "--help")
 
 
 def test_version() -> None:
     assert give("--version", code=0).out == f"quadapt {quadapt.__version__}\n"
 
 
-def test_the_methods_are_those_there_are() -> None:
-    assert set(get_args(MethodName)) == set(METHODS)
+def test_no_setting_is_typed_twice() -> None:
+    """What a piece declares comes from there alone, with its words, its type and its default."""
+    pieces = [Format, Recipe, Run, *ROUNDINGS.values(), *STARTS.values(), *ADAPTERS.values(), *OBJECTIVES.values()]
+    declared = {name for piece in pieces for name in declared_settings(piece)}
+    assert declared >= {"bits", "rank", "pooling", "init", "fisher", "keep_targets", "calibration_epochs", "batch_size"}
+    typed: set[str] = set()
+    for module in (fields, grid, tune):
+        classes = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)]
+        for node in classes if module is not grid else [each for each in classes if each.name == "Grid"]:
+            own = {each.target.id for each in node.body if isinstance(each, ast.AnnAssign)}  # type: ignore[union-attr]
+            assert not own & declared, (node.name, own & declared)
+            assert not typed & own - {"output"}, (node.name, typed & own)  # with a default of its own for tune
+            typed |= own
+    assert declared | typed | {"rounding", "range", "start", "objective"} == set(TuneConfig.model_fields)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_setting_has_a_default_that_is_allowed(command: str) -> None:
-    kind, _ = COMMANDS[command]
+    kind = settings_of(command)
     needed = {
         name: 1.0 if field.annotation is float else "x"
         for name, field in kind.model_fields.items()

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 import quadapt
 from quadapt.cli import COMMANDS
+from quadapt.cli.commands import settings_of
 from quadapt.config import ExportConfig, Settings, TuneConfig, checked, read_job
 from quadapt.config.values import Location, allowed, kinds
 from quadapt.errors import CheckpointError, ConfigError
@@ -76,7 +77,7 @@ def test_from_python_too() -> None:
 
 FIELDS = [
     pytest.param(kind, name, field, id=f"{command}-{name}")
-    for command, (kind, _) in COMMANDS.items()
+    for command, kind in ((command, settings_of(command)) for command in COMMANDS)
     for name, field in kind.model_fields.items()
 ]
 
@@ -93,7 +94,7 @@ def test_no_field_takes_what_cannot_be_meant(kind: type[Settings], name: str, fi
 
 
 def test_numbers_say_their_range_and_paths_are_paths() -> None:
-    for kind, _ in COMMANDS.values():
+    for kind in map(settings_of, COMMANDS):
         for name, field in kind.model_fields.items():
             types = list(kinds(field.annotation))
             if int in types or float in types:
@@ -106,7 +107,7 @@ PLAIN_TEXT = ("device", "report_to", "prompt", "system", "target_modules", "skip
 """Settings that are text, and neither a path nor a choice."""
 
 
-@pytest.mark.parametrize("kind", [kind for kind, _ in COMMANDS.values()])
+@pytest.mark.parametrize("kind", [settings_of(command) for command in COMMANDS])
 def test_the_home_folder_is_found_in_every_path(kind: type[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     needed = {each: NEEDED[each] for each, about in kind.model_fields.items() if about.is_required()}
@@ -114,7 +115,7 @@ def test_the_home_folder_is_found_in_every_path(kind: type[Settings], monkeypatc
         needed["output"] = NEEDED["output"]
     for name, field in kind.model_fields.items():
         if str in kinds(field.annotation) and name not in PLAIN_TEXT:
-            assert getattr(checked(kind, {**needed, name: "~/x"}), name) in ("/home/ada/x", ("/home/ada/x",))
+            assert getattr(kind.model_validate({**needed, name: "~/x"}), name) in ("/home/ada/x", ("/home/ada/x",))
             with pytest.raises(ConfigError, match=f"{name}='~nobody-of-that-name/x': names the home folder"):
                 checked(kind, {**needed, name: "~nobody-of-that-name/x"})
 

@@ -100,7 +100,20 @@ def test_float64_is_the_references() -> None:
     assert torch.equal(cuda.encode(weight, grid.double(), None, None, 4, 16), want)
 
 
-@pytest.mark.parametrize(("check", "name"), steps.named(CPU))
+IN_EVERY_RUN = {
+    *((check, "qa-lora") for check in ("decoding", "merged")),
+    ("checkpointed", "l4q"),
+    ("generated", "qlora"),
+}
+"""Of the checks that interpret several steps of a model; the rest are for `make test-deep`."""
+
+
+def _depth(check: str, name: str) -> Any:
+    shallow = check in ("step", "rounding") or (check, name) in IN_EVERY_RUN
+    return pytest.param(check, name, marks=() if shallow else pytest.mark.deep)
+
+
+@pytest.mark.parametrize(("check", "name"), [_depth(*each) for each in steps.named(CPU)])
 def test_steps_of_models_are_those_of_the_cpu(check: str, name: str, launched: list[str]) -> None:
     steps.CHECKS[check](name, CPU)
     assert launched
@@ -116,7 +129,7 @@ def test_a_step_that_differs_is_found() -> None:
         steps.step("qlora", CPU)
 
 
-@pytest.mark.parametrize("method", ["qa-lora", "l4q"])
+@pytest.mark.parametrize("method", ["qa-lora", pytest.param("l4q", marks=pytest.mark.deep)])
 def test_a_step_and_a_token_are_one_graph(method: str, launched: list[str]) -> None:
     counters.clear()
     steps.compiled(method, CPU, backend="aot_eager")

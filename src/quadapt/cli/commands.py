@@ -15,42 +15,56 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
 
-from quadapt import cli
-from quadapt.config import (
-    ChatConfig,
-    DemoConfig,
-    EvalConfig,
-    ExportConfig,
-    Flag,
-    InspectConfig,
-    MergeConfig,
-    PlanConfig,
-    QuantizeConfig,
-    Settings,
-    TuneConfig,
-    checked,
-    read_job,
-)
+from quadapt import cli, config
+from quadapt.config import Flag, Settings, checked
 from quadapt.errors import QuadaptError
 from quadapt.limits import limit_of
 from quadapt.report.ui import UI
 
-COMMANDS: dict[str, tuple[type[Settings], str]] = {
-    "quantize": (QuantizeConfig, "quadapt.jobs.quantize:quantize"),
-    "plan": (PlanConfig, "quadapt.jobs.plan:plan"),
-    "tune": (TuneConfig, "quadapt.jobs.tune:tune"),
-    "merge": (MergeConfig, "quadapt.jobs.merge:merge"),
-    "eval": (EvalConfig, "quadapt.jobs.evaluate:evaluate"),
-    "export": (ExportConfig, "quadapt.jobs.export:export"),
-    "inspect": (InspectConfig, "quadapt.jobs.inspect:inspect"),
-    "chat": (ChatConfig, "quadapt.jobs.chat:chat"),
-    "demo": (DemoConfig, "quadapt.jobs.demo:demo"),
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "quantize": ("QuantizeConfig", "quadapt.jobs.quantize:quantize", "Quantize a model."),
+    "plan": (
+        "PlanConfig",
+        "quadapt.jobs.plan:plan",
+        "Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan.",
+    ),
+    "tune": (
+        "TuneConfig",
+        "quadapt.jobs.tune:tune",
+        "Fine-tune a model: quantize it if it is not yet, train an adapter over it.",
+    ),
+    "merge": ("MergeConfig", "quadapt.jobs.merge:merge", "Merge an adapter into its quantized base."),
+    "eval": ("EvalConfig", "quadapt.jobs.evaluate:evaluate", "Measure a model on held-out data."),
+    "export": ("ExportConfig", "quadapt.jobs.export:export", "Write a model in a format that others serve."),
+    "inspect": ("InspectConfig", "quadapt.jobs.inspect:inspect", "Say what a folder holds."),
+    "chat": ("ChatConfig", "quadapt.jobs.chat:chat", "Talk to a model."),
+    "demo": (
+        "DemoConfig",
+        "quadapt.jobs.demo:demo",
+        "Tune the embedded model by every method at 4, 3 and 2 bits, and compare.",
+    ),
 }
-"""Settings of each command, and where its function is (imported only when it is called: `--help` stays quick)."""
+"""Of each command: its settings, in `quadapt.config`; its function; what it does. The first two are imported when the
+command is given: `--help` stays quick."""
+
+
+class _Commands(TyperGroup):
+    """The commands, each built when it is given: the settings of a method's pieces come with torch."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name not in COMMANDS:
+            return super().resolve_command(ctx, args)
+        one = typer.Typer(add_completion=False, rich_markup_mode=app.rich_markup_mode, pretty_exceptions_enable=False)
+        one.command(name)(_command(*COMMANDS[name][:2]))
+        return name, typer.main.get_command(one), args[1:]
+
 
 app = typer.Typer(
     name="quadapt",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,8 +72,14 @@ app = typer.Typer(
 )
 
 
-def _command(kind: type[Settings], where: str) -> Callable[..., None]:
+def settings_of(name: str) -> type[Settings]:
+    """The settings of a command."""
+    return getattr(config, COMMANDS[name][0])
+
+
+def _command(kind_name: str, where: str) -> Callable[..., None]:
     """A function that typer can read: one parameter for each field of the settings, and --json and --debug."""
+    kind: type[Settings] = getattr(config, kind_name)
     parameters = [_parameter(name, field) for name, field in kind.model_fields.items()]
     parameters.sort(key=lambda parameter: parameter.kind)  # arguments before options
     parameters += [
@@ -72,7 +92,7 @@ def _command(kind: type[Settings], where: str) -> Callable[..., None]:
         values = {name: value for name, value in given.items() if value is not None and value != []}
 
         def work(ui: UI) -> dict[str, Any]:
-            settings = checked(kind, values)  # before torch is imported: what is wrong is said at once
+            settings = checked(kind, values)  # what is wrong is said before anything is read
             return _load(where)(settings, ui)
 
         guarded(work, as_json=as_json, debug=debug)
@@ -103,7 +123,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
             annotation=Annotated[kind, typer.Argument(help=words, show_default=False)],
         )
     dashed = name.replace("_", "-")
-    names = [f"--{dashed}/--no-{dashed}"] if field.default is True else [f"--{dashed}", *flag.aliases]
+    either = kind is bool and (field.default is True or (flag.of_piece and field.default is None))
+    names = [f"--{dashed}/--no-{dashed}"] if either else [f"--{dashed}", *flag.aliases]
     metavar = "" if kind is bool else "CHOICE" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
     option = typer.Option(*names, help=words, rich_help_panel=flag.panel, show_default=False, metavar=metavar)
     if field.is_required():
@@ -208,8 +229,12 @@ def _quiet(debug: bool) -> None:
             os.environ.setdefault(name, value)
 
 
-for _name, (_kind, _where) in COMMANDS.items():
-    app.command(_name)(_command(_kind, _where))
+def _listed() -> None:
+    """What stands for a command in the list of them."""
+
+
+for _name, (_, _, _words) in COMMANDS.items():
+    app.command(_name, help=_words)(_listed)
 
 
 @app.command("run")
@@ -219,6 +244,7 @@ def _run(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Do a whole job from one file; given again after an interruption, it goes on."""
+    from quadapt.config import read_job
     from quadapt.jobs.run import run
 
     guarded(lambda ui: run(read_job(job), job, ui), as_json=json, debug=debug)

@@ -1,21 +1,38 @@
-"""Every setting of every command, typed once: flags, YAML and Python all pass through here."""
+"""Every setting of every command, typed once: flags, YAML and Python all pass through here.
+
+The settings of the pieces of a method (grid.py, tune.py) come with the pieces, and so with torch: they are imported
+when they are first asked for. The others cost nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from quadapt.config.check import checked
-from quadapt.config.commands import (
-    ChatConfig,
-    DemoConfig,
-    EvalConfig,
-    InspectConfig,
-    MergeConfig,
-    PlanConfig,
-    QuantizeConfig,
-    RunConfig,
-)
-from quadapt.config.export import ExportConfig
-from quadapt.config.fields import Grid, Machine, MethodName, Settings, Target, Walk
-from quadapt.config.job import read_job
-from quadapt.config.tune import Adapting, PrepareConfig, TuneConfig
+from quadapt.config.fields import Machine, Settings, Target, Walk
 from quadapt.setting import Flag
+
+if TYPE_CHECKING:
+    from quadapt.config.commands import (
+        ChatConfig,
+        DemoConfig,
+        EvalConfig,
+        InspectConfig,
+        MergeConfig,
+        RunConfig,
+    )
+    from quadapt.config.export import ExportConfig
+    from quadapt.config.grid import Grid, PlanConfig, QuantizeConfig
+    from quadapt.config.job import read_job
+    from quadapt.config.spec import Spec
+    from quadapt.config.tune import Adapting, PrepareConfig, TuneConfig
+
+_PLACES = {
+    "commands": ("ChatConfig", "DemoConfig", "EvalConfig", "InspectConfig", "MergeConfig", "RunConfig"),
+    "export": ("ExportConfig",),
+    "grid": ("Grid", "PlanConfig", "QuantizeConfig"),
+    "job": ("read_job",),
+    "spec": ("Spec",),
+    "tune": ("Adapting", "PrepareConfig", "TuneConfig"),
+}
 
 __all__ = [
     "Adapting",
@@ -28,15 +45,25 @@ __all__ = [
     "InspectConfig",
     "Machine",
     "MergeConfig",
-    "MethodName",
     "PlanConfig",
     "PrepareConfig",
     "QuantizeConfig",
     "RunConfig",
     "Settings",
+    "Spec",
     "Target",
     "TuneConfig",
     "Walk",
     "checked",
     "read_job",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The settings of a command, imported when they are first asked for."""
+    from importlib import import_module
+
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"quadapt.config.{module}"), name)
+    raise AttributeError(f"module 'quadapt.config' has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -31,8 +32,8 @@ def checked(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
         return kind.model_validate(values)
     except ValidationError as error:
         # A name with a typo explains why the right one is missing: it goes first.
-        found = error.errors(include_url=False)
-        raise ConfigError(_said(kind, min(found, key=lambda each: each["type"] != "extra_forbidden"), where)) from None
+        wrong = error.errors(include_url=False)
+        raise ConfigError(_said(kind, min(wrong, key=lambda each: each["type"] != "extra_forbidden"), where)) from None
 
 
 def _said(kind: type[BaseModel], first: ErrorDetails, where: str) -> str:
@@ -65,4 +66,8 @@ _NUMBERS = ("int_", "float_", "greater_", "less_", "finite_")
 def _message(first: ErrorDetails, field: FieldInfo | None) -> str:
     if first["type"].startswith(_NUMBERS) and field is not None:
         return f"must be {allowed(field, largest=first['type'] in ('less_than_equal', 'int_parsing_size'))}"
+    if first["type"] == "literal_error":
+        words = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        near = difflib.get_close_matches(str(first["input"]), words)
+        return first["msg"] + (f". Did you mean {near[0]}?" if near else "")
     return _MESSAGES.get(first["type"]) or first["msg"].removeprefix("Value error, ")

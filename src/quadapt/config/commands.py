@@ -6,75 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from quadapt.config.fields import Grid, Machine, MethodName, RowsOfData, Settings, Target, Walk
+from quadapt.config.fields import Machine, RowsOfData, Settings, Target
 from quadapt.config.values import Location, Sources
-from quadapt.setting import Count, Flag, NotNegative, Positive, Seed, Whole
+from quadapt.setting import Count, Flag, NotNegative, Seed, Whole
 from quadapt.widths import NormalFloatWidth
-
-
-class QuantizeConfig(Target, Grid, RowsOfData, Walk):
-    """Quantize a model."""
-
-    model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder or hub name of a causal language model."""
-
-    target_modules: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
-    """Quantize only these layers, by name or a part of it. Default: all linear layers but the head."""
-
-    seed: Annotated[Seed, Flag((), "Machine")] = 0
-    """Of the choice of calibration text."""
-
-    dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
-    """Print what would be done, the true bits per weight and the peak memory, and stop."""
-
-
-class PlanConfig(RowsOfData, Machine):
-    """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
-
-    model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder or hub name of a dense causal language model."""
-
-    budget: Annotated[Positive, Flag((), "Plan")]
-    """True bits per weight that the quantized layers may take on average: 2.75, say."""
-
-    output: Annotated[Location, Flag(("-o",), "Output", idle=True)] = "plan.json"
-    """File to write; a figure goes beside it."""
-
-    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
-    """Replace the output if it exists."""
-
-    method: Annotated[MethodName, Flag((), "Plan")] = "lq-lora"
-    """For which method: its kind of levels decides among which grids there is a choice. Must train over codes."""
-
-    rank: Annotated[Count | None, Flag(("--r", "--lora-r"), "Plan")] = None
-    """Of the adapters; lq-lora's errors depend on it. Default: the paper's, 64."""
-
-    count_adapters: Annotated[Literal["fp16", "nf8"] | None, Flag((), "Plan")] = None
-    """Also count adapters in the budget, held as 16-bit floats or as nf8 (8.127 bits). Default: they do not count, as
-    in the paper."""
-
-    fisher: Annotated[Location | None, Flag((), "Plan", reads=True)] = None
-    """Weight errors by diagonal Fisher information: text to gather it on, of the kinds that tune takes, or a
-    safetensors file that holds it, a tensor of the weight's shape for each layer. Default: all weights count alike."""
-
-    calibration_sequences: Annotated[Count, Flag((), "Plan")] = 128
-    """Sequences of the text, at most."""
-
-    calibration_length: Annotated[Count | None, Flag((), "Plan")] = None
-    """Their length in tokens. Default: the model's context, at most 2048."""
-
-    seed: Annotated[Seed, Flag((), "Machine")] = 0
-    """Of the choice of text."""
-
-    target_modules: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
-    """Plan only these layers, by name or a part of it. Default: all linear layers but the head."""
-
-    skip: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
-    """Layers to leave unquantized, by name or a part of it (comma separated, or repeated)."""
-
-    cache: Annotated[Location | None, Flag((), "Output", idle=True)] = None
-    """Folder that keeps the measured errors: an interrupted run goes on there, another budget takes seconds. Default:
-    plan-errors beside the output."""
 
 
 class MergeConfig(Target, Machine):

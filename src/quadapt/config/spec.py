@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from quadapt.budget import BudgetPlan
-from quadapt.errors import locate
+from quadapt.config.values import allowed, shown
+from quadapt.errors import ConfigError, locate
 from quadapt.methods import Method
 from quadapt.model.layer import Plan
 from quadapt.nn.starts import Zero
@@ -48,6 +54,8 @@ class Spec:
         Raises:
             ConfigError: Two of the choices contradict each other, or the plan.
         """
+        for piece in (method.recipe, method.rounding, method.start, method.adapter, method.objective):
+            check_values(piece)
         method.check()
         format, storage, rounding = method.base()
         plan = Plan(
@@ -74,3 +82,26 @@ class Spec:
     def without_adapter(self) -> Spec:
         """The same for a base alone: training does not go on from it at once, so nothing starts there."""
         return replace(self, plan=replace(self.plan, start=Zero(), rank=0, pooled=False, adapted=()))
+
+
+def check_values(piece: Any) -> None:
+    """Check the values of a piece's fields against their types and ranges, as those of flags are.
+
+    Raises:
+        ConfigError: One is not what its field takes.
+    """
+    for field in fields(piece):
+        value = getattr(piece, field.name)
+        adapter, hint = _adapter(type(piece), field.name)
+        try:
+            adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            words = allowed(FieldInfo(annotation=hint)) or error.errors()[0]["msg"].lower()
+            words = words.removeprefix("input should be ")
+            raise ConfigError(f"{field.name}={shown(value)} of {type(piece).__name__}: must be {words}") from None
+
+
+@cache
+def _adapter(piece: type, name: str) -> tuple[TypeAdapter[Any], Any]:
+    hint = get_type_hints(piece, include_extras=True)[name]
+    return TypeAdapter(hint, config=None), hint

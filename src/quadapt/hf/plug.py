@@ -7,7 +7,7 @@ those that import PEFT, whose import gets here.
 
 from __future__ import annotations
 
-from quadapt.hf.hooks import wrap
+from quadapt.hooks import wrap
 
 
 def plug_into_peft() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from quadapt.config import TuneConfig, checked
-from quadapt.config.fields import Grid
+from quadapt.config.grid import Grid
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.compressed import attach
 from quadapt.hf.folder import Folder, find_base, open_folder

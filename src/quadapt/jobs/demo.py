@@ -197,7 +197,14 @@ class _Bench:
         else:
             about = lora_config(adapter, rank=RANK, alpha=RANK)
         tuned = get_peft_model(model, about)
-        run = Run(recipe=RECIPE, max_steps=STEPS, batch_size=BATCH, seed=self.seed, save_steps=10 * STEPS)
+        run = Run(
+            recipe=RECIPE,
+            max_steps=STEPS,
+            batch_size=BATCH,
+            gradient_accumulation=1,
+            seed=self.seed,
+            save_steps=10 * STEPS,
+        )
         with self.ui.working("  training") as tick:
             folder = Path(tempfile.mkdtemp(dir=self.scratch))  # of its own: a run goes on from what lies in its folder
             train(tuned, self.data.data, run, folder, collate=Collator(pad_token_id(self.tokenizer)), tick=tick)

@@ -121,7 +121,10 @@ def _checked(kind: type[Settings], section: Mapping[str, Any], fixed: Mapping[st
             raise ConfigError(f"{where}{name} is not a setting: the job's stages hand it on. Leave it out")
     settings = checked(kind, {**section, **fixed}, where)
     if isinstance(settings, TuneConfig):
-        _ = settings.spec  # contradictions are said before any work
+        try:
+            _ = settings.spec
+        except ConfigError as error:  # said before any work, and where it is
+            raise ConfigError(f"{where}{error}") from None
     return settings
 
 

@@ -9,7 +9,7 @@ Every function gives a :class:`Method`, which can be changed further before it i
 A new paper is usually one new piece (an adapter, a start, a rounding) and one new file here.
 """
 
-from quadapt.methods.base import METHODS, Method, Recipe, method_named
+from quadapt.methods.base import METHODS, Method, method_named
 from quadapt.methods.cloq import cloq
 from quadapt.methods.efficientqat import e2e_qp, efficientqat
 from quadapt.methods.gptq_lora import gptq_lora
@@ -22,11 +22,13 @@ from quadapt.methods.peqa import peqa
 from quadapt.methods.qa_lora import qa_lora, qa_lora_scales
 from quadapt.methods.qlora import qlora
 from quadapt.methods.quailora import quailora
+from quadapt.methods.recipe import Recipe, Run
 
 __all__ = [
     "METHODS",
     "Method",
     "Recipe",
+    "Run",
     "cloq",
     "e2e_qp",
     "efficientqat",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from quadapt.errors import ConfigError
+from quadapt.methods.recipe import Recipe
 from quadapt.nn.adapters import ADAPTERS, Adapter
 from quadapt.nn.objective import OBJECTIVES, CrossEntropy, Objective
 from quadapt.nn.starts import STARTS, Start, Zero
@@ -15,51 +16,7 @@ from quadapt.quant.rounding import ROUNDINGS, FixedPoint, Rounding
 from quadapt.quant.storage import LINEAR, Storage
 from quadapt.quant.weight import Layout
 from quadapt.registry import Registry
-from quadapt.setting import Count, NotNegative, Positive, Ratio, Share, Whole, setting, settings_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a paper trains. Every field can be overridden; what is used is printed before training starts."""
-
-    learning_rate: Positive = setting("--lr", panel="Training")
-    """Peak learning rate of AdamW."""
-
-    rank: Count = setting("--r", "--lora-r", panel="Adapter", default=64)
-    """Rank of the adapters."""
-
-    alpha: Positive = setting("--lora-alpha", panel="Adapter", default=16)
-    """The adapter is multiplied by alpha / rank."""
-
-    dropout: Share = setting("--lora-dropout", panel="Adapter", default=0.0)
-    """Dropout on the adapter's input."""
-
-    schedule: Literal["constant", "cosine", "linear"] = setting(
-        "--lr-scheduler-type", panel="Training", default="constant"
-    )
-    """Learning rate after the warm-up."""
-
-    warmup_ratio: Ratio = setting(panel="Training", default=0.0)
-    """Share of the steps over which the learning rate rises."""
-
-    weight_decay: NotNegative = setting(panel="Training", default=0.0)
-    """AdamW's weight decay."""
-
-    max_grad_norm: NotNegative = setting(panel="Training", default=0.3)
-    """Gradients are scaled down to this norm."""
-
-    adam_beta2: Share = 0.999
-    """AdamW's second decay rate."""
-
-    grid_learning_rate: Positive | None = setting("--scale-lr", panel="Training", default=None)
-    """Peak learning rate of scales and offsets, where these train; relative to the scale, without weight decay."""
-
-    dense_steps: Whole = setting(panel="Adapter", default=0)
-    """First steps that train a low-rank change of the dense matrix, before anything is quantized (L4Q's first version).
-    """
-
-    source: str = ""
-    """Where these numbers come from."""
+from quadapt.setting import settings_of
 
 
 @dataclass(frozen=True, kw_only=True)

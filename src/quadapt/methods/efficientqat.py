@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quadapt.methods.base import METHODS, Method, Recipe
+from quadapt.methods.base import METHODS, Method
+from quadapt.methods.recipe import Recipe
 from quadapt.nn.adapters import Scales
 from quadapt.nn.block_ap import BlockAP
 from quadapt.quant.format import Format

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quadapt.methods.base import METHODS, Method, Recipe
+from quadapt.methods.base import METHODS, Method
 from quadapt.methods.qlora import qlora
+from quadapt.methods.recipe import Recipe
 from quadapt.nn.starts import LoftQ
 
 

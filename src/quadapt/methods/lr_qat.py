@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from quadapt.methods.base import METHODS, Method, Recipe
+from quadapt.methods.base import METHODS, Method
+from quadapt.methods.recipe import Recipe
 from quadapt.nn.adapters import LRQAT
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quadapt.methods.base import METHODS, Method, Recipe
+from quadapt.methods.base import METHODS, Method
 from quadapt.methods.qlora import qlora
+from quadapt.methods.recipe import Recipe
 from quadapt.nn.starts import QuAILoRA
 
 RECIPE = Recipe(learning_rate=2e-4, warmup_ratio=0.03, source="QuAILoRA §4")

@@ -55,6 +55,7 @@ class BlockAP(Rounding):
         and 0.02. Its data are 4096 sequences of 2048 tokens.
     """
 
+    summary: ClassVar[str] = "trains block by block on the calibration text"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
     scope: ClassVar[Literal["layer", "block"]] = "block"
 

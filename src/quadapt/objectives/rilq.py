@@ -158,7 +158,7 @@ class RILQ(Objective):
     """Share of the distance in the objective, from 0 to 1; the authors use a half."""
 
     keep_targets: bool = setting(panel="Training", default=True)  # type: ignore[misc] # a field here, said there
-    """rilq: compute the teacher's targets once and keep them on disk, rather than the teacher in memory."""
+    """Compute the teacher's targets once and keep them on disk, rather than the teacher in memory."""
 
     def bind(self, student: nn.Module, teacher: Callable[[Batch], Tensor] | None) -> HiddenDistance:
         assert teacher is not None

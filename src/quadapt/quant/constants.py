@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from quadapt.hooks import when_imported
+
 
 def per_device(make: Callable[..., Sequence[float]]) -> Callable[..., Tensor]:
     """Turn a function that gives numbers into one that gives them as a float32 tensor on the device `device=`.
@@ -18,7 +20,6 @@ def per_device(make: Callable[..., Sequence[float]]) -> Callable[..., Tensor]:
     """
     kept: dict[tuple[object, ...], Tensor] = {}
 
-    @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
     @wraps(make)
     def constant(*args: object, device: torch.device) -> Tensor:
         if detect_fake_mode() is not None:
@@ -30,4 +31,6 @@ def per_device(make: Callable[..., Sequence[float]]) -> Callable[..., Tensor]:
             kept[key] = torch.tensor(make(*args), dtype=torch.float32, device=device)
         return kept[key]
 
+    # A compiled program calls it as it is. That is said to the compiler once there is one: its import takes a second.
+    when_imported("torch._dynamo", lambda: torch.compiler.allow_in_graph(constant))
     return constant

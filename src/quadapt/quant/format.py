@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from scipy.stats import norm
+from annotated_types import Ge, Le
+from scipy.special import ndtri
 from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.quant.constants import per_device
+from quadapt.setting import MOST, setting
 from quadapt.widths import check_width
 
 Levels = Literal["int", "nf", "nf-sym"]
@@ -36,19 +38,19 @@ IR-QLoRA."""
 class Format:
     """What one weight matrix may hold."""
 
-    levels: Levels = "int"
+    levels: Levels = setting("--quant-type", panel="Quantization", default="int")
     """int: evenly spaced. nf: NormalFloat (nf2 is then {-1, 0, 0.34, 1}, as in LoftQ). nf-sym: symmetric nf2, as in
     IR-QLoRA."""
 
-    bits: int = 4
+    bits: Annotated[int, Ge(2), Le(8)] = setting(panel="Quantization", default=4)
     """Width of a code: 2, 3, 4, 5, 6 or 8 for integers; 2, 3, 4 or 8 for NormalFloat."""
 
-    group_size: int = 32
+    group_size: Annotated[int, Ge(-1), Le(MOST)] = setting(panel="Quantization", default=32)
     """Inputs of a row that share a scale: a multiple of 16 from 16 to 256, or -1 for the whole row."""
 
-    zero: Zero | Literal["default"] = "default"
+    zero: Zero | Literal["default"] = setting(panel="Quantization", default="default")
     """none: symmetric. integer: the offset is a whole number of steps. float: the offset is free (for int the group's
-    minimum). Default: float for int, none for nf and nf-sym."""
+    minimum)."""
 
     def __post_init__(self) -> None:
         if self.zero == "default":
@@ -117,10 +119,10 @@ def normal_levels(bits: int, *, symmetric: bool = False) -> tuple[float, ...]:
     """
     check_width("nf", bits)
     if symmetric:
-        edges = norm.ppf(torch.linspace(1 - DELTA, DELTA, 2**bits + 1, dtype=torch.float64).numpy())
+        edges = ndtri(torch.linspace(1 - DELTA, DELTA, 2**bits + 1, dtype=torch.float64).numpy())
         values = (edges[1:] + edges[:-1]) / 2
         return tuple((values / values.max()).tolist())
     half = 2 ** (bits - 1)
-    negative = norm.ppf(torch.linspace(1 - DELTA, 0.5, half, dtype=torch.float64).numpy())[:-1]
-    positive = norm.ppf(torch.linspace(0.5, DELTA, half + 1, dtype=torch.float64).numpy())
-    return tuple(float(value / norm.ppf(DELTA)) for value in (*negative, *positive))
+    negative = ndtri(torch.linspace(1 - DELTA, 0.5, half, dtype=torch.float64).numpy())[:-1]
+    positive = ndtri(torch.linspace(0.5, DELTA, half + 1, dtype=torch.float64).numpy())
+    return tuple(float(value / ndtri(DELTA)) for value in (*negative, *positive))

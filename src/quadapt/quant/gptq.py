@@ -41,6 +41,7 @@ class GPTQ(Rounding):
         smaller than its block of 128, columns that still lack the errors of the block at hand.
     """
 
+    summary: ClassVar[str] = "calibrated column by column"
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
 
     damping: float = 0.01

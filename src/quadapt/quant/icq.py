@@ -22,7 +22,7 @@ from functools import cache
 from typing import ClassVar
 
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor
 
 from quadapt.errors import ConfigError
@@ -39,7 +39,7 @@ STEPS = 100
 LAMBDA = 0.1
 """Reach of the candidates, in standard deviations."""
 
-SIGMA = 1 / float(norm.ppf(DELTA))
+SIGMA = 1 / float(ndtri(DELTA))
 """Standard deviation of a group's weights over the largest, if NormalFloat's assumption holds: 0.541087."""
 
 FACTORS = tuple(1 + 0.1 * step / 50 for step in sorted(range(-50, 51), key=lambda step: (abs(step), step)) if step)

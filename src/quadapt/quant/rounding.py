@@ -40,6 +40,9 @@ class Rounding(ABC):
     name: ClassVar[str]
     """As the command line calls it."""
 
+    summary: ClassVar[str] = ""
+    """A few words for `--help`."""
+
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics that it reads."""
 
@@ -64,6 +67,8 @@ class Rounding(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Nearest(Rounding):
     """Each weight to the nearest level of its group."""
+
+    summary: ClassVar[str] = "each weight to the nearest level, which needs no data"
 
     range: str = "minmax"
     """How a group's span is chosen, by its name in `RANGES` (`ranges.py`, `icq.py`)."""
@@ -98,13 +103,14 @@ class Nearest(Rounding):
         return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
 
 
-@ROUNDINGS.register("fixed-point")
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint(Rounding):
     """Eight bits for a matrix that will have fewer: the range of `bits`-bit codes in `256 / 2**bits` times finer steps.
 
     LR-QAT's frozen base (arXiv 2406.06385, Q n.(8-n)): its training moves weights between the coarse codes.
     """
+
+    name: ClassVar[str] = "fixed-point"
 
     bits: int = 4
     """Width of a code of the product: 2, 3, 4, 5 or 6."""

@@ -1,6 +1,7 @@
 """Training by `transformers.Trainer` of whatever parameters are trainable; it can be stopped and gone on with."""
 
-from quadapt.train.loop import Run, Trained, last_checkpoint, train, trainable_parameters
+from quadapt.methods import Run
+from quadapt.train.loop import Trained, last_checkpoint, train, trainable_parameters
 from quadapt.train.trainer import AdapterTrainer
 
 __all__ = ["AdapterTrainer", "Run", "Trained", "last_checkpoint", "train", "trainable_parameters"]

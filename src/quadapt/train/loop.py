@@ -6,9 +6,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +18,7 @@ from quadapt.data.packing import check_packing
 from quadapt.errors import ConfigError
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.workspace import remove, write_json
-from quadapt.methods import Recipe
+from quadapt.methods import Run
 from quadapt.nn.objective import Bound
 from quadapt.train.best import Best
 from quadapt.train.trainer import AdapterTrainer
@@ -27,73 +27,6 @@ log = logging.getLogger("quadapt")
 
 _DONE = "complete.json"
 """Written into a checkpoint when all else is in it: a checkpoint without it was interrupted and is not resumed from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training run: the recipe (learning rate, schedule, clipping) and how long, how much, how often."""
-
-    recipe: Recipe
-    """Learning rate, schedule and clipping."""
-
-    max_steps: int = 0
-    """Optimizer steps; 0 to go by `epochs`."""
-
-    epochs: float = 1.0
-    """Passes over the data, unless `max_steps` is given."""
-
-    batch_size: int = 8
-    """Sequences in one forward pass."""
-
-    gradient_accumulation: int = 1
-    """Forward passes per optimizer step."""
-
-    seed: int = 0
-    """Of data order, dropout and adapter initialization."""
-
-    save_steps: int = 0
-    """Steps between checkpoints to resume from; 0: a tenth of the run, at most 500."""
-
-    eval_steps: int = 0
-    """Steps between evaluations on held-out data; 0: a tenth of the run where they decide what is kept or when to stop,
-    else only at the end."""
-
-    keep: Literal["best", "last"] = "last"
-    """Which state is the result: the last, or that of the lowest held-out loss."""
-
-    early_stopping: int = 0
-    """Stop after so many evaluations in a row without a lower held-out loss; 0: never."""
-
-    logging_steps: int = 0
-    """Steps between logged losses; 0: a fiftieth of the run."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
-
-    report_to: str = "none"
-    """Where Trainer reports besides our own log: none, tensorboard, wandb, .."""
-
-    device: str = "cpu"
-    """As in torch."""
-
-    def steps(self, sequences: int) -> int:
-        """Optimizer steps over a training set of so many sequences.
-
-        Raises:
-            ConfigError: There would be none.
-        """
-        per_epoch = max(1, math.ceil(math.ceil(sequences / self.batch_size) / self.gradient_accumulation))
-        steps = self.max_steps or math.ceil(self.epochs * per_epoch)
-        if steps < 1:
-            raise ConfigError(
-                f"max_steps={self.max_steps} and epochs={self.epochs} give no step. Use --max-steps 1 or more"
-            )
-        return steps
-
-    def evaluations(self, steps: int) -> int:
-        """Steps between evaluations in a run of `steps` steps; 0: only at the end."""
-        needed = self.keep == "best" or self.early_stopping
-        return self.eval_steps or (max(1, math.ceil(steps / 10)) if needed else 0)
 
 
 @dataclass(frozen=True)
@@ -206,6 +139,7 @@ def train(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trainable. Add an adapter first (quadapt.prepare)")
+    run = replace(run, keep=run.keep or ("last" if eval_data is None else "best"))
     if eval_data is None and (run.keep == "best" or run.early_stopping):
         wanted = f"keep={run.keep!r}" if run.keep == "best" else f"early_stopping={run.early_stopping}"
         raise ConfigError(f"{wanted} goes by the loss on held-out data, and there is none. Give some, or leave it out")

@@ -17,6 +17,7 @@ from quadapt.quant.format import Format, Zero
 from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import Storage, ValueStorage
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.setting import setting
 
 
 @ADAPTERS.register("l4q")
@@ -43,7 +44,7 @@ class L4Q(GridAdapter):
     offsets: Zero = "float"
     """none: symmetric, only scales train. integer: zero-points stay whole (straight through). float: free."""
 
-    init: Literal["l4q", "lsq+", "symmetric", "asymmetric"] = "l4q"
+    init: Literal["l4q", "lsq+", "symmetric", "asymmetric"] = setting(panel="Adapter", default="l4q")
     """First scales (paper, eqs. 15, 37, 38): l4q clips neither tail; the others are its ablation."""
 
     order: Literal["clamp-round", "round-clamp"] = "clamp-round"

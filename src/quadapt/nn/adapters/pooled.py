@@ -30,6 +30,7 @@ from quadapt.quant.autograd import offset_gradient
 from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import FLOATS, Storage
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.setting import setting
 
 
 @ADAPTERS.register("pooled")
@@ -45,11 +46,11 @@ class Pooled(CodesAdapter):
         rounding: with fp16 offsets the merge then loses 1 to 9 % of what the adapter does.
     """
 
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Literal["sum", "mean"] = setting(panel="Adapter", default="sum")
     """sum over a group, as in the paper, or mean, as in the authors' code: there the same A and B do `1 / group_size`
     as much."""
 
-    form: Literal["merged", "side"] = "merged"
+    form: Literal["merged", "side"] = setting(panel="Adapter", default="merged")
     """merged: train what a merge will give. side: a branch beside the quantized matrix, as published."""
 
     offsets: Literal["base", "fp16", "fp32"] = "base"

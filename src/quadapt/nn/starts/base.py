@@ -41,6 +41,9 @@ class Start(ABC):
     name: ClassVar[str]
     """As the command line calls it."""
 
+    summary: ClassVar[str] = ""
+    """A few words for `--help`."""
+
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics that it reads, besides those of the rounding."""
 
@@ -72,6 +75,8 @@ STARTS: Registry[type[Start]] = Registry("start", "quadapt.nn.starts")
 @dataclass(frozen=True, kw_only=True)
 class Zero(Start):
     """The quantized weight, and an adapter that is zero at first (QLoRA, QA-LoRA)."""
+
+    summary: ClassVar[str] = "nothing is fitted"
 
     def __call__(
         self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False

@@ -53,6 +53,8 @@ class QuAILoRA(Calibrated):
         1e-9 of their mean diagonal.
     """
 
+    summary: ClassVar[str] = "fitted to what quantization changed about outputs, by turns"
+
     iterations: int = 20
     """Sweeps over A and B (the paper: 20)."""
 
@@ -82,6 +84,8 @@ class CLoQ(Calibrated):
     With `H = R R^T`, `up @ down = LR_r(E R) R^-1`: the best rank-r approximation of `E R`, taken back through `R`.
     Channels that inputs never use get nothing.
     """
+
+    summary: ClassVar[str] = "fitted to what quantization changed about outputs, in closed form"
 
     split: Literal["even", "up", "down"] = "even"
     """Which factor carries the singular values of `E R`: half each, `lora_B`, or `lora_A`."""
@@ -119,6 +123,8 @@ class QERA(CLoQ):
     Optimal where channels are uncorrelated; it needs no more than a number for each input.
     """
 
+    summary: ClassVar[str] = "as cloq, with no more than the scale of each input"
+
     def root(self, H: Tensor) -> tuple[Tensor, Tensor]:
         values = H.diagonal().clamp_min(0)
         root = (values + self.damping * mean(values)).sqrt()
@@ -135,6 +141,8 @@ class LoftQ(Start):
     Differs: keeps the best iterate, since a later one may be worse; the LoRA scaling is absorbed by the factors, which
         PEFT's does not do.
     """
+
+    summary: ClassVar[str] = "fitted to what quantization changed about the matrix"
 
     iterations: int = 5
     """Times to quantize (the paper: 5; PEFT's default is 1)."""

@@ -9,6 +9,7 @@ what is quantized. What is returned is the best turn's Q with the L1 and L2 that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from quadapt.nn.starts.fit import randomized_svd
 from quadapt.quant.fixed import mean, one_thread, total
 from quadapt.quant.grids import as_float
 from quadapt.quant.rounding import Statistics
+from quadapt.setting import setting
 
 OVERSAMPLED = 10
 """Directions beyond the rank that the randomized SVD follows (LQ-LoRA's code)."""
@@ -46,11 +48,13 @@ class LQ(Start):
         The random directions of the SVD come from `seed`, and later turns start from those of the turn before.
     """
 
+    summary: ClassVar[str] = "a decomposition of the matrix into codes and a low-rank term"
+
     iterations: int = 100
     """Turns, at most; it ends sooner once a turn is no better than the one before."""
 
-    fisher: bool = False
-    """Whether errors are weighted by Fisher information, which then is needed."""
+    fisher: bool = setting(panel="Adapter", default=False)
+    """Weight errors by the diagonal Fisher information of the full-precision model on the calibration text."""
 
     tolerance: float = 0.0
     """It also ends with a turn that lowers the error by less than this share. 0, as in the paper: any gain counts."""

@@ -1,4 +1,4 @@
-"""Run code when a module gets imported, and around functions of others: `import quadapt` imports neither of them."""
+"""Run code when a module gets imported, and around functions of others: importing quadapt imports none of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar
 
-_waiting: dict[str, Callable[[], None]] = {}
+_waiting: dict[str, list[Callable[[], None]]] = {}
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
@@ -21,7 +21,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
     if name in sys.modules and not getattr(sys.modules[name].__spec__, "_initializing", False):
         action()
         return
-    _waiting[name] = action
+    _waiting.setdefault(name, []).append(action)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -57,8 +57,7 @@ class _ThenCall(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        action = _waiting.pop(self._name, None)
-        if action is not None:
+        for action in _waiting.pop(self._name, []):
             action()
 
     def __getattr__(self, name: str) -> object:  # resource readers and the like
