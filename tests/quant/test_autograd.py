@@ -250,6 +250,25 @@ def test_with_a_frozen_the_pooled_inputs_are_not_kept_either(dtype: torch.dtype,
     assert float((found - want).norm() / want.norm()) < 1e-6
 
 
+def test_of_two_adapters_only_the_one_that_trains_keeps_anything(quant_weight: Make) -> None:
+    """A frozen adapter under one that trains moves the offsets, and costs no memory and no gradient."""
+    weight = quant_weight(Format(bits=4, group_size=32), 24, 128)
+    move = MergedForm(((Pooled(), 0.5), (Pooled(pooling="mean"), 3.0)))
+    frozen = torch.randn(3, 4), torch.randn(24, 3)
+    A, B = torch.randn(2, 4, requires_grad=True), torch.randn(24, 2, requires_grad=True)
+    x, dy = torch.randn(8, 128), torch.randn(8, 24)
+    saved = Saved(*weight.tensors.values(), *frozen, A, B)
+    with saved():
+        y = quant_matmul(x, weight, move, (*frozen, A, B))
+    assert [tuple(tensor.shape) for tensor in saved.tensors] == [(8, 4)]
+    assert not torch.equal(y, quant_matmul(x, weight, MergedForm(move.parts[1:]), (A, B)))
+    under = Pooled().merge(weight, {"A": frozen[0], "B": frozen[1]}, 0.5)
+    alone = quant_matmul(x, under, MergedForm(move.parts[1:]), (A, B))
+    assert torch.equal(y, alone)
+    found, want = (torch.autograd.grad(each, (A, B), dy) for each in (y, alone))
+    assert all(torch.equal(mine, other) for mine, other in zip(found, want, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_accelerators_pool_in_the_dtype_of_the_inputs(
     dtype: torch.dtype, quant_weight: Make, monkeypatch: pytest.MonkeyPatch
