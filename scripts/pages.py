@@ -137,6 +137,33 @@ def method_page(name: str) -> str:
     )
 
 
+def filled(page: str) -> str:
+    """A page with the tables of methods and of export formats in the places that are marked for them."""
+    return page.replace("<!-- table of methods -->", methods()).replace("<!-- table of formats -->", formats())
+
+
+def methods() -> str:
+    """Every method, its paper, and what it is."""
+    found = []
+    for name in METHODS:
+        method = method_named(name)
+        merges = "exactly" if method.adapter.exactness == "exact" else "no"
+        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
+        said = method.summary.removesuffix(" Cannot merge exactly.")
+        found.append(f"| [`{name}`]({name}.md) | {paper} | {said} | {merges} |")
+    return "\n".join(["| method | arXiv | what it is | merges |", "| --- | --- | --- | --- |", *found])
+
+
+def formats() -> str:
+    """Every export format, in its own words."""
+    found = []
+    for name, kind in EXPORTERS.items():
+        said = " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+        written = f"`{kind.suffix}` file" if kind.suffix else "folder"
+        found.append(f"| `{name}` | {said} | {written} | {kind.served_by} |")
+    return "\n".join(["| format | what it is | written as | served by |", "| --- | --- | --- | --- |", *found])
+
+
 def rows(facts: list[tuple[str, object]]) -> str:
     """A table of two columns."""
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)]) + "\n"
@@ -227,13 +254,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
-    """Link names in the table of methods to their pages; README.md, which has it too, is read without them."""
-    where = page.file.src_uri
-    folder = {"index.md": "methods/", "methods/index.md": ""}.get(where)
-    if folder is None:
-        return text
-    return re.sub(r"^\| `([\w-]+)` \|", rf"| [`\1`]({folder}\1.md) |", text, flags=re.MULTILINE)
+def on_page_markdown(text: str, **_: Any) -> str:
+    """Put the tables that follow from the code where the pages ask for them."""
+    return filled(text)
 
 
 def on_page_content(text: str, **_: Any) -> str:

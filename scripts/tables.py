@@ -1,4 +1,4 @@
-"""Write the tables with numbers in README.md and docs/ anew, from measurements and from the methods.
+"""Write the tables with numbers in README.md and docs/ anew, from what was measured.
 
     python scripts/tables.py            # rewrite what stands between <!-- NAME --> and <!-- /NAME -->
     python scripts/tables.py --check    # only say (and fail) if something is out of date
@@ -22,9 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed
 from benchmarks.gpu.rows import shown
 from compared import RESULTS, ROOT, compared, table
 
-from quadapt.exporters.formats import EXPORTERS
-from quadapt.methods import METHODS, method_named
-
 NOT_MEASURED = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
@@ -39,26 +36,6 @@ def made_with(about: dict[str, Any]) -> str:
     """The machine and the versions of a measurement."""
     packages = ", ".join(f"{package} {version}" for package, version in about["packages"].items() if version)
     return f"{about['processor']}, {about['threads']} threads, {packages}, commit {about['commit'][:10]}.\n"
-
-
-def methods() -> str:
-    """Every method, its paper, and what it is."""
-    rows = []
-    for name in METHODS:
-        method = method_named(name)
-        merges = "exactly" if method.adapter.exactness == "exact" else "no"
-        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
-        rows.append((f"`{name}`", paper, method.summary.removesuffix(" Cannot merge exactly."), merges))
-    return table(("method", "arXiv", "what it is", "merges"), rows)
-
-
-def exporters() -> str:
-    """Every export format, in its own words."""
-    rows = []
-    for name, kind in EXPORTERS.items():
-        words = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
-        rows.append((f"`{name}`", words, f"`{kind.suffix}` file" if kind.suffix else "folder", kind.served_by))
-    return table(("format", "what it is", "written as", "served by"), rows)
 
 
 def demo(found: dict[str, Any]) -> str:
@@ -172,8 +149,7 @@ def marked(name: str) -> str:
         where, made = MEASURED[name]
         found = stored(where)
         return made(found) if found else NOT_MEASURED
-    made = {"methods": methods, "exporters": exporters, "gpu": gpu}
-    return made[name]() if name in made else compared(name)
+    return gpu() if name == "gpu" else compared(name)
 
 
 def pages() -> dict[Path, str]:

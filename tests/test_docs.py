@@ -16,6 +16,7 @@ import yaml
 
 from quadapt.cli import COMMANDS
 from quadapt.cli.commands import settings_of
+from quadapt.exporters.formats import EXPORTERS
 from quadapt.methods import METHODS, method_named
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +35,11 @@ def script(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
     """Every page of the site by its path there, written or made."""
+    hook = script("pages")
     written = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in (ROOT / "docs").rglob("*.md")}
-    made = script("pages").generated()
+    made = hook.generated()
     assert not set(written) & set(made)
-    return written | made
+    return {name: hook.filled(text) for name, text in (written | made).items()}
 
 
 def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,13 +50,17 @@ def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.value.code in (None, 0)  # otherwise it names the files that are out of date
 
 
-def test_a_table_between_marks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    tables = script("tables")
-    text = "before\n<!-- methods -->\nold\n<!-- /methods -->\nafter\n"
-    (found,) = tables.MARKED.finditer(text)
-    assert (found[2], found[0].count("old")) == ("methods", 1)
-    assert all(f"`{name}`" in tables.marked("methods") for name in METHODS)
+def test_marks_come_in_pairs() -> None:
+    """What stands between two marks is written by the script; a mark alone would be left as it is."""
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        names = re.findall(r"<!-- (/?)([\w-]+) -->", path.read_text())
+        assert [name for close, name in names if not close] == [name for close, name in names if close]
+
+
+def test_tables_name_what_the_registries_hold(pages: dict[str, str]) -> None:
+    assert all(f"[`{name}`]({name}.md)" in pages["methods/index.md"] for name in METHODS)
+    assert all(f"| `{name}` |" in pages["guide/export.md"] for name in EXPORTERS)
+    assert "<!-- table" not in "".join(pages.values())
 
 
 def anchors(page: str) -> set[str]:
