@@ -20,6 +20,7 @@ from quadapt.cli import COMMANDS
 from quadapt.cli.commands import settings_of
 from quadapt.config import Flag, RunConfig, Settings
 from quadapt.exporters.formats import EXPORTERS
+from quadapt.exporters.survey import formats_page, merged_layout
 from quadapt.methods import METHODS, method_named
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
@@ -139,7 +140,11 @@ def method_page(name: str) -> str:
 
 def filled(page: str) -> str:
     """A page with the tables of methods and of export formats in the places that are marked for them."""
-    return page.replace("<!-- table of methods -->", methods()).replace("<!-- table of formats -->", formats())
+    tables = {"methods": methods, "formats": formats, "merged methods by format": merged_by_format}
+    for name, made in tables.items():
+        if f"<!-- table of {name} -->" in page:
+            page = page.replace(f"<!-- table of {name} -->", made())
+    return page
 
 
 def methods() -> str:
@@ -162,6 +167,18 @@ def formats() -> str:
         written = f"`{kind.suffix}` file" if kind.suffix else "folder"
         found.append(f"| `{name}` | {said} | {written} | {kind.served_by} |")
     return "\n".join(["| format | what it is | written as | served by |", "| --- | --- | --- | --- |", *found])
+
+
+def merged_by_format() -> str:
+    """Which formats hold what each method merges to, at its defaults; for those that merge exactly."""
+    layouts = {}
+    for name in METHODS:
+        method = method_named(name)
+        format, storage, _ = method.base()
+        if method.adapter.exactness == "exact":
+            base = Layout(format=format, storage=storage, out=256, columns=256)
+            layouts[name] = merged_layout(method.adapter, base)
+    return formats_page(layouts)
 
 
 def rows(facts: list[tuple[str, object]]) -> str:

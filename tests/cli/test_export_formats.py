@@ -68,3 +68,11 @@ def test_a_layout_is_refused_before_anything_is_loaded(monkeypatch: pytest.Monke
     monkeypatch.setattr("quadapt.jobs.export.load", None)
     said = give("export", "merged", "--format", "compressed-tensors", "--output", tmp_path / "ct", code=2)
     assert "down_proj: int3-g32 has offsets that compressed-tensors cannot hold" in said.error
+
+
+def test_an_adapter_is_refused_for_what_it_would_merge_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Again before anything is loaded: the layout of the merge is known from that of the base."""
+    monkeypatch.setattr("quadapt.jobs.export.load_adapted", None)
+    said = give("export", "adapter", "--format", "compressed-tensors", "--output", tmp_path / "ct", code=2)
+    assert "down_proj: int3-g32 has offsets that compressed-tensors cannot hold" in said.error
+    assert not (tmp_path / "ct").exists()

@@ -80,6 +80,7 @@ assert not {"torch", "transformers", "peft", "numpy", "datasets"} & set(sys.modu
 """
     assert "quantize" in run_python(code, "--help")
     assert "--requantize" in run_python(code, "merge", "--help")
+    assert "--dense" in run_python(code, "export", "--help")
 
 
 def test_version() -> None:

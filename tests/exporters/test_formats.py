@@ -22,13 +22,15 @@ import quadapt
 from quadapt.errors import ConfigError, ExportError
 from quadapt.exporters.dense import export_hf
 from quadapt.exporters.formats import EXPORTERS, Answer, Exporter
-from quadapt.exporters.survey import Subject, formats_page, survey
+from quadapt.exporters.survey import Subject, formats_page, merged_layout, survey
 from quadapt.hf.compressed import attach
 from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import adapted_layers
+from quadapt.methods import METHODS, method_named
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import LoRA, Pooled
 from quadapt.quant.format import Format
+from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout
 
@@ -38,8 +40,8 @@ MODELS: dict[str, tuple[Format, Storage | None]] = {
     "int4": (Format(bits=4, group_size=32), None),
     "int4 in fp32": (Format(bits=4, group_size=32), Storage(scales="fp32", offsets="fp32")),
     "int4 with zero-points": (Format(bits=4, group_size=32, zero="integer"), None),
-    "int4, symmetric": (Format(bits=4, group_size=32, zero="none"), None),
-    "int4, short groups": (Format(bits=4, group_size=80, zero="none"), None),
+    "int4 symmetric": (Format(bits=4, group_size=32, zero="none"), None),
+    "int4 in short groups": (Format(bits=4, group_size=80, zero="none"), None),
     "int8 with zero-points": (Format(bits=8, group_size=32, zero="integer"), None),
     "nf4": (Format(levels="nf", bits=4, group_size=64), Storage(scales="double", offsets="absent")),
 }
@@ -221,14 +223,40 @@ def test_the_page_of_the_docs_says_what_the_formats_say() -> None:
     for name, layout in layouts.items():
         for exporter, cell in zip(names, table[name], strict=True):
             why = EXPORTERS[exporter]().accepts(layout)
-            assert cell.startswith("exactly: ") if why is None else f"* {name}, `{exporter}`: " in "\n".join(lines)
-            assert why is None or why in "\n".join(lines)
+            if why is None:
+                assert cell.startswith("exactly: ")
+            else:
+                (line,) = [each for each in lines if each.startswith(f"* `{exporter}`, ") and f"{why}." in each]
+                assert name in line.partition(": ")[0].split(", ")
     assert table["int4"] == [
         "no",
         "exactly: codes as they are",
         "changed: dense weights rounded to bfloat16",
     ]
     assert table["nf4"][1] == "exactly: dense F32"
+
+
+MERGED = [name for name in METHODS if method_named(name).adapter.exactness == "exact"]
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_the_layout_of_a_merge_is_known_before_it(name: str) -> None:
+    """From the layout of the base alone; against real merges of whole matrices by adapters that do something."""
+    method = method_named(name)
+    format, storage, rounding = method.base()
+    base = Layout(format=format, storage=storage, out=24, columns=128)
+    torch.manual_seed(0)
+    dense = torch.randn(24, 128)
+    over_dense = method.adapter.base == "float"
+    source = dense if over_dense else (rounding if format.bits == 8 else Nearest())(dense, base, {})
+    params = {}
+    for key, param in method.adapter.params(method.adapter.layout_of(source), 2).items():
+        params[key] = torch.zeros(param.shape)
+        param.init(params[key], source)
+        params[key] += 0.01 * torch.randn(param.shape)
+    merged = method.adapter.merge(source, params, 0.5)
+    assert merged_layout(method.adapter, base) == merged.layout
+    assert merged.layout.out == 24
 
 
 OTHER = '''

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
-from quadapt.exporters.tensors import TYPES, as_stored, refuse_adapters, tensors_of
+from quadapt.exporters.tensors import TYPES, as_stored, refuse_adapters, rounded_besides, tensors_of
 from quadapt.hf.ending import set_ends
 from quadapt.kernels import pack
 from quadapt.quant.weight import Layout, QuantWeight
@@ -83,7 +83,12 @@ def export_compressed_tensors(
     weights = sum(weight.layout.out * weight.layout.columns for weight in layers.values())
     bits = 8 * sum(row.nbytes for row in rows if row.linear) / weights
     return ExportReport(
-        format="compressed-tensors", path=str(path), bytes=size_of(path), tensors=rows, bits_per_weight=bits
+        format="compressed-tensors",
+        path=str(path),
+        bytes=size_of(path),
+        tensors=rows,
+        bits_per_weight=bits,
+        notes=tuple(rounded_besides(sources, kind)),
     )
 
 

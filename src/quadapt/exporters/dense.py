@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, shape_of, tensors_of
+from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, rounded_besides, shape_of, tensors_of
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import copy_processor
 from quadapt.model.quantize import Progress
@@ -129,11 +129,5 @@ def _notes(sources: dict[str, Source], moves: dict[str, float], dtype: str) -> t
             f"{dtype} does not hold the quantized weights exactly: it moves them by up to {moves[worst]:.4f} "
             f"of a quantization step ({worst}). float32 and GGUF hold them exactly"
         )
-    rounded = [
-        name
-        for name, source in sources.items()
-        if isinstance(source, Tensor) and not torch.equal(source.to(kind).to(source.dtype), source)
-    ]
-    if rounded:
-        notes.append(f"{len(rounded)} tensors that are not quantized are rounded to {dtype}: {', '.join(rounded)}")
+    notes += rounded_besides(sources, kind)
     return tuple(notes)

@@ -37,7 +37,7 @@ class ExportReport:
     """What an export wrote."""
 
     format: str
-    """gguf, hf, lora or gguf-lora."""
+    """Name of the format, or gguf-lora for the adapter beside a GGUF file."""
 
     path: str
     """The file or folder."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import torch
 
 from quadapt.errors import QuadaptError
 from quadapt.exporters.formats import EXPORTERS, Answer, Exporter
 from quadapt.nn.adapters import Adapter
+from quadapt.quant.rounding import Nearest
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -39,6 +42,22 @@ class _Objection:
 
     instead: tuple[str, bool] | None
     """As :meth:`Exporter.instead`."""
+
+
+def merged_layout(adapter: Adapter, base: Layout) -> Layout:
+    """The layout of what merging an adapter makes of a matrix: found by merging an untrained one into a single row.
+
+    Args:
+        adapter: One that merges.
+        base: Layout of the quantized matrix that it trains over. If it trains over dense ones, only the shape counts.
+    """
+    dense = torch.linspace(-1, 1, base.columns)[None]
+    source = dense if adapter.base == "float" else Nearest()(dense, replace(base, out=1, permuted=False))
+    params = {}
+    for name, param in adapter.params(adapter.layout_of(source), 1).items():
+        params[name] = torch.zeros(param.shape)
+        param.init(params[name], source)
+    return replace(adapter.merge(source, params, 1.0).layout, out=base.out, permuted=base.permuted)
 
 
 def survey(subject: Subject, exporters: Sequence[Exporter]) -> list[Answer]:
@@ -142,8 +161,15 @@ def formats_page(layouts: Mapping[str, Layout]) -> str:
     head = ["layout", *(exporter.name for exporter in exporters)]
     lines = [_row(head), _row(["---"] * len(head))]
     lines += [_row([name, *map(_cell, answers)]) for name, answers in asked.items()]
-    reasons = [(name, each) for name, answers in asked.items() for each in answers if each.layers]
-    lines += ["", *(f"* {name}, `{each.format}`: {each.words.removeprefix(f'{_LAYERS}: ')}" for name, each in reasons)]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, answers in asked.items():
+        for each in answers:
+            if each.layers:
+                reasons.setdefault((each.format, each.words.removeprefix(f"{_LAYERS}: ")), []).append(name)
+    lines += [
+        "",
+        *(f"* `{format}`, {', '.join(names)}: {words}." for (format, words), names in sorted(reasons.items())),
+    ]
     return "\n".join(lines) + "\n"
 
 

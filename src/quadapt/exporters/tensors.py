@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,21 @@ def refuse_adapters(model: nn.Module) -> None:
 def shape_of(source: Source) -> tuple[int, ...]:
     """Shape of the dense tensor."""
     return (source.layout.out, source.layout.columns) if isinstance(source, QuantWeight) else tuple(source.shape)
+
+
+def rounded_besides(sources: Mapping[str, Source], kind: torch.dtype) -> list[str]:
+    """A note on the tensors of unquantized layers that a dtype cannot hold as they are; nothing if it holds all."""
+    rounded = [
+        name
+        for name, source in sources.items()
+        if isinstance(source, Tensor)
+        and source.is_floating_point()
+        and not torch.equal(source.to(kind).to(source.dtype), source)
+    ]
+    dtype = str(kind).removeprefix("torch.")
+    if not rounded:
+        return []
+    return [f"{len(rounded)} tensors that are not quantized are rounded to {dtype}: {', '.join(rounded)}"]
 
 
 def as_stored(model: Any, sources: dict[str, Source]) -> dict[str, Source]:

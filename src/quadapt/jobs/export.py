@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError, ExportError
 from quadapt.exporters.formats import EXPORTERS, Exporter, Origin
 from quadapt.exporters.report import ExportReport
-from quadapt.exporters.survey import COLUMNS, Subject, rows, survey
+from quadapt.exporters.survey import COLUMNS, Subject, merged_layout, rows, survey
 from quadapt.exporters.tensors import base_of
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.folder import Folder, check_content, find_base, load, open_folder, over_any_base
@@ -73,8 +75,8 @@ def _check(config: ExportConfig, exporter: Exporter, folder: Folder, where: str,
         exporter.check_adapter(adapter)
     elif exporter.takes == "adapter":
         raise ConfigError(f"{config.model!r} is no adapter. Give the folder that tune wrote, or use --format hf")
-    else:
-        _check_layouts(exporter, folder)
+    if exporter.takes == "model":
+        _check_layouts(exporter, folder, where, adapter)
     inputs = [*inputs_of(config), where]
     check_output(output, overwrite=config.overwrite, inputs=inputs, folder=not exporter.suffix)
     check_disk(output.parent, sum(file.stat().st_size for file in Path(where).glob("*.safetensors")))
@@ -90,16 +92,30 @@ def _adapter(folder: Folder) -> Adapter | None:
     return adapter_of(reading(folder.name, PeftConfig.from_pretrained, folder.name))
 
 
-def _check_layouts(exporter: Exporter, folder: Folder) -> None:
-    """Raise ExportError if a layer's layout alone says that the format cannot hold it.
+def _check_layouts(exporter: Exporter, folder: Folder, where: str, adapter: Adapter | None) -> None:
+    """Raise ExportError if a layer's layout alone says that the format cannot hold it, merged if its adapter merges.
 
-    What a layout leaves open ("may not be exact") is decided by the numbers, when they are loaded.
+    What a layout leaves open ("may not be exact") is decided by the numbers, when they are loaded; and so is all of a
+    dense base, which has no layouts yet.
     """
-    about = read_json(folder.path / "config.json")["quantization_config"]
-    for name, layout in reading(folder.name, lambda: QuadaptConfig(**about)).layouts.items():
-        why = exporter.never(layout)
+    about = read_json(Path(where) / "config.json").get("quantization_config") or {}
+    if about.get("quant_method") != "quadapt":
+        return
+    adapted = set() if adapter is None or adapter.exactness == "none" else _adapted(folder)
+    for name, layout in reading(where, lambda: QuadaptConfig(**about)).layouts.items():
+        merged = merged_layout(adapter, layout) if adapter is not None and name in adapted else layout
+        why = exporter.never(merged)
         if why:
             raise ExportError(f"{name}: {why}")
+
+
+def _adapted(folder: Folder) -> set[str]:
+    """Names of the layers that have a part in an adapter's file."""
+    names: set[str] = set()
+    for file in folder.path.glob("adapter_model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= {key.partition(".lora_")[0] for key in tensors.keys() if ".lora_" in key}  # noqa: SIM118
+    return {name.removeprefix("base_model.model.") for name in names}
 
 
 def _exported(
