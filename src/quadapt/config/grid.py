@@ -23,6 +23,7 @@ from quadapt.methods import METHODS, Method, Recipe, method_named
 from quadapt.quant.format import Format
 from quadapt.quant.ranges import RANGES
 from quadapt.quant.rounding import ROUNDINGS
+from quadapt.quant.storage import LINEAR, STORAGES
 from quadapt.setting import Count, Flag, Positive, Seed
 
 
@@ -49,6 +50,9 @@ def _merging(exactly: bool) -> str:
     return ", ".join(name for name in METHODS if (method_named(name).adapter.exactness != "none") == exactly)
 
 
+_SCALES = [name for name, each in STORAGES.items() if each.for_scales and each.spelling == name]
+"""Storages of scales that have no settings of their own; those with settings go by the names of their families."""
+
 _PANEL = Flag(panel="Quantization")
 
 
@@ -73,11 +77,15 @@ class Grid(Settings):
     """Plan of the bits of every layer: a file that quadapt plan has written. It decides the grid, and the method if
     none is given."""
 
-    scales: Annotated[Literal["fp16", "fp32", "double", "linear"] | None, Flag((), "Quantization", of_piece=True)] = (
-        None
-    )
-    """How scales are stored; as 8-bit codes: double, QLoRA's double quantization; linear, LQ-LoRA's. Default: the
-    method's."""
+    scales: Annotated[
+        Literal[(*_SCALES, "linear")] | None,  # type: ignore[valid-type]
+        Flag((), "Quantization", of_piece=True),
+        Field(
+            description="How scales are stored. "
+            + " ".join(f"{name}: {STORAGES[name].summary};" for name in _SCALES)
+            + f" linear: {STORAGES[LINEAR].summary}, here 8 bits and 256. Default: the method's."
+        ),
+    ] = None
 
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""

@@ -117,10 +117,7 @@ class Method:
         return Format(**{**own, "zero": self.format.zero if same else "default", **grid})
 
     def _storage(self, scales: str) -> Storage:
-        if scales == "linear":  # of offsets, which may be negative, there is no such form
-            return replace(self.storage, scales=LINEAR)
-        floats = self.storage.offsets in ("fp16", "fp32", "double")
-        return Storage(scales=scales, offsets=scales if floats else self.storage.offsets)  # type: ignore[arg-type]
+        return self.storage.with_scales(LINEAR if scales == "linear" else scales)
 
     def _piece(self, axis: str, registry: Registry[type[Any]], given: Any) -> Any:
         """A piece by its name, with the settings of the method's own that it has too; or the piece that is given."""
@@ -171,7 +168,7 @@ class Method:
                 f"start={self.start.name!r}: the {self.adapter.kind} adapter of method={self.name!r} has nothing "
                 "to start from but zero. Leave it out"
             )
-        if begun and self.adapter.begins == "offsets" and self.storage.offsets not in ("fp16", "fp32"):
+        if begun and self.adapter.begins == "offsets" and not self.storage.of_offsets.is_float:
             raise ConfigError(
                 f"start={self.start.name!r} is folded into float offsets, and these are {self.storage.offsets}. "
                 "Use zero='float', and fp16 or fp32 scales"
