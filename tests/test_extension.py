@@ -56,11 +56,12 @@ ids = torch.arange(3, 35)[None]
 want = dense(ids).logits
 
 errors = {}
-for start in ("zero", "residual"):
+for start, more in (("zero", {}), ("residual", {}), ("again", {"passes": 4})):
     model = LlamaForCausalLM.from_pretrained("dense")
-    model = quadapt.prepare(model, method=method_named("residual-lora", start=start))
+    method = method_named("residual-lora", start=start.replace("again", "residual"), **more)
+    model = quadapt.prepare(model, method=method)
     errors[start] = float((model.eval()(ids).logits - want).norm() / want.norm())
-assert 0 < errors["residual"] < errors["zero"], errors
+assert 0 < errors["residual"] < errors["zero"] and errors["again"] != errors["residual"], errors
 
 model.train()(ids, labels=ids).loss.backward()
 with torch.no_grad():
@@ -108,9 +109,43 @@ print("used")
 """
 
 
+@pytest.mark.slow
 def test_pieces_of_another_package_work_like_our_own(installed: dict[str, str], run_python: Callable[..., str]) -> None:
     """They are chosen by name, train, are saved with the base, and are found again by what loads it."""
     assert run_python(USE, **installed).endswith("used\n")
+
+
+TUNE = """
+import json
+import sys
+
+sys.path.insert(0, sys.argv[1])
+from commands import SHORT, byte_tokenizer, give, quadapt, write_data
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+config = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+    num_hidden_layers=1, vocab_size=258, max_position_embeddings=128, bos_token_id=None, eos_token_id=0)
+LlamaForCausalLM(config).save_pretrained("dense")
+byte_tokenizer().save_pretrained("dense")
+write_data(Path())
+
+said = give("tune", "--help", code=0).out
+assert all(name in said for name in ("residual-lora", "residual", "inner"))
+tune = ("tune", "dense", "--data", "story.txt", "--max-steps", 2, *SHORT)
+quadapt(*tune, "--method", "residual-lora", "--output", "tuned")
+mixed = ("--levels", "int", "--start", "residual", "--passes", 3, "--range", "inner")
+quadapt(*tune, "--method", "qlora", *mixed, "--output", "mixed")
+quadapt("quantize", "dense", "--rounding", "nearest", "--range", "inner", "--output", "quantized")
+quadapt("export", "quantized", "--format", "npz", "--output", "model.npz")
+assert "npz" in give("export", "quantized", "--format", "?", code=0).out
+print("tuned")
+"""
+
+
+@pytest.mark.slow
+def test_commands_know_pieces_of_another_package(installed: dict[str, str], run_python: Callable[..., str]) -> None:
+    assert run_python(TUNE, str(ROOT / "tests" / "cli"), **installed).endswith("tuned\n")
 
 
 def test_recipes_show_what_the_tests_run() -> None:

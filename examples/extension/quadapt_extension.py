@@ -33,6 +33,7 @@ from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.rounding import Nearest, Statistics
 from quadapt.quant.storage import Storage, ValueStorage, register
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.setting import Count, setting
 
 
 @RANGES.register("inner")
@@ -78,15 +79,22 @@ BF16 = register(_BFloat16())
 class Residual(Start):
     """The best low-rank term for what rounding changed: the largest singular values of `W - Q`."""
 
+    passes: Count = setting(panel="Adapter", default=1)
+    """Times that the matrix is rounded without the term, and the term fitted to what that changed."""
+
     def __call__(
         self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False
     ) -> Begun:
-        base = quantize(weight)
+        base, W = quantize(weight), weight.double()
         if pooled:
             return Begun(base)
-        U, S, Vh = torch.linalg.svd(weight.double() - base.dequantize().double(), full_matrices=False)
-        root = S[:rank].sqrt()
-        return Begun(base, ((U[:, :rank] * root).float(), (root[:, None] * Vh[:rank]).float()))
+        for again in range(self.passes):
+            U, S, Vh = torch.linalg.svd(W - base.dequantize().double(), full_matrices=False)
+            root = S[:rank].sqrt()
+            up, down = U[:, :rank] * root, root[:, None] * Vh[:rank]
+            if again + 1 < self.passes:
+                base = quantize(W - up @ down)
+        return Begun(base, (up.float(), down.float()))
 
 
 @ADAPTERS.register("shift")
