@@ -53,6 +53,15 @@ def _merging(exactly: bool) -> str:
 _SCALES = [name for name, each in STORAGES.items() if each.for_scales and each.spelling == name]
 """Storages of scales that have no settings of their own; those with settings go by the names of their families."""
 
+
+def _summaries() -> str:
+    """Each of them in its own words, those of one kind together."""
+    alike: dict[str, list[str]] = {}
+    for name in _SCALES:
+        alike.setdefault(STORAGES[name].summary, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {summary}" for summary, names in alike.items())
+
+
 _PANEL = Flag(panel="Quantization")
 
 
@@ -81,9 +90,8 @@ class Grid(Settings):
         Literal[(*_SCALES, "linear")] | None,  # type: ignore[valid-type]
         Flag((), "Quantization", of_piece=True),
         Field(
-            description="How scales are stored. "
-            + " ".join(f"{name}: {STORAGES[name].summary};" for name in _SCALES)
-            + f" linear: {STORAGES[LINEAR].summary}, here 8 bits and 256. Default: the method's."
+            description=f"How scales are stored. {_summaries()}; linear: {STORAGES[LINEAR].summary}, here 8 bits and "
+            "256. Default: the method's."
         ),
     ] = None
 
