@@ -150,3 +150,10 @@ def test_formats_that_cannot_hold_it_name_it(lora: Path, base: Path, tmp_path: P
     said = give("export", lora, "--base", base, "--format", "compressed-tensors", "--output", tmp_path / "ct", code=2)
     assert "Requantize it first" in said.error
     assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_formats_knows_of_it(lora: Path, base: Path) -> None:
+    rows = {row["format"]: row for row in quadapt("export", lora, "--base", base, "--format", "?")["formats"]}
+    held = {name: row["holds"] for name, row in rows.items()}
+    assert held == {"gguf": "exactly", "hf": "changed", "lora": "exactly", "nf8": "no", "compressed-tensors": "no"}
+    assert "model.embed_tokens: has 2 token rows trained, which nf8 cannot hold" in rows["nf8"]["words"]

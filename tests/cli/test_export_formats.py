@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import give, quadapt
+from commands import SHORT, give, quadapt
 
 from quadapt.exporters.formats import EXPORTERS
 
@@ -76,3 +76,30 @@ def test_an_adapter_is_refused_for_what_it_would_merge_to(monkeypatch: pytest.Mo
     said = give("export", "adapter", "--format", "compressed-tensors", "--output", tmp_path / "ct", code=2)
     assert "down_proj: int3-g32 has offsets that compressed-tensors cannot hold" in said.error
     assert not (tmp_path / "ct").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "exactly"),
+    [
+        ("l4q", ("--zero", "integer"), {"compressed-tensors", "gguf", "hf"}),
+        ("lr-qat", (), {"compressed-tensors", "gguf", "hf"}),
+        ("peqa", (), {"gguf", "hf"}),
+        ("qa-lora-scales", (), {"gguf", "hf"}),
+        ("qat-lora", (), set()),
+    ],
+)
+def test_adapters_of_every_kind_are_asked_about_what_they_merge_to(
+    method: str, settings: tuple[str, ...], exactly: set[str], place: Path, tmp_path: Path
+) -> None:
+    adapter, options = tmp_path / method, ("--dtype", "float32")
+    quadapt(
+        *("tune", place / "dense", "--data", place / "story.txt", "--method", method, "--group-size", "32"),
+        *("--max-steps", "2", *settings, *SHORT, "--output", adapter),
+    )
+    answers = quadapt("export", adapter, "--format", "?", *options)["formats"]
+    rows = {row["format"]: row for row in answers}
+    assert {name for name, row in rows.items() if row["holds"] == "exactly"} == exactly, rows
+    for name, row in rows.items():
+        said = give("export", adapter, "--format", name, *options, "--output", tmp_path / f"{name}-out")
+        assert (said.code == 0) == (row["holds"] != "no"), (row, said.err)
+        assert said.code == 0 or not (tmp_path / f"{name}-out").exists()

@@ -14,6 +14,8 @@ from quadapt.exporters.gguf_metadata import family_of, heads_of, namer
 from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow
 
+_ADVICE = "which a GGUF adapter cannot hold. Use --format lora"
+
 
 def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = "default") -> ExportReport:
     """Write an adapter as a GGUF file, to be loaded together with the GGUF file of its base.
@@ -30,7 +32,8 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
 
     layers, path = adapted(model, adapter_name), Path(path)
     base: Any = model.get_base_model()  # type: ignore[operator]
-    alpha, family = _alpha(model, layers, adapter_name), family_of(base)
+    refuse_parts(model, _ADVICE)
+    alpha, family = alpha_of(model, adapter_name), family_of(base)
     entries = _entries(layers, adapter_name, base)
     with new_file(path) as partial:
         writer = gguf.GGUFWriter(partial, family.arch)
@@ -59,14 +62,18 @@ def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry]:
     return entries
 
 
-def _alpha(model: nn.Module, layers: Layers, adapter_name: str) -> float:
-    """The adapter's one alpha. Refuses whatever else it has besides factors: llama.cpp would do without it."""
-    advice = "which a GGUF adapter cannot hold. Use --format lora"
-    refuse_parts(model, advice)
+def alpha_of(model: nn.Module, adapter_name: str = "default") -> float:
+    """The one alpha of an adapter that a GGUF file can hold.
+
+    Raises:
+        ExportError: There is no such adapter, or it is more than a LoRA with one alpha over quantized layers. What has
+            trained besides is not looked at: it may go out with the base.
+    """
+    layers = adapted(model, adapter_name)
     for name, layer in layers.items():
         if layer.lora_bias[adapter_name]:
-            raise ExportError(f"{name}: its lora_B has a bias (lora_bias), {advice}")
+            raise ExportError(f"{name}: its lora_B has a bias (lora_bias), {_ADVICE}")
     alphas = sorted({round(layer.scaling[adapter_name] * layer.r[adapter_name], 6) for layer in layers.values()})
     if len(alphas) > 1:
-        raise ExportError(f"adapter {adapter_name!r}: its layers have more than one alpha ({alphas}), {advice}")
+        raise ExportError(f"adapter {adapter_name!r}: its layers have more than one alpha ({alphas}), {_ADVICE}")
     return alphas[0]

@@ -110,6 +110,14 @@ def adapted(model: nn.Module, adapter_name: str) -> Layers:
     return layers
 
 
+def merges(model: nn.Module) -> bool:
+    """Whether all active adapters of a model merge into codes; also if it has none."""
+    from quadapt.hf.peft_layer import adapted_layers
+
+    layers = adapted_layers(model).values()
+    return all(layer.adapters[name].exactness != "none" for layer in layers for name in layer.active())
+
+
 def refuse_parts(model: nn.Module, advice: str) -> None:
     """Raise ExportError if more has trained than adapters over quantized layers, which is all that a form holds."""
     from quadapt.hf.trained import parts_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError, ExportError
 from quadapt.exporters.formats import EXPORTERS, Exporter, Origin
+from quadapt.exporters.lora import merges
 from quadapt.exporters.report import ExportReport
 from quadapt.exporters.survey import COLUMNS, Subject, merged_layout, rows, survey
 from quadapt.exporters.tensors import base_of
@@ -149,7 +150,7 @@ def _loaded(config: ExportConfig, folder: Folder, where: str) -> tuple[Any, Any]
 def _settle(model: Any, exporter: Exporter, path: Path, ui: UI) -> tuple[Any, list[ExportReport]]:
     """A model without adapters to export; an adapter that cannot merge is added up, or written beside it."""
     layers = adapted_layers(model)
-    if _merges(layers):
+    if merges(model):
         merged, certificate = merge_model(model)
         ui.say(f"merged first: {certificate}")
         return merged, []
@@ -165,11 +166,6 @@ def _settle(model: Any, exporter: Exporter, path: Path, ui: UI) -> tuple[Any, li
     for part in settle_ties(plain, besides):
         ui.say(f"{part.name}: {part.kind}, is part of the base that is written{', untied' if part.untied else ''}")
     return plain, reports
-
-
-def _merges(layers: Mapping[str, Any]) -> bool:
-    """Whether all active adapters merge into codes."""
-    return all(layer.adapters[name].exactness != "none" for layer in layers.values() for name in layer.active())
 
 
 # --- which formats hold a model ---

@@ -44,13 +44,17 @@ class GGUF(Exporter):
         return cannot_hold(weight) or None
 
     def check_model(self, model: Any, tokenizer: Any) -> None:
+        from quadapt.exporters.gguf_lora import alpha_of
         from quadapt.exporters.gguf_metadata import family_of
         from quadapt.exporters.gguf_tokenizer import write_tokenizer
+        from quadapt.exporters.lora import merges
         from quadapt.exporters.tensors import base_of
 
         base = base_of(model)
         family_of(base)
         write_tokenizer(_Nowhere(), tokenizer, base)  # type: ignore[arg-type]
+        if not merges(model):
+            alpha_of(model)
 
     def write(
         self, model: Any, tokenizer: Any, path: Path, *, origin: Origin | None = None, progress: Progress = iter
