@@ -134,7 +134,7 @@ said = give("tune", "--help", code=0).out
 assert all(name in said for name in ("residual-lora", "residual", "inner"))
 tune = ("tune", "dense", "--data", "story.txt", "--max-steps", 2, *SHORT)
 quadapt(*tune, "--method", "residual-lora", "--output", "tuned")
-mixed = ("--levels", "int", "--start", "residual", "--passes", 3, "--range", "inner")
+mixed = ("--levels", "int", "--scales", "bf16", "--start", "residual", "--passes", 3, "--range", "inner")
 quadapt(*tune, "--method", "qlora", *mixed, "--output", "mixed")
 quadapt("quantize", "dense", "--rounding", "nearest", "--range", "inner", "--output", "quantized")
 quadapt("export", "quantized", "--format", "npz", "--output", "model.npz")
