@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measure import store, table
 from quadapt.budget import Candidate, Option, Solution, candidates, measure, solve
-from quadapt.budget.table import _Table, table_rounding, table_start
+from quadapt.budget.table import _Table, table_start
 from quadapt.methods import method_named
 from quadapt.nn.starts.lq import squared_error
 
@@ -41,7 +41,7 @@ def outcome(solution: Solution, weights: dict[str, Tensor]) -> float:
     """Sum of errors when every matrix is decomposed for what was chosen, up to `TURNS` turns."""
     from quadapt.nn.starts import LQ
 
-    total, rounding = 0.0, table_rounding(method_named("lq-lora"))
+    total, rounding = 0.0, method_named("lq-lora").rounding.without_data()
     for name, option in solution.chosen.items():
         layout = option.candidate.layout(*weights[name].shape)
         start = LQ(iterations=TURNS, tolerance=0.003)
@@ -65,7 +65,7 @@ def main() -> dict[str, Any]:
     for name, weight in weights.items():
         some: list[Candidate] = ways[len(full) :: EVERY]
         begun = time.process_time()
-        full[name] = _Table(weight, start, table_rounding(method), RANK, {}).each(some)
+        full[name] = _Table(weight, start, method.rounding.without_data(), RANK, {}).each(some)
         plain = (time.process_time() - begun) / len(some) * 432
         begun = time.process_time()
         found = measure(weight, ways, method, rank=RANK)

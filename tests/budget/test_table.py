@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quadapt.budget import Solution, candidates, measure, pareto, solve, table
-from quadapt.budget.table import _Table, table_rounding, table_start
+from quadapt.budget.table import _Table, table_start
 from quadapt.errors import ShapeError
 from quadapt.methods import method_named
 from quadapt.nn.starts import LQ
@@ -54,7 +54,7 @@ def test_other_methods_are_measured_by_their_own_rounding(method: str) -> None:
     assert len(found) == 24
     for option in found[::5]:
         layout = option.candidate.layout(48, 128)
-        want = table_rounding(chosen)(weight, layout).dequantize()
+        want = chosen.rounding.without_data()(weight, layout).dequantize()
         assert option.error == pytest.approx(float((want - weight).square().sum()), rel=1e-5)
 
 

@@ -20,11 +20,10 @@ from quadapt.budget.program import Option
 from quadapt.errors import ShapeError
 from quadapt.kernels import kernels_for
 from quadapt.methods import Method
-from quadapt.nn.starts import LQ, Begun, Start, Zero
+from quadapt.nn.starts import LQ, Begun, Start
 from quadapt.nn.starts.lq import low_rank, scaling_of, squared_error
 from quadapt.quant.fixed import total
 from quadapt.quant.format import Format
-from quadapt.quant.gptq import GPTQ
 from quadapt.quant.grids import implied_offsets
 from quadapt.quant.rounding import (
     Nearest,
@@ -86,8 +85,8 @@ def measure(
     Raises:
         ShapeError: No way can hold the matrix, or it is not finite.
     """
-    start, rounding = table_start(method, "fisher" in statistics), table_rounding(method)
-    shared = isinstance(start, (Zero, LQ)) and all(isinstance(way.storage.of_scales, Linear) for way in ways)
+    start, rounding = table_start(method, "fisher" in statistics), method.rounding.without_data()
+    shared = start.shared and all(isinstance(way.storage.of_scales, Linear) for way in ways)
     table = _Table(weight.float().contiguous(), start, rounding, rank, statistics)
     found = table.shared(ways) if shared else table.each(ways)
     if not found:
@@ -97,17 +96,7 @@ def measure(
 
 def table_start(method: Method, fisher: bool) -> Start:
     """The method's start as the table runs it: fewer turns, and weighted as the errors are."""
-    if isinstance(method.start, LQ):
-        turns = min(TURNS, method.start.iterations)
-        return replace(method.start, iterations=turns, tolerance=TOLERANCE, fisher=fisher)
-    return method.start
-
-
-def table_rounding(method: Method) -> Nearest:
-    """The method's rounding to nearest."""
-    if isinstance(method.rounding, Nearest):
-        return method.rounding
-    return Nearest(range=method.rounding.range) if isinstance(method.rounding, GPTQ) else Nearest()
+    return method.start.shortened(TURNS, TOLERANCE, fisher=fisher)
 
 
 @dataclass(frozen=True)
@@ -163,7 +152,7 @@ class _Table:
 
     def _first(self, way: Candidate) -> Factors | None:
         """The low-rank part for a grid with exact scales."""
-        if not self.rank or isinstance(self.start, Zero):
+        if not self.rank or not self.start.fits:
             return None
         layout = way.layout(*self.weight.shape)
         return self._begin(replace(layout, storage=way.storage.widest())).factors

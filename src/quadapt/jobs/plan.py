@@ -37,7 +37,6 @@ from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
 from quadapt.methods import Method, method_named
 from quadapt.model.select import select
-from quadapt.nn.starts import Zero
 from quadapt.quant.weight import hash_tensor
 from quadapt.report import memory
 from quadapt.report.plan import draw, show_plan
@@ -86,7 +85,7 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
 def _found(config: PlanConfig, folder: Folder, device: str, chosen: Method, ui: UI) -> BudgetPlan:
     """Measure what is not in the table yet, and choose."""
     ways, rank = candidates(chosen), chosen.recipe.rank if config.rank is None else config.rank
-    measured = 0 if isinstance(chosen.start, Zero) else rank
+    measured = rank if chosen.start.fits else 0
     model = load_model(folder.name, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code)
     linears = select(model, target_modules=config.target_modules, skip=config.skip).chosen
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}

@@ -30,7 +30,6 @@ from quadapt.model.layer import LayerRow, Plan
 from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
 from quadapt.model.trial import check_reads, check_runs
-from quadapt.nn.block_ap import BlockAP
 from quadapt.quant.weight import Layout
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
@@ -176,14 +175,13 @@ def calibration_for(config: Grid, rows: Rows, tokenizer: Any, context: int, most
         DataError: There is less than one sequence of the length that the user gave, or hardly a token.
     """
     rounding = config.spec.plan.rounding
-    at_least = 2 * rounding.batch_size if isinstance(rounding, BlockAP) else 1
     return calibration_batches(
         rows,
         tokenizer,
         length=config.calibration_length or min(context, most_length),
         sequences=config.calibration_sequences,
         seed=seed,
-        at_least=None if config.calibration_length else at_least,
+        at_least=None if config.calibration_length else rounding.least_sequences,
     )
 
 

@@ -162,7 +162,7 @@ class Method:
             raise ConfigError(
                 f"dense_steps needs the dense matrix; method={self.name!r} trains over codes. Leave it out"
             )
-        begun = type(self.start) is not Zero
+        begun = self.start.fits
         if begun and self.adapter.begins == "zero":
             raise ConfigError(
                 f"start={self.start.name!r}: the {self.adapter.kind} adapter of method={self.name!r} has nothing "

@@ -86,7 +86,7 @@ class Plan:
     """Layers that get the adapter, by name or a part of it; empty for all. The others start at zero."""
 
     def __post_init__(self) -> None:
-        if self.rounding.scope == "block" and not isinstance(self.start, Zero):
+        if self.rounding.scope == "block" and self.start.fits:
             raise ConfigError(
                 f"start={self.start.name!r} fits what rounding changed about a matrix; {self.rounding.name} trains the "
                 "matrix itself. Use start='zero', or another rounding"
@@ -159,7 +159,7 @@ def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics
         begun = begin(widened(name, layout, plan, error))
         notes.append(f"fp32 scales: {error}")
     row = row_of(name, begun.weight, weight, time.perf_counter() - clock, "; ".join(notes))
-    if not isinstance(start, Zero):
+    if start.fits:
         row = replace(row, start_error=start_error(begun, weight, statistics))
     return begun, row
 

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -150,8 +150,9 @@ class _Worker:
         if walk is None:
             return self._layers([(names, {})])
         with resident(self.model.get_submodule(unit), self.device):
-            if names and isinstance(self.plan.rounding, BlockAP):
-                return self._fit(unit, names, walk, self.plan.rounding)
+            rounding: Any = self.plan.rounding
+            if names and rounding.scope == "block":
+                return self._fit(unit, names, walk, rounding)
             return self._layers(self._gathered(unit, self._stages(unit, names, walk), walk))
 
     def _layers(self, stages: Iterable[tuple[list[str], Statistics]]) -> Done:

@@ -77,6 +77,10 @@ class BlockAP(Rounding):
     held_out: float = 0.125
     """Share of the sequences that chooses the epoch instead of training."""
 
+    @property
+    def least_sequences(self) -> int:
+        return 2 * self.batch_size
+
     def check(self, layout: Layout) -> None:
         Nearest(range=self.range).check(layout)
         if layout.format.levels != "int":

@@ -22,6 +22,7 @@ from quadapt.quant.grids import as_float, check_choice, implied_offsets, snap
 from quadapt.quant.ranges import RANGES
 from quadapt.quant.rounding import (
     ROUNDINGS,
+    Nearest,
     Rounding,
     Statistics,
     check_finite,
@@ -63,6 +64,9 @@ class GPTQ(Rounding):
     true_sequential: bool = True
     """Within a block too, calibrate each layer on the already quantized layers before it (k, q, v; then o; then gate,
     up; ..)."""
+
+    def without_data(self) -> Nearest:
+        return Nearest(range=self.range)
 
     def check(self, layout: Layout) -> None:
         super().check(layout)

@@ -49,9 +49,18 @@ class Rounding(ABC):
     scope: ClassVar[Literal["layer", "block"]] = "layer"
     """What it quantizes at once."""
 
+    @property
+    def least_sequences(self) -> int:
+        """Sequences of calibration text that it takes at least, if it takes any."""
+        return 1
+
     def check(self, layout: Layout) -> None:
         """Raise ConfigError if this rounding cannot serve a layout."""
         layout.storage.check(layout.format)
+
+    def without_data(self) -> Nearest:
+        """The rounding to nearest that stands for it where there is no calibration text (in a table of errors)."""
+        return Nearest()
 
     @abstractmethod
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics) -> QuantWeight:
@@ -75,6 +84,9 @@ class Nearest(Rounding):
 
     code_against: CodeAgainst = "stored"
     """Compute codes with the scales and offsets as stored (rounded), or with the exact ones as QLoRA does."""
+
+    def without_data(self) -> Nearest:
+        return self
 
     def __post_init__(self) -> None:
         check_choice("range", self.range, tuple(RANGES))

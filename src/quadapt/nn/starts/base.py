@@ -47,6 +47,22 @@ class Start(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics that it reads, besides those of the rounding."""
 
+    fits: ClassVar[bool] = True
+    """Whether anything is fitted: otherwise the adapter changes nothing at first."""
+
+    shared: ClassVar[bool] = False
+    """Whether grids that differ in how their scales are stored may share one low-rank term (plans do)."""
+
+    def shortened(self, turns: int, tolerance: float, *, fisher: bool) -> Start:
+        """The same start with less work, for a table of errors.
+
+        Args:
+            turns: Turns that it takes at most.
+            tolerance: It ends with a turn that lowers the error by less than this share.
+            fisher: Whether there is Fisher information to weight errors with.
+        """
+        return self
+
     @abstractmethod
     def __call__(
         self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False
@@ -77,6 +93,8 @@ class Zero(Start):
     """The quantized weight, and an adapter that is zero at first (QLoRA, QA-LoRA)."""
 
     summary: ClassVar[str] = "nothing is fitted"
+    fits: ClassVar[bool] = False
+    shared: ClassVar[bool] = True
 
     def __call__(
         self, weight: Tensor, quantize: Quantize, rank: int, statistics: Statistics, *, pooled: bool = False

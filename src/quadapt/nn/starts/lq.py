@@ -8,7 +8,7 @@ what is quantized. What is returned is the best turn's Q with the L1 and L2 that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -49,6 +49,7 @@ class LQ(Start):
     """
 
     summary: ClassVar[str] = "a decomposition of the matrix into codes and a low-rank term"
+    shared: ClassVar[bool] = True
 
     iterations: int = 100
     """Turns, at most; it ends sooner once a turn is no better than the one before."""
@@ -61,6 +62,9 @@ class LQ(Start):
 
     seed: int = 0
     """Of the random directions in which the SVD starts to look."""
+
+    def shortened(self, turns: int, tolerance: float, *, fisher: bool) -> LQ:
+        return replace(self, iterations=min(turns, self.iterations), tolerance=tolerance, fisher=fisher)
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
