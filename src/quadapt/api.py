@@ -152,7 +152,11 @@ def _batches(
     if names:
         length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
         batches = calibration_batches(
-            read(names), load_tokenizer(name), length=length, sequences=config.calibration_sequences, seed=config.seed
+            read(names),
+            load_tokenizer(name),
+            length=length,
+            sequences=config.calibration_sequences,
+            seed=config.value("seed"),
         ).batches
     if not batches:
         plan = config.spec.plan

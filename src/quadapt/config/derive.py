@@ -60,7 +60,8 @@ def choice(name: str, registry: Registry[Any], words: str, flag: Any) -> Fields:
     kinds = {kind for kind in registry.values() if isinstance(kind, type)}
     each = "; ".join(f"{name}: {kind.summary}" for name, kind in registry.items() if getattr(kind, "summary", ""))
     said = f"{words} {each}. Default: the method's."
-    kind = Annotated[Literal[tuple(registry)] | None, WrapValidator(known), replace(flag, of_piece=True)]
+    names: Any = Literal[tuple(registry)]
+    kind: Any = Annotated[names | None, WrapValidator(known), replace(flag, of_piece=True)]
     return {name: (kind, Field(None, description=said))}
 
 

@@ -53,8 +53,13 @@ class Settings(BaseModel):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, without what was made of the old settings."""
         copy = super().model_copy(update=update, deep=deep)
-        copy.__dict__.pop("spec", None)
+        for name in ("spec", "run"):
+            copy.__dict__.pop(name, None)
         return copy
+
+    def value(self, name: str) -> Any:
+        """A setting by its name: those that come from the pieces of a method are not known to type checkers."""
+        return getattr(self, name)
 
     @field_validator("target_modules", "skip", mode="before", check_fields=False)
     @classmethod

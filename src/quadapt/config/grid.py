@@ -8,7 +8,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, field_serializer, model_validator
 
@@ -32,8 +32,11 @@ def _method_or_name(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     return value if isinstance(value, Method) else check(value)
 
 
-MethodName = Annotated[Literal[tuple(METHODS)], WrapValidator(_method_or_name)]  # type: ignore[valid-type]
-"""One of the registered methods; from Python also a :class:`quadapt.methods.Method`."""
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Annotated[Literal[tuple(METHODS)], WrapValidator(_method_or_name)]
+    """One of the registered methods; from Python also a :class:`quadapt.methods.Method`."""
 
 
 def with_planned_method(values: Any) -> Any:

@@ -92,7 +92,8 @@ def check_values(piece: Any) -> None:
     """
     for field in fields(piece):
         value = getattr(piece, field.name)
-        adapter, hint = _adapter(type(piece), field.name)
+        kind: Any = type(piece)
+        adapter, hint = _adapter(kind, field.name)
         try:
             adapter.validate_python(value, strict=True)
         except ValidationError as error:

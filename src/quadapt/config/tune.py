@@ -19,7 +19,7 @@ from quadapt.methods import METHODS, Recipe, Run, method_named
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
 from quadapt.nn.starts import STARTS
-from quadapt.setting import Count, Flag, Share
+from quadapt.setting import Count, Flag, Share, settings_of
 
 _PANEL = Flag(panel="Adapter")
 
@@ -113,9 +113,15 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
                 return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
         return values
 
+    @cached_property
+    def run(self) -> Run:
+        """The training run, on a device that is not decided yet."""
+        given = {name: self.value(name) for name in settings_of(Run)}
+        return Run(recipe=self.spec.method.recipe, **{**given, "keep": self.keeps})
+
     def idle(self) -> set[str]:
         """As the flags say; but held-out data that decides what is kept, or when to stop, changes the result."""
-        deciding = self.keeps == "best" or self.early_stopping
+        deciding = self.keeps == "best" or self.value("early_stopping")
         return super().idle() - ({"eval_data", "eval_steps"} if deciding else set())
 
     def effective(self) -> dict[str, Any]:
@@ -124,4 +130,5 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
     @property
     def keeps(self) -> Literal["best", "last"]:
         """Which state is written."""
-        return self.keep or ("best" if self.eval_data or self.eval_split else "last")
+        wanted: Literal["best", "last"] | None = self.value("keep")
+        return wanted or ("best" if self.eval_data or self.eval_split else "last")

@@ -79,7 +79,7 @@ class QuadaptConfig(QuantizationConfigMixin):
         storage = Storage.default(format)
         if self.scales:
             storage = storage.with_scales(self.scales)
-        rounding = Nearest(range=self.range)  # type: ignore[arg-type]
+        rounding = Nearest(range=self.range)
         return Plan(format=format, storage=storage, rounding=rounding)
 
     @staticmethod

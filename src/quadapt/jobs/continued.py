@@ -83,7 +83,7 @@ def _refuse_others(config: TuneConfig, old: TuneConfig) -> None:
     for name in _OF_BASE:
         if name in config.model_fields_set and getattr(config, name) != TuneConfig.model_fields[name].default:
             raise ConfigError(f"{name} has no meaning here: the base of {config.model!r} lies ready. Leave it out")
-    if config.dense_steps:
+    if config.value("dense_steps"):
         raise ConfigError(f"dense_steps: {config.model!r} has been trained with its quantizer already. Leave it out")
     for name in FIXED:
         wanted, fixed = getattr(config, name), getattr(old, name)

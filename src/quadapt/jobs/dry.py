@@ -171,9 +171,9 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[
     device, weights = device_of(config), found.bytes_on_disk
     model = adapt(found.model, config.spec, tokens=tokens, on_meta=True)
     trainable = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
-    if config.gradient_checkpointing:
+    if config.run.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    step = memory.step_bytes(model, config.batch_size, seq_len)
+    step = memory.step_bytes(model, config.run.batch_size, seq_len)
     return MemoryEstimate(
         libraries=memory.library_bytes(device), weights=weights, adapters=4 * trainable, step=memory.held(step, device)
     )

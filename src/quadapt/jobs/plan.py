@@ -84,7 +84,7 @@ def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
 
 def _found(config: PlanConfig, folder: Folder, device: str, chosen: Method, ui: UI) -> BudgetPlan:
     """Measure what is not in the table yet, and choose."""
-    ways, rank = candidates(chosen), chosen.recipe.rank if config.rank is None else config.rank
+    ways, rank = candidates(chosen), config.value("rank") or chosen.recipe.rank
     measured = rank if chosen.start.fits else 0
     model = load_model(folder.name, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code)
     linears = select(model, target_modules=config.target_modules, skip=config.skip).chosen

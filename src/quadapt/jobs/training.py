@@ -47,12 +47,12 @@ def fit(
     """Train an adapter, fresh or an earlier one, over a base, and write it; what `quadapt.json` says about it."""
     from transformers.trainer_utils import set_seed
 
-    from quadapt.train import Run, train, trainable_parameters
+    from quadapt.train import train, trainable_parameters
 
     device, chosen = device_of(config), config.spec.method
     quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     check_runs(quantized)
-    set_seed(config.seed)
+    set_seed(config.run.seed)
     if earlier is not None:
         model = earlier.attach(quantized, chosen.recipe.dropout)
         ui.say(f"going on from {earlier.folder.name}")
@@ -64,11 +64,8 @@ def fit(
     _say_recipe(chosen.recipe, ui)
     over: Any = model.peft_config["default"]
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(over)['base_fingerprint'][:12]}")
-    fields = {
-        name: getattr(config, name) for name in Run.__dataclass_fields__ if hasattr(config, name) and name != "device"
-    }
     objective = chosen.objective.bind(model, _teacher(config, space, model, folder.name, data[0], collate, ui))
-    run = Run(recipe=chosen.recipe, device=device, **{**fields, "keep": config.keeps})
+    run = replace(config.run, device=device)
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
             model,
@@ -139,7 +136,7 @@ def _teacher(
     teacher = Teacher(load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code))
     if not objective.keep_targets:
         return teacher
-    kept, size = KeptTeacher(space.path / "targets"), config.batch_size
+    kept, size = KeptTeacher(space.path / "targets"), config.run.batch_size
     starts = range(0, len(data.data), size)
     batches = [
         collate([data.data[at] for at in range(start, min(start + size, len(data.data)))])

@@ -116,10 +116,11 @@ def _check(config: TuneConfig, folder: Folder) -> None:
 
 def _check_run(config: TuneConfig) -> None:
     """Raise ConfigError if the settings of training contradict each other, or need what is not installed."""
-    if (config.keep == "best" or config.early_stopping) and not (config.eval_data or config.eval_split):
-        wanted = f"early_stopping={config.early_stopping}" if config.early_stopping else "keep='best'"
+    patience = config.run.early_stopping
+    if (config.value("keep") == "best" or patience) and not (config.eval_data or config.eval_split):
+        wanted = f"early_stopping={patience}" if patience else "keep='best'"
         raise ConfigError(f"{wanted} goes by the loss on held-out data. Give --eval-data or --eval-split")
-    check_reporter(config.report_to)
+    check_reporter(config.run.report_to)
 
 
 def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:
@@ -127,7 +128,7 @@ def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:
     rows = read(config.data, max_bad_rows=config.most_bad_rows)
     if config.eval_data:
         return rows, read_held_out(config.eval_data, max_bad_rows=config.most_bad_rows)
-    return split_rows(rows, config.eval_split, config.seed) if config.eval_split else (rows, None)
+    return split_rows(rows, config.eval_split, config.run.seed) if config.eval_split else (rows, None)
 
 
 def _encoded(
@@ -161,7 +162,7 @@ def _make_base(path: Path, config: TuneConfig, ui: UI, place: Place, calibration
             target_modules=(),
             calibration_rows=calibration,
             place=place,
-            seed=config.seed,
+            seed=config.run.seed,
             most_length=min(2048, seq_len),
         )
         remove(making / "blocks")
