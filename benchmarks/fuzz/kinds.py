@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz.cases import FaultError, command, guard, linked
 from benchmarks.fuzz.damage import BYTES, TREE, damaged_bytes, damaged_header, damaged_json, edits, values
 from benchmarks.fuzz.loading import load_damaged, load_gguf, tokenize_damaged
-from quadapt.cli.commands import COMMANDS, app
+from quadapt.cli.commands import COMMANDS, app, settings_of
 from quadapt.config import QuantizeConfig, checked, read_job
 from quadapt.errors import QuadaptError
 from quadapt.model.layer import LayerRow
@@ -52,7 +52,7 @@ def _refused(work: Callable[[], Any]) -> bool:
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-PAIRS = [(name, field) for name, (kind, _) in COMMANDS.items() for field in kind.model_fields]
+PAIRS = [(name, field) for name in COMMANDS for field in settings_of(name).model_fields]
 NEEDED = {"model": "m", "data": "d", "output": "o", "adapter": "a", "budget": 3.0}
 words = st.one_of(
     values, st.sampled_from(["qa-lora", "4", "1e-3", "nan", "inf", "-1", "~/x", "cpu", "none", "1" * 5000])
@@ -62,7 +62,7 @@ words = st.one_of(
 def _python(_shelf: Path, _scratch: Path, example: tuple[str, dict[str, Any]]) -> bool:
     """Settings from Python: what is accepted is what was given, and can be written down."""
     name, given = example
-    kind, _ = COMMANDS[name]
+    kind = settings_of(name)
     needed = {each: value for each, value in NEEDED.items() if each in kind.model_fields}
     found: list[Any] = []
     if _refused(lambda: found.append(checked(kind, {**needed, **given}))):
@@ -86,7 +86,7 @@ def _parser() -> Any:
 def _flags(_shelf: Path, _scratch: Path, example: tuple[str, list[tuple[str, Any]]]) -> bool:
     """The command line; the commands themselves do nothing here."""
     name, given = example
-    kind, _ = COMMANDS[name]
+    kind = settings_of(name)
     arguments = [name, *(["m"] if {"model", "adapter"} & set(kind.model_fields) else [])]
     for each in NEEDED.keys() & set(kind.model_fields) - {"model", "adapter"}:
         arguments += [f"--{each}", str(NEEDED[each])]
@@ -321,7 +321,7 @@ KINDS: Mapping[str, Kind] = {
         st.sampled_from(sorted(COMMANDS)).flatmap(
             lambda name: st.tuples(
                 st.just(name),
-                st.dictionaries(st.sampled_from(sorted(COMMANDS[name][0].model_fields)), words, min_size=1, max_size=3),
+                st.dictionaries(st.sampled_from(sorted(settings_of(name).model_fields)), words, min_size=1, max_size=3),
             )
         ),
         _python,
@@ -333,7 +333,7 @@ KINDS: Mapping[str, Kind] = {
                 st.just(name),
                 st.lists(
                     st.tuples(
-                        st.one_of(st.sampled_from(sorted(COMMANDS[name][0].model_fields)), st.text("abc-", max_size=5)),
+                        st.one_of(st.sampled_from(sorted(settings_of(name).model_fields)), st.text("abc-", max_size=5)),
                         st.one_of(st.none(), words),
                     ),
                     min_size=1,
