@@ -217,6 +217,7 @@ def export(
 
     exporter = EXPORTERS[format].made(**options)
     with unwrapped(model) as inside:
+        exporter.check(inside, tokenizer)
         return exporter.write(inside, tokenizer, Path(output))
 
 

@@ -320,6 +320,12 @@ def test_another_package_adds_a_format(
     done = another("export", tmp_path / "model", "--format", "names", "--case", "upper", "-o", output)
     assert done.returncode == 0, done.stderr
     assert output.read_text().splitlines() == [name.upper() for name in quantized_layers(model)]
+    eight = quantized(tiny(), Format(bits=8, group_size=32))
+    eight.save_pretrained(tmp_path / "eight")
+    tokenizer.save_pretrained(tmp_path / "eight")
+    refused = another("export", tmp_path / "eight", "--format", "names", "-o", tmp_path / "no")
+    assert "down_proj: eight bits are too many" in refused.stderr
+    assert not (tmp_path / "no").exists()
     refused = another("export", tmp_path / "model", "--format", "gguf", "--case", "upper", "-o", tmp_path / "no")
     assert "case='upper': is no option of format='gguf', which has dense. It is one of names" in refused.stderr
     assert refused.returncode == 2
@@ -334,3 +340,20 @@ def test_the_stored_tensors_of_a_lora_are_the_factors(tokenizer: Any, tmp_path: 
         for part in ("A", "B"):
             stored = found[f"base_model.model.{name}.lora_{part}.weight"]
             assert torch.equal(stored, getattr(layer, f"lora_{part}")["default"].weight)
+
+
+def test_what_is_refused_is_refused_from_python_before_anything_is_written(tokenizer: Any, tmp_path: Path) -> None:
+    class Never(Exporter):
+        name = "never"
+
+        def accepts(self, layout: Layout) -> str | None:
+            return "it holds nothing"
+
+        def write(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("written though it was refused")
+
+    with pytest.raises(ExportError, match="q_proj: it holds nothing"):
+        Never().check(quantized(tiny()), tokenizer)
+    with pytest.raises(ExportError, match="q_proj: int4-g32 has offsets that compressed-tensors cannot hold"):
+        quadapt.export(quantized(tiny()), tokenizer, tmp_path / "x", format="compressed-tensors")
+    assert list(tmp_path.iterdir()) == []

@@ -130,6 +130,7 @@ def _exported(
             model, reports = _settle(model, exporter, path, ui)
     assert config.output is not None
     origin = Origin(note=folder.note, base=where, output=Path(config.output))
+    exporter.check(model, tokenizer)
     written = exporter.write(
         model, tokenizer, path, origin=origin, progress=lambda names: ui.over("exporting", list(names))
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
-from quadapt.errors import ConfigError
+from quadapt.errors import ConfigError, ExportError
 from quadapt.registry import Registry
 from quadapt.setting import words_of
 
@@ -147,6 +147,16 @@ class Exporter(ABC):
             model: Loaded, or a PEFT model with an adapter in it.
             tokenizer: Its tokenizer.
         """
+
+    def check(self, model: Any, tokenizer: Any) -> None:
+        """Raise ExportError, before anything is written, if the model or one of its matrices cannot be written."""
+        from quadapt.model.quantize import quantized_layers
+
+        self.check_model(model, tokenizer)
+        for name, layer in quantized_layers(model).items() if self.takes == "model" else ():
+            why = self.holds(layer.quant_weight)
+            if why and self.instead(layer.layout) is None:
+                raise ExportError(f"{name}: {why}")
 
     def changes(self, adapter: Adapter) -> str:
         """What exporting a model changes about its adapter, in words; empty if it computes the same numbers."""
