@@ -132,6 +132,8 @@ def _done(stage: Stage, config: RunConfig, ui: UI) -> dict[str, Any]:
     """Do a stage, unless it has been done with the same settings and inputs."""
     result, job = stage.result(), stage.job()
     if result is not None:
+        if "result" not in stage.before():  # it was killed right after its last step
+            stage.stamped(job, result=result)
         ui.say(f"{stage.name}: done before")
         return result
     if stage.output.exists() and not config.overwrite:

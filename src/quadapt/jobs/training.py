@@ -98,7 +98,7 @@ def fit(
         "versions": versions(),
         "settings": config.model_dump(mode="json"),
     }
-    _write(space, model, tokenizer, base, folder, summary)
+    summary = _written(space, model, tokenizer, base, folder, summary)
     ui.show(
         f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
         + _held_out_words(trained)
@@ -146,10 +146,10 @@ def _teacher(
     return kept
 
 
-def _write(
+def _written(
     space: Workspace, model: Any, tokenizer: Any, base: Path, folder: Folder, summary: Mapping[str, Any]
-) -> None:
-    """Adapter, tokenizer, and where the base is: beside the adapter, at its present place, or on the hub."""
+) -> dict[str, Any]:
+    """Write adapter, tokenizer and note. The note says where the base is: beside the adapter, elsewhere, on the hub."""
     final = space.output.resolve() / "base" if base == space.path / "base" else base.resolve()
     named = str(final) if final.parent == space.output.resolve() or final.exists() else folder.name
     where = {"relative": os.path.relpath(final, space.output.resolve()), "absolute": str(final), "hub": None}
@@ -164,8 +164,10 @@ def _write(
     tokenizer.save_pretrained(space.path)
     set_ends(model.get_base_model(), tokenizer)
     model.get_base_model().generation_config.save_pretrained(space.path)
-    (space.path / "README.md").write_text(adapter_card({**summary, "base": where}), encoding="utf-8")
-    write_note(space.path, {**summary, "base": where})
+    noted = {**summary, "base": where}
+    (space.path / "README.md").write_text(adapter_card(noted), encoding="utf-8")
+    write_note(space.path, noted)
+    return noted
 
 
 def _say_recipe(recipe: Recipe, ui: UI) -> None:
