@@ -80,7 +80,7 @@ def locate(where: str) -> Iterator[None]:
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """Import an optional package.
+    """Import an optional package and return the module.
 
     Raises:
         MissingDependency: It is not installed; the message has the line that installs it.

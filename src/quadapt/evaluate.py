@@ -32,7 +32,7 @@ Progress = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps the list of batches to work on, like `tqdm`."""
 
 BARE = PromptForm("prompt")
-"""Prompts as they are."""
+"""The form that leaves prompts as they are."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class Perplexity:
     """Mean over all counted tokens, in nats per token."""
 
     perplexity: float
-    """exp(loss)."""
+    """The perplexity per token, which is `exp(loss)`."""
 
     tokens: int
-    """Tokens counted, each once."""
+    """How many tokens were counted, each of them once."""
 
     documents: int
-    """Documents, or examples, that they are from."""
+    """How many documents, or examples, the counted tokens are from."""
 
     left_out: int
-    """Documents without a token to count: blank, or a single token."""
+    """How many documents had no token to count: they are blank, or a single token."""
 
     context: int
-    """Most tokens that the model saw at once."""
+    """The most tokens that the model saw at once."""
 
     stride: int
-    """Tokens from one window to the next."""
+    """How many tokens there are from the start of one window to that of the next."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Sample:
     """One prompt and what the model made of it."""
 
     prompt: str
-    """What the model was given."""
+    """The text that the model was given."""
 
     expected: str
-    """The right answer."""
+    """The answer that the data calls right."""
 
     answer: str
-    """The model's."""
+    """The answer that the model gave."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ class ExactMatch:
     """How often a model's answers are exactly right."""
 
     accuracy: float
-    """`correct / count`."""
+    """The share of prompts that were answered exactly right: `correct / count`."""
 
     count: int
-    """Prompts."""
+    """How many prompts the model was given."""
 
     correct: int
-    """Prompts answered with the completion, up to white space around it."""
+    """How many prompts were answered with the completion, up to white space around it."""
 
     too_long: int
-    """Completions of more tokens than the model may generate; they cannot be matched."""
+    """How many completions have more tokens than the model may generate, so that they cannot be matched."""
 
     samples: list[Sample]
-    """The first prompts."""
+    """The first few prompts with their answers."""
 
 
 def perplexity(
@@ -250,7 +250,7 @@ class _Window(NamedTuple):
     """Which of `ids[1:]` are counted here."""
 
     where: str
-    """The document."""
+    """The name of the document that the window is from."""
 
 
 def _windows(ids: Tensor, counts: Tensor, context: int, stride: int, where: str) -> Iterator[_Window]:

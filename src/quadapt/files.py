@@ -46,7 +46,7 @@ def writing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, *, overwrite: bool = True) -> None:
-    """Write JSON, all or nothing."""
+    """Write a value to a file as JSON, all of it or nothing."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with writing(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -34,7 +34,7 @@ class Candidate:
     """One way to hold a matrix."""
 
     format: Format
-    """The grid."""
+    """The grid: which values a weight may take."""
 
     storage: Storage
     """How scales and offsets are held."""

@@ -15,7 +15,7 @@ from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, from_fields
 
 VERSION = 1
-"""Of the file; one of a later version is refused."""
+"""The version of a plan's file that this code writes; a file of a later version is refused."""
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -37,7 +37,7 @@ class PlannedLayer:
     """How one layer is to be held."""
 
     layout: Layout
-    """Grid, storage and shape."""
+    """The grid, the storage and the shape that the layer is to have."""
 
     error: float
     """Squared error that was measured for it, with the low-rank part if the method starts with one."""
@@ -48,16 +48,16 @@ class BudgetPlan:
     """Bits for every layer of a model."""
 
     method: str
-    """For which it was made."""
+    """The name of the method that the plan was made for."""
 
     model: Mapping[str, Any]
-    """Of which model: `name`, and `weights`, a digest."""
+    """The model that the plan was made for: its `name`, and `weights`, a digest of its weights."""
 
     budget: float
     """Bits per weight that were allowed."""
 
     rank: int
-    """Of the low-rank part whose error was measured; 0 if none was."""
+    """The rank of the low-rank part with which errors were measured; 0 if there was none."""
 
     adapters: str | None
     """How adapters were counted in the budget: fp16, nf8, or None: they were not."""
@@ -66,16 +66,16 @@ class BudgetPlan:
     """True bits per weight of the quantized layers, all stored bytes counted, without adapters."""
 
     with_adapters: float | None
-    """The same with adapters, if these were counted; this is what the budget limits then."""
+    """True bits per weight with adapters, which is then what the budget limits; None if adapters were not counted."""
 
     objective: float
-    """Sum of the squared errors."""
+    """The sum of the squared errors of all layers, which the plan makes small."""
 
     bound: float
     """No plan within the budget has less, by the table that this one is made from."""
 
     layers: Mapping[str, PlannedLayer]
-    """By name."""
+    """How each layer is to be held, by the name of the layer."""
 
     @staticmethod
     def of(solution: Solution, shapes: Mapping[str, tuple[int, int]], **about: Any) -> BudgetPlan:
@@ -96,7 +96,7 @@ class BudgetPlan:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """The plan as a JSON object, which is what its file holds."""
         about = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "layers"}
         layers = {
             name: {
@@ -113,7 +113,7 @@ class BudgetPlan:
 
     @staticmethod
     def from_json(value: Any) -> BudgetPlan:
-        """What was written.
+        """The plan that a file's JSON object describes.
 
         Raises:
             CheckpointError: It is no plan, or damaged, or of a later version.

@@ -31,7 +31,7 @@ class Option:
     """A way to hold one matrix, with its price."""
 
     candidate: Candidate
-    """The grid and storage."""
+    """The grid and the storage with which the matrix would be held."""
 
     bits: int
     """What it takes out of the budget: all stored bytes, and those of an adapter if that counts."""
@@ -42,16 +42,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice for every matrix."""
+    """A choice of one option for every matrix, within the budget."""
 
     chosen: dict[str, Option]
-    """By name of the matrix."""
+    """The chosen option for each matrix, by the name of the matrix."""
 
     bits: int
-    """Sum over the matrices."""
+    """The bits that the chosen options take out of the budget, summed over all matrices."""
 
     objective: float
-    """Sum of the errors."""
+    """The squared errors of the chosen options, summed over all matrices."""
 
     bound: float
     """No choice within the budget has a smaller sum of errors."""

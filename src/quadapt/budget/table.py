@@ -51,8 +51,8 @@ FEWEST = 128
 """.. but at least so many rows."""
 
 GAIN = 1e-3
-"""By what share a form must lower the error on the sample, against all that take no more bits, to be measured in full.
-An optimum loses about this share of its error by that, and what the sample is off by."""
+"""A form is measured in full only if on the sample it lowers the error by this share, against all forms that take no
+more bits. An optimum may lose about this share of its error by that, and what the sample is off by."""
 
 Factors = tuple[Tensor, Tensor]
 """`up` `[out, rank]` and `down` `[rank, in]`."""

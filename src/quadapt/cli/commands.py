@@ -24,7 +24,7 @@ from quadapt.limits import limit_of
 from quadapt.report.ui import UI
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "quantize": ("QuantizeConfig", "quadapt.jobs.quantize:quantize", "Quantize a model."),
+    "quantize": ("QuantizeConfig", "quadapt.jobs.quantize:quantize", "Quantize a model to low bits."),
     "plan": (
         "PlanConfig",
         "quadapt.jobs.plan:plan",
@@ -39,15 +39,15 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval": ("EvalConfig", "quadapt.jobs.evaluate:evaluate", "Measure a model on held-out data."),
     "export": ("ExportConfig", "quadapt.jobs.export:export", "Write a model in a format that others serve."),
     "inspect": ("InspectConfig", "quadapt.jobs.inspect:inspect", "Say what a folder holds."),
-    "chat": ("ChatConfig", "quadapt.jobs.chat:chat", "Talk to a model."),
+    "chat": ("ChatConfig", "quadapt.jobs.chat:chat", "Talk to a model in the terminal."),
     "demo": (
         "DemoConfig",
         "quadapt.jobs.demo:demo",
         "Tune the embedded model by every method at 4, 3 and 2 bits, and compare.",
     ),
 }
-"""Of each command: its settings, in `quadapt.config`; its function; what it does. The first two are imported when the
-command is given: `--help` stays quick."""
+"""For each command the class of its settings in `quadapt.config`, its function, and what it does. The class and the
+function are imported when the command is given, so that `--help` stays quick."""
 
 
 class _Commands(TyperGroup):
@@ -73,7 +73,7 @@ app = typer.Typer(
 
 
 def settings_of(name: str) -> type[Settings]:
-    """The settings of a command."""
+    """The class that holds the settings of a command."""
     return getattr(config, COMMANDS[name][0])
 
 
@@ -198,7 +198,7 @@ _PATH_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV),
 )
-"""Of a path that cannot be what is asked of it: the user can mend it."""
+"""Numbers of the errors of the system that say that a path cannot be used as asked, which the user can mend."""
 
 
 def _fail(text: str, code: int, *, as_json: bool, debug: bool) -> None:

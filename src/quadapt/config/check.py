@@ -18,7 +18,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def checked(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
-    """Validate settings.
+    """Check the settings of a command and return them as an object.
 
     Args:
         kind: Of which command.

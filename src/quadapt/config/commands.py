@@ -19,7 +19,7 @@ class MergeConfig(Target, Machine):
     """Folder of the adapter (what tune wrote)."""
 
     base: Annotated[Location | None, Flag(reads=True)] = None
-    """Where its base is, if it is not where it was."""
+    """The folder of the adapter's base, if it has moved since the adapter was made."""
 
     any_base: Annotated[bool, Flag()] = False
     """Take the adapter though its base is another one than it was trained over. What comes of it is another model."""
@@ -49,7 +49,7 @@ class EvalConfig(RowsOfData, Machine):
     """Data to measure on, of the kinds that tune takes."""
 
     base: Annotated[Location | None, Flag(reads=True)] = None
-    """Where an adapter's base is, if it is not where it was."""
+    """The folder of an adapter's base, if it has moved since the adapter was made."""
 
     any_base: Annotated[bool, Flag()] = False
     """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
@@ -64,7 +64,7 @@ class EvalConfig(RowsOfData, Machine):
     """Use only the first so many rows."""
 
     max_new_tokens: Annotated[Count, Flag((), "Data")] = 32
-    """Longest answer, on prompt/completion data."""
+    """The most tokens that an answer may have, on prompt/completion data."""
 
     prompt_form: Annotated[Literal["auto", "prompt", "alpaca", "chat"], Flag((), "Data")] = "auto"
     """How prompts are put. prompt: as they are. alpaca: in Stanford Alpaca's template. chat: through the tokenizer's
@@ -74,10 +74,10 @@ class EvalConfig(RowsOfData, Machine):
     """A system message; only a chat template has a place for it."""
 
     samples: Annotated[Whole, Flag((), "Output")] = 3
-    """Continuations or answers to print."""
+    """How many continuations or answers to print."""
 
     batch_size: Annotated[Count, Flag((), "Machine", idle=True)] = 8
-    """Sequences in one forward pass."""
+    """How many sequences go through the model at once."""
 
     output: Annotated[Location | None, Flag(("-o",), "Output", idle=True)] = None
     """Also write the figures to this JSON file."""
@@ -96,17 +96,17 @@ class InspectConfig(Settings):
     """Check that tensors, configs, tokenizer and figures are still what was written; fail and name what is not."""
 
     layers: Annotated[bool, Flag()] = False
-    """List every layer."""
+    """List every quantized layer as well."""
 
 
 class ChatConfig(Machine):
-    """Talk to a model."""
+    """Talk to a model in the terminal."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Anything that eval takes."""
+    """The model to talk to: anything that `quadapt eval` takes."""
 
     base: Annotated[Location | None, Flag(reads=True)] = None
-    """Where an adapter's base is, if it is not where it was."""
+    """The folder of an adapter's base, if it has moved since the adapter was made."""
 
     any_base: Annotated[bool, Flag()] = False
     """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
@@ -115,7 +115,7 @@ class ChatConfig(Machine):
     """Answer this and stop, instead of asking for input."""
 
     max_new_tokens: Annotated[Count, Flag()] = 128
-    """Longest answer."""
+    """The most tokens that an answer may have."""
 
     prompt_form: Annotated[Literal["auto", "prompt", "alpaca", "chat"], Flag()] = "auto"
     """How prompts are put. prompt: as they are. alpaca: in Stanford Alpaca's template. chat: through the tokenizer's
@@ -125,10 +125,10 @@ class ChatConfig(Machine):
     """A system message; only a chat template has a place for it."""
 
     temperature: Annotated[NotNegative, Flag()] = 0.0
-    """0: always the likeliest token."""
+    """The temperature of sampling; at 0 the likeliest token is always taken."""
 
     seed: Annotated[Seed, Flag()] = 0
-    """Of sampling."""
+    """The seed of the random numbers that sampling draws."""
 
 
 class DemoConfig(Settings):
@@ -144,7 +144,7 @@ class DemoConfig(Settings):
     """Bit widths to compare, of 2, 3, 4 and 8."""
 
     seed: Annotated[Seed, Flag()] = 0
-    """Of stories, initialization and data order."""
+    """The seed of stories, initialization and data order."""
 
 
 class RunConfig(Settings):

@@ -75,7 +75,7 @@ class ExportConfig(_Options):
     """Write a model in a format that others serve."""
 
     base: Annotated[Location | None, Flag(reads=True)] = None
-    """Where an adapter's base is, if it is not where it was."""
+    """The folder of an adapter's base, if it has moved since the adapter was made."""
 
     any_base: Annotated[bool, Flag()] = False
     """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""

@@ -51,7 +51,7 @@ class Settings(BaseModel):
         }
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, without what was made of the old settings."""
+        """Copy the settings as pydantic does, but without what was derived from the old ones."""
         copy = super().model_copy(update=update, deep=deep)
         for name in ("spec", "run"):
             copy.__dict__.pop(name, None)
@@ -77,10 +77,10 @@ class Settings(BaseModel):
 
 
 class Machine(Settings):
-    """Where and how to compute."""
+    """Settings that say where and how a command computes."""
 
     dtype: Annotated[DType, Flag(("--torch-dtype",), "Machine")] = "auto"
-    """Of the computation and of what is not quantized; auto: as the model is stored."""
+    """The dtype of the computation and of what is not quantized; auto: as the model is stored."""
 
     device: Annotated[str, Flag((), "Machine")] = "auto"
     """cpu, cuda, cuda:1, ..; auto: a GPU if there is one."""
@@ -90,7 +90,7 @@ class Machine(Settings):
 
 
 class Walk(Machine):
-    """Where and how to work through a dense model."""
+    """Settings that say where and how a command works through a dense model."""
 
     offload: Annotated[Literal["auto", "none", "cpu"], Flag((), "Machine", idle=True)] = "auto"
     """Where the dense model is while a GPU quantizes it. none: on the GPU. cpu: mapped from its files (what memory does
@@ -121,7 +121,7 @@ class RowsOfData(Settings):
 
 
 class Target(Settings):
-    """Where results go."""
+    """Settings that say where a command writes its result."""
 
     output: Annotated[Location, Flag(("-o", "--output-dir"), "Output", idle=True)]
     """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on."""

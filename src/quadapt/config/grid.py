@@ -175,7 +175,7 @@ class Grid(Settings):
 
 
 class QuantizeConfig(Target, Grid, RowsOfData, Walk):
-    """Quantize a model."""
+    """Quantize a model to low bits."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder or hub name of a causal language model."""
@@ -184,7 +184,7 @@ class QuantizeConfig(Target, Grid, RowsOfData, Walk):
     """Quantize only these layers, by name or a part of it. Default: all linear layers but the head."""
 
     seed: Annotated[Seed, Flag((), "Machine")] = 0
-    """Of the choice of calibration text."""
+    """The seed of the choice of calibration text."""
 
     dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
@@ -207,7 +207,8 @@ class PlanConfig(RowsOfData, Machine):
     """Replace the output if it exists."""
 
     method: Annotated[MethodName, Flag((), "Plan")] = "lq-lora"
-    """For which method: its kind of levels decides among which grids there is a choice. Must train over codes."""
+    """The method to plan for, which must train over codes; its kind of levels decides among which grids there is a
+    choice."""
 
     count_adapters: Annotated[Literal["fp16", "nf8"] | None, Flag((), "Plan")] = None
     """Also count adapters in the budget, held as 16-bit floats or as nf8 (8.127 bits). Default: they do not count, as
@@ -224,7 +225,7 @@ class PlanConfig(RowsOfData, Machine):
     """Their length in tokens. Default: the model's context, at most 2048."""
 
     seed: Annotated[Seed, Flag((), "Machine")] = 0
-    """Of the choice of text."""
+    """The seed of the choice of calibration text."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Plan")] = ()
     """Plan only these layers, by name or a part of it. Default: all linear layers but the head."""

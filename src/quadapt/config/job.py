@@ -20,7 +20,7 @@ own limit."""
 
 
 def read_job(path: str) -> RunConfig:
-    """Read a job file.
+    """Read a job file and check all of its settings.
 
     Raises:
         ConfigError: It is missing, not YAML, too large, or has a wrong setting (named with its section).

@@ -43,7 +43,7 @@ class Spec:
         skip: Sequence[str] = (),
         target_modules: Sequence[str] = (),
     ) -> Spec:
-        """Resolve a method.
+        """Resolve a method into what each layer of a model gets.
 
         Args:
             method: With everything that was chosen otherwise.
@@ -80,7 +80,7 @@ class Spec:
         return cls(method, plan, tuple(skip), tuple(target_modules))
 
     def without_adapter(self) -> Spec:
-        """The same for a base alone: training does not go on from it at once, so nothing starts there."""
+        """The spec of a base alone: training does not go on from it at once, so no start is fitted."""
         return replace(self, plan=replace(self.plan, start=Zero(), rank=0, pooled=False, adapted=()))
 
 

@@ -120,7 +120,7 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
         return Run(recipe=self.spec.method.recipe, **{**given, "keep": self.keeps})
 
     def idle(self) -> set[str]:
-        """As the flags say; but held-out data that decides what is kept, or when to stop, changes the result."""
+        """The settings that do not change the result; held-out data does, if it decides what is kept or when to end."""
         deciding = self.keeps == "best" or self.value("early_stopping")
         return super().idle() - ({"eval_data", "eval_steps"} if deciding else set())
 
@@ -129,6 +129,6 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
 
     @property
     def keeps(self) -> Literal["best", "last"]:
-        """Which state is written."""
+        """Which state of the run is written: the best one or the last."""
         wanted: Literal["best", "last"] | None = self.value("keep")
         return wanted or ("best" if self.eval_data or self.eval_split else "last")

@@ -29,11 +29,11 @@ class BadRows:
     """Rows that could be used when they were read."""
 
     def copy(self) -> Self:
-        """The same count to go on from in another pass."""
+        """A copy of the count, from which another pass over the data can go on."""
         return type(self)(self.most, self.count, list(self.first), self.good)
 
     def add(self, error: DataError) -> None:
-        """Count one more row.
+        """Count one more row that cannot be used.
 
         Raises:
             DataError: No row may be skipped.

@@ -28,14 +28,14 @@ class Calibration:
     """Blocks in all; fewer than were asked for if there is not enough data."""
 
     length: int
-    """Tokens in a block."""
+    """How many tokens each block has."""
 
     source: str
-    """Where the data is from."""
+    """Where the text comes from, in words."""
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
+        """How many tokens all blocks have together."""
         return self.sequences * self.length
 
 

@@ -47,7 +47,7 @@ class Collator:
     """
 
     pad_token_id: int
-    """Put into `input_ids`."""
+    """The token that fills `input_ids` behind the end of a short sequence."""
 
     def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `labels` `[batch, length]` and `attention_mask`, or `position_ids` if sequences have them."""

@@ -36,13 +36,13 @@ Columns = dict[str, "NDArray[np.int32]"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What became of the data."""
+    """What became of the rows when they were made into sequences to train on."""
 
     source: str
-    """What was read."""
+    """The names of the files or datasets that were read."""
 
     kind: Kind
-    """What it holds."""
+    """The kind of the rows, which says what columns they have."""
 
     seq_len: int
     """Most tokens that a sequence may have."""
@@ -51,34 +51,34 @@ class DataReport:
     """Whether a sequence may hold several examples; so it always is for text."""
 
     examples: int
-    """Rows that were read."""
+    """How many rows were read."""
 
     sequences: int
-    """Sequences to train on."""
+    """How many sequences there are to train on."""
 
     tokens: int
-    """Tokens in them."""
+    """How many tokens all sequences have together."""
 
     loss_tokens: int
-    """Those that bear loss. The first of a sequence, and of a packed example, never does: nothing predicts it."""
+    """How many tokens bear loss. The first of a sequence, and of a packed example, never does: nothing predicts it."""
 
     unknown: int
-    """Tokens that stand for text which the tokenizer does not know."""
+    """How many tokens stand for text that the tokenizer does not know."""
 
     truncated: int
-    """Examples that lost their end, since they are longer than `seq_len`."""
+    """How many examples lost their end, since they are longer than `seq_len`."""
 
     tokens_lost: int
-    """Tokens so lost, or left over alone where text is cut into blocks."""
+    """How many tokens were lost in truncated examples, or left over alone where text is cut into blocks."""
 
     dropped: int
-    """Examples left out, since none of their tokens bears loss; `notes` say why."""
+    """How many examples were left out, since none of their tokens bears loss; `notes` say why."""
 
     skipped: int
-    """Rows that could not be used at all; `notes` name the first of them."""
+    """How many rows could not be used at all; `notes` name the first of them."""
 
     notes: tuple[str, ...]
-    """What else there is to know."""
+    """What else there is to know about the data, each note in a sentence."""
 
     example: str
     """The first example as text, with `[loss]` and `[no loss]` in front of its runs of tokens."""
@@ -97,16 +97,16 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Data to train on."""
+    """Sequences to train on, and a report of what they were made from."""
 
     data: Dataset
     """Sequences: `input_ids`, `labels`, and `position_ids` if examples are packed. `Collator` makes batches of them."""
 
     report: DataReport
-    """What became of the data."""
+    """What became of the rows when they were made into sequences."""
 
     form: PromptForm
-    """In which form the prompts are, so that the model can be asked likewise."""
+    """The form of the prompts, so that the model can be asked in the same form after training."""
 
 
 def encode(

@@ -32,16 +32,16 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens."""
+    """One row of the data as tokens."""
 
     ids: NDArray[np.int32]
     """All tokens: the opening ones if the tokenizer puts any, the row's own, the end of sequence."""
 
     loss: NDArray[np.bool_]
-    """Which tokens bear loss."""
+    """For each token whether it bears loss, as `[tokens]` booleans."""
 
     where: str = ""
-    """Where in its source the row stands."""
+    """The place of the row in its source, for messages."""
 
     apart: bool = False
     """Whether prompt and completion had to be tokenized apart."""

@@ -19,18 +19,18 @@ from quadapt.errors import DataError
 Kind = Literal["text", "prompt-completion", "messages"]
 
 Names = dict[str, tuple[str, ...]]
-"""By what a column means: the names that it may have, the likeliest first."""
+"""The names that a column may have, the likeliest first, by what the column means."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A set of columns."""
+    """A set of columns that rows of data may have."""
 
     kind: Kind
-    """Of the rows."""
+    """The kind of row that these columns make."""
 
     required: Names
-    """Columns that must be there."""
+    """The columns that must be there for the form to fit."""
 
     optional: Names = field(default_factory=dict)
     """Columns that are used if they are there."""
@@ -158,7 +158,7 @@ def _chosen_chat(cells: Row) -> Row:
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
-    """What two sequences begin with."""
+    """The longest beginning that two sequences have in common."""
     return [left for left, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 

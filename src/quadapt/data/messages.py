@@ -78,7 +78,7 @@ def tools(cell: Any) -> list[Row]:
 
 
 def silenced(messages: list[Row]) -> list[Row]:
-    """The same messages, none of which bears loss."""
+    """The given messages with a `weight` of 0 on each answer, so that none of them bears loss."""
     return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 

@@ -36,7 +36,7 @@ Write a response that appropriately completes the request.
 
 ### Response:
 """
-"""The same for an instruction with an input."""
+"""Stanford Alpaca's template for an instruction that comes with an input."""
 
 FormKind = Literal["text", "prompt", "alpaca", "chat"]
 
@@ -58,7 +58,7 @@ class PromptForm:
     """chat: SHA-256 of the chat template's text, in hexadecimal."""
 
     def as_dict(self) -> dict[str, str]:
-        """For JSON."""
+        """The fields by name, as they are written to JSON."""
         return asdict(self)
 
     @classmethod

@@ -34,7 +34,7 @@ from quadapt.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Rows:
-    """Checked rows of one kind."""
+    """Checked rows of data, all of one kind."""
 
     kind: Kind
     """Which columns there are: `text`; `prompt` and `completion`; or `messages` and `tools`."""
@@ -44,7 +44,7 @@ class Rows:
     `tools` are JSON, as the keys of one row's calls are not those of another's; :meth:`chat` reads them."""
 
     source: str
-    """What was read."""
+    """The names of the files or datasets that were read."""
 
     notes: tuple[str, ...] = ()
     """What was left out of the source, columns and files, and what was taken for what."""
@@ -88,7 +88,7 @@ def read(sources: str | Sequence[str], *, split: str = "train", max_bad_rows: in
 
 
 def read_held_out(sources: str | Sequence[str], *, max_bad_rows: int | None = None) -> Rows:
-    """The same for data to measure on: the split `test` of a folder or hub dataset, or all of a file."""
+    """Read data to measure on: the split `test` of a folder or hub dataset, or all of a file."""
     names = [sources] if isinstance(sources, str) else list(sources)
     return _read([(name, "train" if is_one(Path(name).expanduser()) else "test") for name in names], max_bad_rows)
 
@@ -141,7 +141,7 @@ def _cut_documents(rows: Rows, eval_fraction: float) -> tuple[Rows, Rows]:
 
 @dataclass
 class _Part:
-    """What one file holds."""
+    """The rows of one file, and what was found out about its columns."""
 
     name: str
     layout: Layout | None = None
@@ -151,7 +151,7 @@ class _Part:
 
     @property
     def kind(self) -> Kind:
-        """Of its rows."""
+        """The kind of the rows in this file."""
         assert self.layout is not None
         return self.layout.form.kind
 

@@ -76,7 +76,7 @@ def hub_rows(source: str, split: str) -> Source:
 
 
 def listing(names: Iterable[str]) -> str:
-    """Names in a row, shortened."""
+    """Names in a row, separated by commas; at most 12 of them."""
     shown = [shorten(str(name), 40) or repr(name) for name in names]
     return ", ".join(shown[:12] + [".."] * (len(shown) > 12)) or "none"
 
@@ -247,7 +247,7 @@ def _elements(text: str, at: int, path: Path) -> Source:
 
 
 def _end_of_element(text: str, at: int) -> int:
-    """Where the comma or the bracket after an element of a list stands, by its brackets alone."""
+    """The index of the comma or bracket behind an element of a list, found by counting brackets alone."""
     depth = 0
     for found in _TOKEN.finditer(text, at):
         if depth == 0 and found[0] in ",]}":

@@ -46,17 +46,18 @@ class Chat:
     """A chat as a template renders it."""
 
     text: str
-    """The whole."""
+    """The whole chat as text."""
 
     spans: list[tuple[int, int]]
-    """Where the assistant speaks, and bears loss: of each answer the first character, and the one after its end."""
+    """For each answer of the assistant that bears loss, the index in `text` of its first character and of the one
+    after its end."""
 
     lost: list[str] = field(default_factory=list)
     """What is in the messages and not in the text: `thoughts`, `tool calls`, `tools`, .."""
 
 
 class Template:
-    """A tokenizer's chat template.
+    """A tokenizer's chat template, which renders chats and finds the answers in them.
 
     Args:
         tokenizer: It has one.
@@ -96,7 +97,7 @@ class Template:
             raise DataError(f"the chat template cannot render the messages: {words}") from error
 
     def chat(self, messages: Sequence[Row], tools: Sequence[Row] = (), *, find: bool = True) -> Chat:
-        """Render a chat.
+        """Render a chat as text, and find the answers of the assistant in it.
 
         Args:
             messages: As `quadapt.data.messages.chat` gives them; answers with a `weight` of 0 bear no loss.
@@ -205,7 +206,7 @@ class Template:
     # --- the search ---------------------------------------------------------------------------------------------------
 
     def _span(self, messages: list[Row], tools: Sequence[Row], turn: int, text: str) -> tuple[int, int]:
-        """Where in the whole text one answer stands."""
+        """The indices in the whole text at which one answer begins and ends."""
         prompt = self._try(messages[:turn], tools, prompt=True)
         start = len(prompt) if prompt and text.startswith(prompt) else None
         if turn == len(messages) - 1:
@@ -220,7 +221,7 @@ class Template:
         return start, max(start, end)
 
     def _content(self, messages: list[Row], tools: Sequence[Row], turn: int, text: str) -> tuple[int, int]:
-        """Where the text of a message begins and ends: there, another text in its place makes a difference."""
+        """The indices at which a message's own text begins and ends, found by rendering other text in its place."""
         other = next(each for each in _STANDINS if each[0] not in text)
         message = {key: value for key, value in messages[turn].items() if key not in _THOUGHTS}
         changed = [*messages[:turn], {**message, "content": other}, *messages[turn + 1 :]]
@@ -235,7 +236,7 @@ class Template:
         return begins, len(text) - after_shared
 
     def _end(self, messages: list[Row], tools: Sequence[Row], turn: int, text: str, at: int) -> int:
-        """Where an answer ends whose own text ends at `at`, and which others follow."""
+        """The index at which an answer ends that others follow, and whose own text ends at `at`."""
         ended = self._try(messages[: turn + 1], tools)
         if ended:
             tail = ended[self._content(messages[: turn + 1], tools, turn, ended)[1] :]
@@ -249,7 +250,7 @@ class Template:
         return found if found >= 0 else at
 
     def _next(self, messages: list[Row], tools: Sequence[Row], turn: int, text: str, at: int) -> int:
-        """Where the text of the next message begins."""
+        """The index at which the text of the next message begins."""
         try:
             return max(at, self._content(messages, tools, turn + 1, text)[0])
         except DataError:

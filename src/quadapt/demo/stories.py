@@ -313,5 +313,5 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, str]]) -> None:
 
 
 def write_text(path: Path, told: Iterable[Narrative]) -> None:
-    """Write one narrative a line."""
+    """Write narratives to a text file, one a line."""
     path.write_text("".join(narrative.text + "\n" for narrative in told), encoding="utf-8")
