@@ -47,3 +47,6 @@ __all__ = [
     "qlora",
     "quailora",
 ]
+
+# A file that was added to this package has its functions here too, where its own name would stand otherwise.
+globals().update({name.replace("-", "_"): function for name, function in METHODS.items()})
