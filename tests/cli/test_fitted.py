@@ -120,7 +120,7 @@ def test_block_ap_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pyt
     ("arguments", "words"),
     [
         (("quantize", "dense", "--rounding", "block-ap", "-o", "x"), "rounding='block-ap' needs text to calibrate on"),
-        (("quantize", "dense", "--calibration-epochs", "3", "-o", "x"), "calibration_epochs is block-ap's"),
+        (("quantize", "dense", "--calibration-epochs", "3", "-o", "x"), "setting of the rounding block-ap"),
         (("tune", "q4", "--data", "story.txt", "--start", "cloq", "-o", "x"), "Give the dense model"),
         (("tune", "dense", "--data", "story.txt", "--method", "l4q", "--start", "cloq", "-o", "x"), "nothing to start"),
     ],
