@@ -42,6 +42,9 @@ def test_a_module_of_the_package_and_an_entry_point_are_all_that_it_takes(shelf:
     assert len(shelf) == 4
     assert "nut" in shelf
     assert "but" not in shelf
+    assert ["nut"] not in shelf
+    with pytest.raises(ConfigError, match=r"piece=\['nut'\] is unknown"):
+        shelf[["nut"]]  # type: ignore[index] # as a damaged file may have it
 
 
 def test_a_wrong_name_is_answered_with_the_right_ones(shelf: Registry[type]) -> None:

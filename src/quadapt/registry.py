@@ -80,14 +80,14 @@ class Registry(Mapping[str, T], Generic[T]):
             ConfigError: There is none; the message has what may have been meant.
         """
         known = self._load()
-        if name not in known:
+        if name not in self:
             near = difflib.get_close_matches(str(name), known)
             hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(self)}"
             raise ConfigError(f"{self.axis}={name!r} is unknown. {hint}")
         return known[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._load()
+        return isinstance(name, str) and name in self._load()  # what stands in files may be anything
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._load()))
