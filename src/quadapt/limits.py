@@ -42,8 +42,9 @@ _BY_WORDS = (
         _BY_NUMBER[errno.ENOMEM],
     ),
 )
-"""Of torch, safetensors and tokenizers (Rust), LLVM, the dynamic loader and C++, which raise RuntimeErrors and the
-like."""
+"""Patterns of messages that mean a limit of the machine, each with what to say. They are those of torch, safetensors
+and tokenizers (Rust), LLVM, the dynamic loader and C++, whose errors arrive as a RuntimeError or the like, without a
+number."""
 
 _TALK_SO = (OSError, RuntimeError, ImportError, SystemError)
 """Errors whose words are looked at; a ValueError may quote text of the user's."""

@@ -74,7 +74,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._pieces
 
     def __getitem__(self, name: str) -> T:
-        """The piece of that name.
+        """Look up the piece that is registered under a name.
 
         Raises:
             ConfigError: There is none; the message has what may have been meant.

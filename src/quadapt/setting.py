@@ -25,7 +25,7 @@ Count = Annotated[int, Ge(1), Le(MOST)]
 Whole = Annotated[int, Ge(0), Le(MOST)]
 """A number of things, or 0."""
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
-"""Of random numbers: NumPy's take 32 bits."""
+"""The seed of random numbers, of which NumPy takes 32 bits."""
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]

@@ -93,8 +93,8 @@ class Walk(Machine):
     """Settings that say where and how a command works through a dense model."""
 
     offload: Annotated[Literal["auto", "none", "cpu"], Flag((), "Machine", idle=True)] = "auto"
-    """Where the dense model is while a GPU quantizes it. none: on the GPU. cpu: mapped from its files (what memory does
-    not hold is read again), one block at a time on the GPU. auto: on the GPU if it fits. Results are the same."""
+    """Keep the dense model here while a GPU quantizes it. none: on the GPU. cpu: mapped from its files (what memory
+    does not hold is read again), one block at a time on the GPU. auto: on the GPU if it fits. Results are the same."""
 
 
 class RowsOfData(Settings):

@@ -46,7 +46,7 @@ class Chat:
     """A chat as a template renders it."""
 
     text: str
-    """The whole chat as text."""
+    """The whole chat as a template renders it."""
 
     spans: list[tuple[int, int]]
     """For each answer of the assistant that bears loss, the index in `text` of its first character and of the one

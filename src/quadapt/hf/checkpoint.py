@@ -1,4 +1,4 @@
-"""Of what kind a checkpoint is, what its files hold, and whether a model was given all of it.
+"""Finding out what kind of checkpoint a folder holds, what is in its files, and whether a model was given all of it.
 
 transformers draws at random what a checkpoint lacks, leaves out what the model has no place for, and casts what has
 another dtype; it says so in a log. Here each of these is an error: a model with one random matrix still quantizes,

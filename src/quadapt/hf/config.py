@@ -17,7 +17,7 @@ from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, from_fields
 
 VERSION = 1
-"""Of the stored form; a checkpoint of a later version is refused."""
+"""The version of the stored form that this code writes; a checkpoint of a later version is refused."""
 
 
 class QuadaptConfig(QuantizationConfigMixin):
@@ -74,7 +74,7 @@ class QuadaptConfig(QuantizationConfigMixin):
             self.plan()  # a wrong wish fails here, not layer by layer
 
     def plan(self) -> Plan:
-        """The wish, as a plan."""
+        """The plan that the wish's fields describe: every layer with one grid, one storage and rounding to nearest."""
         format = Format(levels=self.levels, bits=self.bits, group_size=self.group_size, zero=self.zero)  # type: ignore[arg-type]
         storage = Storage.default(format)
         if self.scales:

@@ -25,7 +25,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a trained tensor may be stored in."""
 
 PREFIX = "base_model.model."
-"""Of names in files, and in a PeftModel."""
+"""What PEFT puts before the names of a model's tensors, in a PeftModel and in its files."""
 
 
 def check_whole(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: tuple[str, ...] = ()) -> None:
@@ -137,7 +137,7 @@ def set_state(stock: Callable[..., Any], model: Any, state: Any, *args: Any, **k
 def load_into_peft_model(
     stock: Callable[..., Any], self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """PEFT's `PeftModel.load_adapter`."""
+    """Run PEFT's `PeftModel.load_adapter` after a check that the adapter belongs to this base."""
     with locate(str(model_id)):
         _check_given(self, adapter_name, model_id, _config_in(model_id, **kwargs))
         return stock(self, model_id, adapter_name, *args, **kwargs)
@@ -160,7 +160,7 @@ def check_swap(stock: Callable[..., Any], known: Any, given: Any) -> None:
 
 
 def load_into_model(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Transformers' `model.load_adapter`."""
+    """Run transformers' `model.load_adapter` between checks that the adapter fits and that its file is whole."""
     from quadapt.hf.identity import ours
 
     call = inspect.signature(stock).bind(self, *args, **kwargs)

@@ -54,7 +54,7 @@ class Folder:
 
     @property
     def path(self) -> Path:
-        """As a path."""
+        """The name of the folder as a path."""
         return Path(self.name)
 
 
@@ -141,7 +141,7 @@ def _check_files(path: Path) -> None:
 
 
 def find_base(folder: Folder, given: str | None = None) -> str:
-    """Where the base of an adapter is: where told, or beside the adapter as recorded, or where it was when it was made.
+    """Find an adapter's base: where told, or beside the adapter as recorded, or where it was when the adapter was made.
 
     Raises:
         CheckpointError: None of these exists.
@@ -205,7 +205,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
 
 
 def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' configuration of a model.
+    """Read transformers' configuration of a model.
 
     Raises:
         CheckpointError: There is none, or it is of a model that is not a causal language model, or comes with code.

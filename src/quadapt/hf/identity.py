@@ -92,12 +92,12 @@ class QuadaptLoraConfig(LoraConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT writes it, with our type and the digest of the settings."""
+        """The dictionary that PEFT writes, with quadapt's type of adapter and the digest of the settings."""
         entry = {**identity_of(self), "digest": _digest(self)}
         return {**super().to_dict(), "peft_type": TYPE, "auto_mapping": {**(self.auto_mapping or {}), KEY: entry}}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; the entries that it makes for models without a task type stand beside ours, not in their place."""
+        """Save as PEFT does, but keep our entries beside those that it makes for models without a task type."""
         self.auto_mapping = {**(self.auto_mapping or {}), **(kwargs.pop("auto_mapping_dict", None) or {})}
         super().save_pretrained(save_directory, **kwargs)
 

@@ -50,7 +50,7 @@ class MergedLayer:
     """What the merge did to one layer."""
 
     name: str
-    """Full name."""
+    """The full name of the layer in the model."""
 
     difference: float
     """Largest difference between a merged and an adapted weight, in quantization steps of its group."""
@@ -61,10 +61,10 @@ class MergedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What a merge kept, measured."""
+    """What a merge kept of the adapted model, as measured on a probe."""
 
     verdict: Verdict
-    """exact, equivalent or lossy."""
+    """The result in a word: exact, equivalent or lossy."""
 
     dtype: str
     """Dtype in which the probe was run; the verdict holds for it."""
@@ -86,19 +86,19 @@ class Certificate:
     """Share of positions where the likeliest token changed."""
 
     perplexity_before: float
-    """Of the adapted model on the probe (meaningless on random tokens)."""
+    """The perplexity of the adapted model on the probe; it means nothing if the probe is random tokens."""
 
     perplexity_after: float
-    """Of the merged model on the probe."""
+    """The perplexity of the merged model on the probe."""
 
     layers: tuple[MergedLayer, ...]
-    """Quantized layer by layer."""
+    """What the merge did to each quantized layer."""
 
     besides: tuple[Part, ...] = ()
     """What else trained, and is part of the merged model."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields by name, as they are written to JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

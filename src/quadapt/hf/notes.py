@@ -15,11 +15,11 @@ JOB = "job.json"
 """In every folder that quadapt is at work in: what becomes of it."""
 
 FORM = 2
-"""Of the note; counted up when what it holds changes."""
+"""The version of the note's form, which is counted up when what it holds changes."""
 
 
 def partial_of(output: Path) -> Path:
-    """Where the work on an output is done."""
+    """The folder in which the work on an output is done, until it is whole."""
     return output.with_name(f"{output.name}.partial")
 
 
@@ -101,7 +101,7 @@ def mark(path: Path) -> int | None:
 
 
 def placed(note: Mapping[str, Any] | None, beside: Path) -> list[bool]:
-    """Of each part of a whole work, whether it has its final name, beside a path; empty if the work is not whole."""
+    """For each part of a whole work, whether it already has its final name beside a path; empty if it is not whole."""
     return [mark(beside.with_name(move["to"])) == move["new"] for move in (note or {}).get("whole", ())]
 
 

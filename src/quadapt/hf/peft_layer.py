@@ -69,7 +69,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
     # --- adding, choosing and removing adapters ---
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter (PEFT's hook)."""
+        """Add an adapter to the layer; PEFT calls this hook."""
         adapter = adapter_of(config)
         with locate(kwargs.get("target_name") or "layer"):
             self._admit(adapter, config)
@@ -155,7 +155,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         super().set_adapter(names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter (PEFT's hook)."""
+        """Remove an adapter from the layer; PEFT calls this hook."""
         super().delete_adapter(adapter_name)
         self.adapters.pop(adapter_name, None)
         self.declared.pop(adapter_name, None)
@@ -174,7 +174,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
 
     @property
     def quant(self) -> QuantLinear:
-        """The quantized layer below."""
+        """The quantized layer that the adapters lie over."""
         layer = self.get_base_layer()
         assert isinstance(layer, QuantLinear)
         return layer

@@ -45,7 +45,7 @@ class QuadaptQuantizer(HfQuantizer):
         return isinstance(module, QuantLinear) and name == "weight"
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes per element, for `device_map="auto"`."""
+        """How many bytes an element of a parameter takes, from which `device_map="auto"` decides what fits."""
         if self.param_needs_quantization(model, param_name):
             return float(self.quantization_config.bits) / 8
         return float(super().param_element_size(model, param_name, param))

@@ -230,7 +230,7 @@ class Note(_Part):
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """`quadapt.json`, as it was written.
+    """Read `quadapt.json`, quadapt's own note in a folder.
 
     Raises:
         CheckpointError: It is damaged: no JSON, or something in it is not of the kind that quadapt writes.

@@ -26,7 +26,7 @@ def write_start(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Non
 
 
 def read_start(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """What :func:`write_start` wrote.
+    """Read the factors that :func:`write_start` wrote.
 
     Raises:
         CheckpointError: It is damaged.

@@ -37,7 +37,7 @@ class Part:
     """Something that trained besides the adapters over quantized layers."""
 
     name: str
-    """Of the layer, or of the parameter, in the base model."""
+    """The name of the layer, or of the parameter, in the base model."""
 
     kind: str
     """What trained: LoRA over a dense weight, token rows, a whole module (`modules_to_save`), a parameter."""

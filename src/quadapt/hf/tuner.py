@@ -57,7 +57,7 @@ def _check(model: Any, names: list[str] | None) -> None:
 
 
 def unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `merge_and_unload` and `unload`."""
+    """Run PEFT's `merge_and_unload` or `unload`, and declare to transformers what the model holds then."""
     layers = list(adapted_layers(self.model).values())
     if not layers and not quantized_layers(self.model):
         return stock(self, merge, *args, **kwargs)
@@ -100,7 +100,7 @@ def merge(stock: Callable[..., Any], self: Any, adapter_names: list[str] | None 
 
 
 def unmerge(stock: Callable[..., Any], self: Any) -> None:
-    """PEFT's `unmerge_adapter`."""
+    """Run PEFT's `unmerge_adapter`, after which the model counts as its old base again."""
     stock(self)
     if BEFORE in self.model.__dict__:
         disown(self.model, self.model.__dict__.pop(BEFORE))

@@ -166,7 +166,7 @@ def _entry(name: str) -> str:
 
 
 def _json_digest(value: Any) -> str:
-    """Of a value as JSON gives it back: tuples are lists there, and keys are text."""
+    """SHA-256 of a value as JSON gives it back, where tuples are lists and keys are text."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 

@@ -56,7 +56,7 @@ class Workspace:
     """
 
     path: Path
-    """Where to work."""
+    """The folder to work in until the output is whole."""
 
     resumed: bool
     """Whether there is work of an earlier run to go on with."""

@@ -29,10 +29,10 @@ class Earlier:
     """The adapter to go on from."""
 
     folder: Folder
-    """Where it is."""
+    """The folder that the adapter lies in."""
 
     base: Folder
-    """The model under it."""
+    """The folder of the model that the adapter belongs to."""
 
     def about(self) -> dict[str, Any]:
         """What the new adapter's note says of it."""

@@ -63,26 +63,26 @@ class Row:
     """Width of the codes; 16 for full precision."""
 
     model: str
-    """What it is."""
+    """What the model is, in a few words."""
 
     perplexity: float
-    """Of the right answers."""
+    """The perplexity per token of the right answers."""
 
     accuracy: float
-    """Share of exactly right answers."""
+    """The share of questions that were answered exactly right."""
 
     bits_per_weight: float
     """True bits per linear weight, adapters included as they are stored."""
 
     megabytes: float
-    """Of its weight files."""
+    """The size of the model's weight files in megabytes."""
 
     certificate: str = ""
     """What the merge kept, where there was one."""
 
 
 def demo(config: DemoConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt demo` and return its report.
 
     Raises:
         ConfigError: The output exists and is not to be replaced.
@@ -149,11 +149,11 @@ class _Bench:
         ).batches
 
     def dense(self) -> nn.Module:
-        """The embedded model in float32."""
+        """A new copy of the embedded model in float32."""
         return load_model(str(self.source), dtype="float32")
 
     def quantized(self, format: Format, storage: Storage, rounding: Rounding) -> nn.Module:
-        """The embedded model, quantized."""
+        """A new copy of the embedded model, quantized as the arguments say."""
         model = self.dense()
         selection = select(model)
         plan = Plan(format=format, storage=storage, rounding=rounding)
@@ -305,7 +305,7 @@ def _cells(row: Row) -> tuple[object, ...]:
 
 
 def _markdown(found: list[Row], summary: dict[str, Any]) -> str:
-    """The report, for people."""
+    """The report as a Markdown page for people."""
     lines = [
         "# quadapt demo",
         "",

@@ -27,13 +27,13 @@ from quadapt.statistics import FISHER
 
 @dataclass(frozen=True)
 class Sketch:
-    """A quantized model, as shapes."""
+    """A quantized model of which only the shapes are there, on the meta device."""
 
     model: nn.Module
     """On the meta device, with quantized layers in place."""
 
     layouts: Mapping[str, Layout]
-    """Of its quantized layers."""
+    """The layout of each quantized layer, by the name of the layer."""
 
     left: Mapping[str, str]
     """Why each other matrix is not quantized."""
@@ -48,10 +48,10 @@ class Sketch:
     """Bytes of the dense model, as it is loaded to be quantized."""
 
     part: int
-    """Of these, bytes of the largest block, or of what lies outside the blocks."""
+    """The bytes of the largest block of the dense model, or of what lies outside the blocks if that is more."""
 
     bytes_on_disk: int
-    """Of the quantized checkpoint."""
+    """The bytes that the quantized checkpoint takes on disk."""
 
 
 def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sketch:
@@ -108,7 +108,7 @@ def _sketched(
 
 
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
-    """`quantize --dry-run`."""
+    """Say what `quadapt quantize` would make and how much memory it needs, without any weights."""
     found = sketch(config.model, config, target_modules=config.target_modules)
     place = place_of(config, config.model, device_of(config), ui, target_modules=config.target_modules)
     return show(found, quantizing(config, found, place), ui)
@@ -123,7 +123,7 @@ def place_of(
     target_modules: Sequence[str] = (),
     most_length: int = MOST_CONTEXT,
 ) -> Place:
-    """Where the model `name` is to be while `device` quantizes it; if it does not fit there, that is said."""
+    """Decide where the model `name` is to be while `device` quantizes it, and say so if it does not fit there."""
     if device == "cpu" or config.offload != "auto":
         return Place(device, "cpu" if config.offload == "cpu" else device)
     _, free = memory.machine_bytes(device)
@@ -159,7 +159,7 @@ def quantizing(
 
 
 def tune(config: TuneConfig, name: str, ui: UI, *, seq_len: int) -> dict[str, Any]:
-    """`tune --dry-run`."""
+    """Say what `quadapt tune` would train and how much memory it needs, without any weights."""
     found = sketch(name, config)
     return show(found, tuning(config, found, seq_len=seq_len), ui)
 
@@ -222,7 +222,7 @@ def check_fits(
 
 
 def show(found: Sketch, estimate: MemoryEstimate, ui: UI) -> dict[str, Any]:
-    """Print a dry run."""
+    """Print the result of a dry run, and return it."""
     from quadapt.jobs.quantize import show_layers, show_left
 
     show_layers(found.layouts, ui, every=True)

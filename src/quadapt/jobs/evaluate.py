@@ -20,7 +20,7 @@ from quadapt.report.ui import UI
 
 
 def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt eval` and return its figures.
 
     Raises:
         QuadaptError: Input cannot be used, see the message.

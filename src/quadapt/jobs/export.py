@@ -35,7 +35,7 @@ from quadapt.report.ui import UI
 
 
 def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt export` and return what was written.
 
     Raises:
         QuadaptError: Input cannot be used, or the format cannot hold it; see the message.

@@ -22,7 +22,7 @@ from quadapt.hf.notes import JOB, NOTE, note_of, partial_of
 from quadapt.jobs.source import device_of
 
 _MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja", ".py", ".bin"}
-"""Of a model's folder, what is read; not its model card, say."""
+"""Endings of the files of a model's folder that are read for its digest; its model card, say, is not."""
 
 _seen: dict[str, list[Any]] = {}
 """Digests by path, each after the size, inode and times that the file had."""

@@ -18,7 +18,7 @@ from quadapt.report.ui import UI
 
 
 def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt inspect` and return what was found in the folder.
 
     Raises:
         CheckpointError: The folder is not what quadapt writes; or with `verify`, some tensor is not what was written.

@@ -38,7 +38,7 @@ from quadapt.report.ui import UI
 
 
 def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt merge` and return the certificate with the sizes.
 
     Raises:
         QuadaptError: Input cannot be used, or the adapter cannot merge; see the message.
@@ -87,7 +87,7 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
 
 
 def adapter_folder(name: str) -> Folder:
-    """An adapter to work on.
+    """Open the folder of an adapter that is to be worked on.
 
     Raises:
         CheckpointError: It is something else, or not there.

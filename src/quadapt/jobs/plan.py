@@ -48,7 +48,7 @@ BYTES_PER_WEIGHT = 40
 
 
 def plan(config: PlanConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt plan` and return a summary of the plan.
 
     Raises:
         QuadaptError: Input cannot be used, or the budget is too small; see the message.
@@ -257,7 +257,7 @@ class _Table:
         return {name: found[name][1] for name in linears}
 
     def _workers(self, largest: int) -> int:
-        """As many matrices at once as there are threads, and as fit into memory; a GPU is kept busy by one."""
+        """How many matrices to measure at once: as many as there are threads and as fit into memory; one on a GPU."""
         if self.device != "cpu":
             return 1
         _, available = memory.machine_bytes(self.device)

@@ -36,7 +36,7 @@ from quadapt.report.ui import UI
 
 
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt quantize` and return a summary of the model it made.
 
     Raises:
         QuadaptError: Input cannot be used, see the message.

@@ -28,23 +28,23 @@ class Stage:
     """One command of a job, and the file that remembers what it did."""
 
     name: str
-    """Its section in the job file."""
+    """The name of the command, which is that of its section in the job file."""
 
     kind: type[Settings]
-    """Of its settings."""
+    """The class of the command's settings."""
 
     work: Callable[[Any, UI], dict[str, Any]]
-    """The command."""
+    """The function that runs the command."""
 
     output: Path
     """What it writes, all or nothing."""
 
     settings: Any
-    """Checked."""
+    """The settings of the command, already checked."""
 
     @property
     def stamp(self) -> Path:
-        """Where its job and its result are kept."""
+        """The file beside the output in which the stage's job and result are kept."""
         return self.output.with_name(f".{self.name}.json")
 
     def job(self) -> dict[str, Any]:

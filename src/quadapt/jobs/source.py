@@ -18,17 +18,17 @@ from quadapt.hf.reading import reading
 
 
 class Place(NamedTuple):
-    """Where a dense model is worked through."""
+    """The two devices that take part when a dense model is worked through."""
 
     device: str
-    """That computes."""
+    """The device that computes, by its name in torch."""
 
     home: str
-    """That holds the model: the same, or the CPU."""
+    """The device that holds the model: the one that computes, or the CPU."""
 
 
 def device_of(config: Machine) -> str:
-    """The device to work on.
+    """Choose the device that a command computes on.
 
     Raises:
         ConfigError: It does not exist here, or it is the CPU and the model is to be kept off a GPU.
@@ -70,7 +70,7 @@ def within_memory(place: Place) -> Iterator[None]:
 
 
 def dense_folder(name: str) -> Folder:
-    """A dense model to quantize.
+    """Open the folder of a dense model that is to be quantized.
 
     Raises:
         CheckpointError: It is quantized already, or an adapter, or not there.

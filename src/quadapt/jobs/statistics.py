@@ -22,7 +22,7 @@ _FORM = 1
 
 
 def cache_folder() -> Path:
-    """Where quadapt keeps what it may want again: `QUADAPT_CACHE`, or `quadapt` in the user's cache folder."""
+    """The folder for what may be wanted again: `QUADAPT_CACHE`, or `quadapt` in the user's cache folder."""
     own = os.environ.get("QUADAPT_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quadapt"
 

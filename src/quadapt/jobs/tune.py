@@ -28,7 +28,7 @@ MOST_LENGTH = 1024
 
 
 def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
-    """Run the command.
+    """Run `quadapt tune` and return what training measured.
 
     Raises:
         QuadaptError: Input cannot be used, see the message.

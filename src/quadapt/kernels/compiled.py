@@ -112,5 +112,5 @@ def _sources() -> str:
 
 @cache
 def _not_kept(folder: str, why: str) -> None:
-    """Say it once."""
+    """Warn, once for each folder, that compiled kernels cannot be kept there."""
     log.warning("%s: compiled kernels cannot be kept there (%s). They are compiled anew in every run", folder, why)

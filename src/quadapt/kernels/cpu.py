@@ -223,7 +223,7 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `reference.dequantize`, bit for bit."""
+    """Dequantize on the CPU to `[out, columns]` in `dtype`, bit for bit as `reference.dequantize` does."""
     reference.check_codes(levels, bits)
     if dtype not in _KINDS or (group_size % LANES and group_size < columns):
         return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
@@ -272,7 +272,7 @@ def dequantize(
 def encode(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """As `reference.encode`."""
+    """Pack on the CPU the codes of the nearest levels, as `reference.encode` does."""
     reference.check_codes(levels, bits)
     if scales.dtype != torch.float32:
         return reference.encode(weight, scales, offsets, levels, bits, group_size)
@@ -284,7 +284,7 @@ def encode(
 
 
 def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """As `reference.group_range`; NaN where a group holds a weight that is not finite."""
+    """Find each group's extremes as `reference.group_range` does; NaN where a weight is not finite."""
     if weight.dtype == torch.float64:
         return reference.group_range(weight, group_size)
     rows, columns = weight.shape
@@ -297,7 +297,7 @@ def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def group_error(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """As `reference.group_error`."""
+    """Sum each group's squared rounding errors on the CPU, `[out, groups]`, as `reference.group_error` does."""
     reference.check_codes(levels, bits)
     if scales.dtype != torch.float32:
         return reference.group_error(weight, scales, offsets, levels, bits, group_size)
@@ -310,7 +310,7 @@ def group_error(
 def compensate(
     weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int
 ) -> Tensor:
-    """As `reference.compensate`: codes; the errors are left in `weight`, which must be contiguous."""
+    """Run GPTQ's inner loop as `reference.compensate` does; leave the errors in `weight`, which must be contiguous."""
     reference.check_codes(levels, bits)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     mids = reference.midpoints(levels) if levels is not None else scales[:0]

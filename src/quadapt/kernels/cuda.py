@@ -218,7 +218,7 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `reference.dequantize`, bit for bit; scales and offsets may be float16."""
+    """Dequantize on a GPU, bit for bit as `reference.dequantize` does; scales and offsets may be float16."""
     reference.check_codes(levels, bits)
     if dtype == torch.float64 or not whole_words(group_size, columns):
         return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
@@ -253,7 +253,7 @@ def dequantize(
 
 
 def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
-    """As `reference.widen`, bit for bit."""
+    """Decode doubly quantized values on a GPU, float32, bit for bit as `reference.widen` does."""
     values = torch.empty(codes.shape, device=codes.device)
     count = values.numel()
     launch(_widen, (parts(count, 1024),), codes.contiguous(), absmax, mean, unit, values, count, SIZE=1024)
@@ -263,7 +263,7 @@ def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
 def encode(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """As `reference.encode`."""
+    """Pack on a GPU the codes of the nearest levels, as `reference.encode` does."""
     reference.check_codes(levels, bits)
     rows, columns = weight.shape
     if scales.dtype != torch.float32 or not whole_words(group_size, columns):
@@ -298,7 +298,7 @@ def encode(
 def group_error(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """As `reference.group_error`, but for the order in which a group is summed."""
+    """Sum each group's squared rounding errors as `reference.group_error` does, but in another order."""
     reference.check_codes(levels, bits)
     if scales.dtype != torch.float32:
         return reference.group_error(weight, scales, offsets, levels, bits, group_size)
@@ -330,7 +330,7 @@ def group_error(
 def compensate(
     weight: Tensor, upper: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int
 ) -> Tensor:
-    """As `reference.compensate`: codes; the errors are left in `weight`, which must be contiguous."""
+    """Run GPTQ's inner loop as `reference.compensate` does; leave the errors in `weight`, which must be contiguous."""
     reference.check_codes(levels, bits)
     rows, columns = weight.shape
     if weight.dtype != torch.float32 or columns > _WIDEST:

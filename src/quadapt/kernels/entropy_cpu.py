@@ -118,7 +118,7 @@ def _crowding_rows(weight, scales, offsets, shifted, bits, group, table, crowdin
 
 
 def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """As `entropy_reference.entropy_shift`, bit for bit."""
+    """Find each group's shift of highest entropy, bit for bit as `entropy_reference.entropy_shift` does."""
     rows, columns = weight.shape
     width = min(group_size, columns)
     tau, reach = weight.new_empty(2, rows, -(-columns // width))
@@ -130,7 +130,7 @@ def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: i
 
 
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """As `entropy_reference.group_crowding`, exactly."""
+    """Measure the crowding of each group's codes, exactly as `entropy_reference.group_crowding` does."""
     check_codes(None, bits)
     if scales.dtype != torch.float32:
         return entropy_reference.group_crowding(weight, scales, offsets, bits, group_size)

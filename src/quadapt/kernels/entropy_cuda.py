@@ -106,7 +106,7 @@ def _group_crowding(
 
 
 def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """As `entropy_reference.entropy_shift`."""
+    """Find on a GPU each group's shift of highest entropy, as `entropy_reference.entropy_shift` does."""
     rows, columns = weight.shape
     if weight.dtype != torch.float32 or min(group_size, columns) > _WIDEST:
         return entropy_reference.entropy_shift(weight, mids, fractions, group_size)
@@ -148,7 +148,7 @@ def _best_shift(groups: Tensor, mids: Tensor, fractions: Tensor) -> tuple[Tensor
 
 
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """As `entropy_reference.group_crowding`."""
+    """Measure on a GPU the crowding of each group's codes, as `entropy_reference.group_crowding` does."""
     check_codes(None, bits)
     if scales.dtype != torch.float32:
         return entropy_reference.group_crowding(weight, scales, offsets, bits, group_size)

@@ -18,7 +18,7 @@ def crowding_table(count: int, device: torch.device) -> Tensor:
 
 
 def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """As `entropy.entropy_shift`; `mids` and `fractions` in the dtype of `weight`."""
+    """Compute `entropy.entropy_shift` in torch; `mids` and `fractions` are in the dtype of `weight`."""
     columns = weight.shape[1]
     whole = columns - columns % group_size
     found = []
@@ -51,7 +51,7 @@ def _best_shift(groups: Tensor, mids: Tensor, fractions: Tensor) -> tuple[Tensor
 
 
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """As `entropy.group_crowding`."""
+    """Compute `entropy.group_crowding` in torch, on any device."""
     reference.check_codes(None, bits)
     packed = reference.encode(weight, scales, offsets, None, bits, group_size)
     return crowding_of(reference.unpack(packed, bits, weight.shape[1]), bits, group_size)

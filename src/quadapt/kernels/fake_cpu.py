@@ -158,7 +158,7 @@ def quantize(
     grid: Grid,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `fake_reference.quantize`, bit for bit."""
+    """Quantize on the CPU a matrix that trains, bit for bit as `fake_reference.quantize` does."""
     grid.check(levels)
     if scales.dtype != torch.float32 or dtype == torch.float64 or not _whole_vectors(grid):
         return fake_reference.quantize(base, A, B, scales, offsets, levels, grid, dtype)
@@ -182,7 +182,7 @@ def gradients(
     slack: float | None,
     dense: Tensor | None,
 ) -> Tensor:
-    """As `fake_reference.gradients`, bit for bit but for the order in which a group is summed."""
+    """Compute a quantizer's gradients as `fake_reference.gradients` does, but sum each group in another order."""
     grid.check(levels)
     plain = (
         G.dtype == torch.float32

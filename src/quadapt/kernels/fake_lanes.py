@@ -27,7 +27,7 @@ def _ahead(builder: Any, address: Any, vectors: int) -> Any:
 
 
 def _rint(builder: Any, value: Any) -> Any:
-    """Halves to even."""
+    """Round 16 float32 numbers to whole ones, halves to even."""
     kind = ir.FunctionType(_vector(_F32), [_vector(_F32)])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.rint.v16f32"), [value])
 

@@ -24,7 +24,7 @@ class Grid(NamedTuple):
     """The whole numbers that describe a trained quantizer."""
 
     bits: int
-    """Width of a code."""
+    """The width of a code in bits."""
 
     base_bits: int
     """Width of a code of the base: `bits`, or 8 for fixed point with `8 - bits` places after the point."""
@@ -33,11 +33,11 @@ class Grid(NamedTuple):
     """Inputs that share a scale; at least `columns` for whole rows."""
 
     columns: int
-    """Inputs in a row."""
+    """How many inputs a row has."""
 
     @property
     def top(self) -> int:
-        """The largest code."""
+        """The largest code of this width."""
         return 2**self.bits - 1
 
     def check(self, levels: Tensor | None) -> None:
@@ -56,7 +56,7 @@ def quantize(
     grid: Grid,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As :func:`quadapt.kernels.fake.fake_quantize`."""
+    """Compute :func:`quadapt.kernels.fake.fake_quantize` in torch, on any device."""
     grid.check(levels)
     result = torch.empty(len(base), grid.columns, dtype=dtype, device=base.device)
     step = rows_per_chunk(grid.columns)
@@ -81,7 +81,7 @@ def gradients(
     slack: float | None,
     dense: Tensor | None,
 ) -> Tensor:
-    """As :func:`quadapt.kernels.fake.fake_gradients`."""
+    """Compute :func:`quadapt.kernels.fake.fake_gradients` in torch, on any device."""
     grid.check(levels)
     v = _unrounded(base, A, B, scales, offsets, levels, grid)
     u = v if levels is not None else _rounded(v, grid)

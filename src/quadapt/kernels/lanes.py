@@ -18,11 +18,11 @@ from numba.extending import intrinsic
 
 LANES = 16
 BF16, FP16, FP32 = 0, 1, 2
-"""Output kinds of :func:`decode16`."""
+"""The dtypes that :func:`decode16` can give, as the numbers it takes for them."""
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
-"""Of the processor that numba compiles for, which need not be this one (NUMBA_CPU_NAME)."""
+"""Features of the processor that numba compiles for, which need not be this one (NUMBA_CPU_NAME)."""
 
 _HAS_AVX512 = "+avx512f" in _FEATURES
 _HAS_FP16 = "+f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")

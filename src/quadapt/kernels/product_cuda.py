@@ -119,7 +119,7 @@ def product(
     group_size: int,
     columns: int,
 ) -> Tensor:
-    """As `reference.product`, but for the order of the sum: `[tokens, out]` in the dtype of `x`."""
+    """Compute :func:`quadapt.kernels.product` on a GPU: `[tokens, out]` in the dtype of `x`."""
     check_codes(levels, bits)
     (rows, row_bytes), tokens = packed.shape, len(x)
     words, wide = words_of(packed, bits)

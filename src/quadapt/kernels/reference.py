@@ -105,7 +105,7 @@ SUPER = 256
 
 
 def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
-    """As :func:`quadapt.kernels.widen`."""
+    """Compute :func:`quadapt.kernels.widen` in torch, on any device."""
     scaled = unit[codes.int()].flatten() * absmax.repeat_interleave(SUPER)[: codes.numel()]
     return (scaled + mean).view(codes.shape)
 

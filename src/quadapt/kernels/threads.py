@@ -1,4 +1,4 @@
-"""Rows shared out over threads.
+"""Running a kernel on several threads, each of which gets some of the rows.
 
 The compiled kernels release the interpreter lock, so plain Python threads suffice. That avoids numba's own thread
 layers: under `omp` a forked child's first kernel dies, and under `workqueue` two threads that launch kernels at once

@@ -144,7 +144,7 @@ def nearest_code(value, mids, BITS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def level_of(code, levels, LOOKUP: tl.constexpr):
-    """Levels of codes, float32."""
+    """The level that belongs to each code, as float32."""
     if LOOKUP:
         return tl.load(levels + code)
     else:

@@ -26,13 +26,13 @@ class LayerRow:
     """What became of one layer; a row of the report."""
 
     name: str
-    """Full name of the layer."""
+    """The full name of the layer in the model."""
 
     out: int
-    """Output features."""
+    """How many output features the layer has."""
 
     columns: int
-    """Input features."""
+    """How many input features the layer has."""
 
     format: str
     """Short name of the grid, and the rounding if it is not the one asked for."""
@@ -44,17 +44,18 @@ class LayerRow:
     """Relative error of the weights: norm of the change over norm of the weights."""
 
     seconds: float
-    """Time it took."""
+    """How long quantizing the layer took, in seconds."""
 
     note: str = ""
     """What was done other than asked, and why."""
 
     block_error: tuple[float, float] | None = None
-    """Where a block is quantized as a whole: relative error of its output on held-out text, before and after."""
+    """The relative error of the block's output on held-out text, before and after, if a block is quantized as a
+    whole."""
 
     start_error: tuple[float, float] | None = None
-    """Where training starts from more than the quantized weight: relative error of the layer's output (of the weight,
-    where no second moment is known), without and with the start."""
+    """The relative error of the layer's output (of the weight, where no second moment is known), without and with the
+    start, if training starts from more than the quantized weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +63,22 @@ class Plan:
     """How each layer is to be quantized."""
 
     format: Format
-    """The grid."""
+    """The grid of every layer that has none of its own in `layers`."""
 
     storage: Storage
     """How scales and offsets are held."""
 
     rounding: Rounding
-    """From weights to codes."""
+    """The rounding, which turns weights into codes."""
 
     layers: Mapping[str, tuple[Format, Storage]] = field(default_factory=dict)
     """Layers that have a grid and storage of their own, by name."""
 
     start: Start = field(default_factory=Zero)
-    """Where an adapter over the quantized layers starts."""
+    """What an adapter over the quantized layers starts from."""
 
     rank: int = 0
-    """Of that adapter."""
+    """The rank of the adapter over the quantized layers."""
 
     pooled: bool = False
     """Whether that adapter sees inputs summed over groups: its start is folded into the offsets."""
@@ -117,7 +118,7 @@ class Plan:
                 )
 
     def layout(self, name: str, out: int, columns: int) -> Layout:
-        """Layout of the layer `name`."""
+        """The layout of the layer `name`, of `out` rows and `columns` inputs."""
         format, storage = self.layers.get(name, (self.format, self.storage))
         return Layout(format=format, storage=storage, out=out, columns=columns)
 
@@ -181,7 +182,7 @@ def start_error(begun: Begun, weight: Tensor, statistics: Statistics) -> tuple[f
 
 
 def widened(name: str, layout: Layout, plan: Plan, why: ScaleUnderflow) -> Layout:
-    """The same with scales (and float offsets) that fp16 cannot hold, in fp32.
+    """The layer's layout with fp32 for the scales (and float offsets) that fp16 cannot hold.
 
     Raises:
         ShapeError: The layer's bits are planned, and fp32 would take more.
@@ -199,7 +200,7 @@ def row_of(
     note: str,
     block_error: tuple[float, float] | None = None,
 ) -> LayerRow:
-    """What became of a layer."""
+    """The report's row for a layer that has been quantized."""
     layout = quantized.layout
     return LayerRow(
         name=name,

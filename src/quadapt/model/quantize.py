@@ -33,17 +33,17 @@ class Done:
     """A finished unit: a block, or what lies outside the blocks."""
 
     weights: dict[str, QuantWeight]
-    """Quantized matrices, by layer."""
+    """The quantized matrices, by the names of their layers."""
 
     rows: list[LayerRow]
-    """What became of each layer."""
+    """What became of each layer, as rows of the report."""
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """`up` and `down` that training starts from, by layer, where a start gave some (`nn/starts`)."""
 
 
 class Keeper(Protocol):
-    """Where finished blocks go."""
+    """The place where finished blocks are kept, for a run that goes on later."""
 
     def find(self, unit: str) -> Done | None:
         """A unit that an earlier run finished, or None."""
@@ -240,7 +240,7 @@ def fingerprint(weights: Mapping[str, QuantWeight], besides: str = "") -> str:
 
 
 def fingerprint_of_digests(digests: Mapping[str, str], besides: str = "") -> str:
-    """The same, of the digests themselves."""
+    """SHA-256 over the digests of all quantized layers, given by name, and of what merges have changed `besides`."""
     lines = "".join(f"{name}:{digest}\n" for name, digest in sorted(digests.items()))
     lines += f"besides:{besides}\n" if besides else ""
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -28,16 +28,16 @@ class Example(NamedTuple):
     """What the block receives behind the quantized blocks before it, `[sequences, length, hidden]`."""
 
     args: tuple[Any, ...]
-    """Further arguments of its forward."""
+    """Further arguments of the block's forward, by position."""
 
     kwargs: Mapping[str, Any]
-    """Likewise, by name."""
+    """Further arguments of the block's forward, by name."""
 
     target: Tensor
     """What the dense block gives behind dense blocks, `[sequences, length, hidden]`."""
 
     def on(self, device: torch.device) -> Example:
-        """The same on a device."""
+        """The sequences with all their tensors on a device."""
         return Example(*moved(tuple(self), device))
 
 
@@ -63,16 +63,16 @@ class BlockAP(Rounding):
     """Span of a group's levels at the start, as in `Nearest`."""
 
     epochs: Count = setting(panel="Quantization", name="calibration_epochs", default=2)
-    """Passes over the calibration sequences."""
+    """How often training passes over the calibration sequences."""
 
     batch_size: int = 2
-    """Sequences in a step."""
+    """How many sequences an optimizer step takes."""
 
     learning_rate: float = 1e-2
-    """Of scales and offsets, relative to the scale."""
+    """The learning rate of scales and offsets, relative to the scale."""
 
     weight_learning_rate: float = 5e-3
-    """Of weights, relative to their root mean square; half of it above 2 bits."""
+    """The learning rate of weights, relative to their root mean square; above 2 bits half of it is taken."""
 
     held_out: float = 0.125
     """Share of the sequences that chooses the epoch instead of training."""
@@ -196,7 +196,7 @@ class BlockAPLinear(nn.Module):
 
     @torch.no_grad()
     def restore(self, state: Sequence[Tensor]) -> None:
-        """Put back a copy."""
+        """Put a copy of the trained tensors, made earlier, back in place."""
         for parameter, kept in zip((self.source, *self.trained.values()), state, strict=True):
             parameter.copy_(kept)
 

@@ -21,7 +21,7 @@ class Bound(Protocol):
         """What is lowered instead of `loss`, the cross-entropy; `share`: of this batch in an optimizer step."""
 
     def close(self) -> None:
-        """Let go of the models."""
+        """Let go of the models, once training is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class Objective:
     """What training lowers: by itself, the cross-entropy on the data."""
 
     name: ClassVar[str]
-    """As the command line calls it."""
+    """The name of the objective on the command line."""
 
     summary: ClassVar[str] = ""
-    """A few words for `--help`."""
+    """A few words that say what it lowers, for `--help`."""
 
     needs_teacher: ClassVar[bool] = False
     """Whether it is told what the full-precision model's last block gives."""
@@ -52,7 +52,7 @@ class Objective:
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "quadapt.nn", "quadapt.objectives")
-"""Objectives by name."""
+"""Every objective that is known, by name."""
 
 
 @OBJECTIVES.register("cross-entropy")

@@ -70,7 +70,7 @@ class QuantLinear(nn.Linear):
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T + bias`.
+        """Compute `x @ W.T + bias` from the packed codes.
 
         Raises:
             ShapeError: `x` is no float: the model's code has cast it to the dtype of `weight`, which holds codes.

@@ -35,13 +35,13 @@ class LastHidden:
         self.value = output[0] if isinstance(output, tuple) else output
 
     def take(self) -> Tensor:
-        """The value, once."""
+        """Give the value that was caught last, and forget it."""
         assert self.value is not None
         value, self.value = self.value, None
         return value
 
     def close(self) -> None:
-        """Stop catching."""
+        """Stop catching what the last block gives."""
         self._handle.remove()
 
 
@@ -142,7 +142,7 @@ class HiddenDistance:
         return self._weight * share * error + (1 - self._weight) * loss
 
     def close(self) -> None:
-        """Let go of the student."""
+        """Stop catching what the student's last block gives."""
         self._hidden.close()
 
 

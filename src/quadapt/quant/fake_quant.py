@@ -45,7 +45,7 @@ class FakeQuant:
     """The grid; its `zero` does not matter here, for offsets are given."""
 
     columns: int
-    """Inputs in a row."""
+    """How many inputs a row has."""
 
     domain: Literal["weight", "codes"] = "weight"
     """What is rounded: a float weight, or a real-valued code."""
@@ -55,11 +55,12 @@ class FakeQuant:
     unrounded value is out of range; round-clamp (LR-QAT, EfficientQAT): those whose rounded value is."""
 
     tolerance: float = 1e-4
-    """For clamp-round: how far out of range counts as inside, in steps. L4Q's start puts the largest weight of each
-    group exactly on the border, where a rounding error would stop its gradient."""
+    """In the order clamp-round, how many steps out of range a value may be and still count as inside. L4Q's start puts
+    the largest weight of each group exactly on the border, where a rounding error would stop its gradient."""
 
     base_bits: int | None = None
-    """Of a base of codes: None for `format.bits`; 8 for fixed point, a code being `byte / 2**(8 - bits)` (LR-QAT)."""
+    """The width of the codes of a base of codes: None for `format.bits`; 8 for fixed point, where a code is `byte /
+    2**(8 - bits)` (LR-QAT)."""
 
     def __post_init__(self) -> None:
         if self.domain not in ("weight", "codes"):
@@ -79,7 +80,7 @@ class FakeQuant:
 
     @property
     def slack(self) -> float | None:
-        """As the kernels take `order` and `tolerance`."""
+        """The tolerance for clamp-round, and None for round-clamp, which is how kernels are told the order."""
         return self.tolerance if self.order == "clamp-round" else None
 
     def check(self, base: Tensor, scales: Tensor, offsets: Tensor, A: Tensor | None, B: Tensor | None) -> None:
@@ -152,13 +153,13 @@ class Gradients:
     scales: Tensor
     offsets: Tensor
     A: Tensor | None
-    """Starts as zeros: every tile adds to it."""
+    """The gradient of `A`, which starts as zeros, since every tile adds to it."""
 
     B: Tensor | None
-    """Of `B` as the kernels take it, already scaled."""
+    """The gradient of `B` as the kernels take it, which is already scaled."""
 
     x: Tensor | None
-    """Inputs, `[tokens, in]`: every tile adds to it."""
+    """The gradient of the inputs, `[tokens, in]`; every tile adds to it."""
 
 
 Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Grid]
@@ -286,7 +287,7 @@ def fake_quant_codes(
     B: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """Its codes, uint8 `[out, in]`: with `scales` and `offsets` as they are, they make the merged weight."""
+    """The codes, uint8 `[out, in]`, that make the merged weight with `scales` and `offsets` as they are."""
     if how.format.levels != "int":
         return unpack(base, how.format.bits, how.columns)
     return fake_quant_weight(base, scales, offsets, how=how, dtype=torch.uint8, A=A, B=B, scaling=scaling)

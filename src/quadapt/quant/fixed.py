@@ -63,7 +63,7 @@ def inverse_of_lower(lower: Tensor) -> Tensor:
 
 
 def _inverse_of_corner(lower: Tensor) -> Tensor:
-    """Of one block: BLAS cuts a triangular system with more right sides by the number of threads."""
+    """The inverse of one block, solved alone since BLAS splits wider systems by the number of threads."""
     return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
 
 

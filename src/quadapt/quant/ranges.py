@@ -22,7 +22,7 @@ class Range:
     """How the span of a group's levels is chosen."""
 
     summary: ClassVar[str] = ""
-    """A few words for `--help`."""
+    """A few words that say what the range covers, for `--help`."""
 
     def check(self, format: Format) -> None:
         """Raise ConfigError unless a grid of this format can be chosen in this way."""
@@ -44,7 +44,7 @@ class Range:
 
 
 RANGES: Registry[type[Range]] = Registry("range", "quadapt.quant")
-"""Ranges by name."""
+"""Every range that is known, by name."""
 
 
 @RANGES.register("minmax")

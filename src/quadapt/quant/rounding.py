@@ -30,24 +30,24 @@ CodeAgainst = Literal["stored", "exact"]
 
 
 ROUNDINGS: Registry[type[Rounding]] = Registry("rounding", "quadapt.quant", "quadapt.nn")
-"""Roundings by name: `ROUNDINGS["gptq"]()`."""
+"""Every rounding that is known, by name: `ROUNDINGS["gptq"]()`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding(ABC):
-    """How weights become codes."""
+    """A way to turn the weights of a matrix into codes."""
 
     name: ClassVar[str]
-    """As the command line calls it."""
+    """The name of the rounding on the command line."""
 
     summary: ClassVar[str] = ""
-    """A few words for `--help`."""
+    """A few words that say how it rounds, for `--help`."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics that it reads."""
 
     scope: ClassVar[Literal["layer", "block"]] = "layer"
-    """What it quantizes at once."""
+    """What is quantized at once: a layer, or a whole block."""
 
     @property
     def least_sequences(self) -> int:

@@ -40,16 +40,16 @@ class Layout:
     """Everything about a quantized matrix but its tensors: hashable, and small enough for a checkpoint's config."""
 
     format: Format
-    """The grid."""
+    """The grid: which values a weight may take."""
 
     storage: Storage
     """How scales and offsets are held."""
 
     out: int
-    """Rows (output features)."""
+    """How many rows (output features) the matrix has."""
 
     columns: int
-    """Columns (input features)."""
+    """How many columns (input features) the matrix has."""
 
     permuted: bool = False
     """Whether an input permutation is stored (imported act-order models)."""
@@ -62,7 +62,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Groups in a row."""
+        """How many groups a row has."""
         return self.format.groups(self.columns)
 
     @property
@@ -120,7 +120,7 @@ class QuantWeight:
     """
 
     layout: Layout
-    """Format, storage and shape."""
+    """The format, the storage and the shape of the matrix."""
 
     tensors: Mapping[str, Tensor] = field(repr=False)
     """`weight`: packed codes, uint8 `[out, ceil(in * bits / 8)]`, stored in group order. `scales`, `offsets` and their
@@ -149,7 +149,7 @@ class QuantWeight:
 
     @property
     def format(self) -> Format:
-        """The grid."""
+        """The grid: which values a weight may take."""
         return self.layout.format
 
     def _stored(self, name: Name) -> tuple[dict[str, Tensor], tuple[int, int]]:
@@ -163,7 +163,7 @@ class QuantWeight:
 
     @property
     def scales(self) -> Tensor:
-        """Float32 `[out, groups]`."""
+        """The scale of each group, decoded to float32 `[out, groups]`."""
         return self.layout.storage.of_scales.decode(*self._stored("scales"))
 
     @property
@@ -214,11 +214,11 @@ class QuantWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
+        """How many bytes all stored tensors take."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
 
     def with_offsets(self, offsets: Tensor, kind: str) -> QuantWeight:
-        """The same codes and scales over other offsets (float32 `[out, groups]`), stored as `kind` (fp16 or fp32)."""
+        """A weight with the same codes, and other offsets (float32 `[out, groups]`) stored as `kind` (fp16 or fp32)."""
         layout = replace(
             self.layout, format=replace(self.format, zero="float"), storage=replace(self.layout.storage, offsets=kind)
         )

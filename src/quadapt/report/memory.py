@@ -42,11 +42,11 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The peak memory in bytes, all parts together."""
         return self.libraries + self.weights + self.adapters + self.step
 
     def as_dict(self) -> dict[str, int]:
-        """For JSON."""
+        """The parts and the total in bytes, by name, as they are written to JSON."""
         return {**asdict(self), "total": self.total}
 
 

@@ -28,11 +28,11 @@ class Tick(Protocol):
     """Says how far some work is."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, float] = ...) -> None:
-        """So many of so many, with the latest figures."""
+        """Say that `done` of `total` units are finished, with the latest figures."""
 
 
 class UI:
-    """Where commands talk.
+    """What commands write with to the terminal: messages, progress and results.
 
     Args:
         as_json: Print results as JSON; tables are left out.
@@ -45,11 +45,11 @@ class UI:
         self._out = Console(highlight=False, quiet=as_json or quiet, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """A message."""
+        """Write a message to stderr, for people."""
         self._err.print(text, markup=False)
 
     def show(self, text: str) -> None:
-        """Part of the result, for people."""
+        """Print a part of the result to stdout, for people."""
         self._out.print(text, markup=False)
 
     def table(
@@ -68,7 +68,7 @@ class UI:
         Console(highlight=False, quiet=self.as_json or self.quiet, width=max(120, self._out.width)).print(table)
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The whole result, for programs."""
+        """Print the whole result as JSON, if programs are to read it."""
         if self.as_json:
             print(json.dumps(_plain(value), indent=2, default=str))  # noqa: T201 - JSON goes out as it is, unwrapped
 

@@ -25,16 +25,16 @@ _NOTE, _STATE = "best.json", "best.safetensors"
 
 @dataclass(frozen=True)
 class Record:
-    """The best evaluation so far."""
+    """The best evaluation of a run so far."""
 
     step: int
-    """When it was."""
+    """The optimizer step after which it was made."""
 
     loss: float
-    """What it measured, in nats per token."""
+    """The held-out loss that it measured, in nats per token."""
 
     waited: int
-    """Evaluations since then."""
+    """How many evaluations have been made since then, none of them better."""
 
 
 class Best(TrainerCallback):

@@ -31,7 +31,7 @@ _DONE = "complete.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """What training measured."""
+    """What a training run measured, and which state is its result."""
 
     steps: int
     """Optimizer steps taken, earlier runs included."""
@@ -52,7 +52,7 @@ class Trained:
     """Loss on held-out data after the last step."""
 
     seconds: float
-    """Wall time of this run."""
+    """The wall time of this run in seconds."""
 
 
 Tick = Callable[[int, int, dict[str, float]], None]
@@ -261,5 +261,5 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Numbers that train."""
+    """How many numbers of a model train."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` as adapters need it."""
+"""`transformers.Trainer`, changed in what training adapters over a quantized base needs."""
 
 from __future__ import annotations
 

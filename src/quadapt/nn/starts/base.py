@@ -26,7 +26,7 @@ class Begun:
     """A layer before the first step: it computes with `weight + up @ down`."""
 
     weight: QuantWeight
-    """The quantized base."""
+    """The quantized matrix that the adapter lies over."""
 
     factors: tuple[Tensor, Tensor] | None = None
     """`up` `[out, rank]` and `down` `[rank, in]` (`[rank, groups]` for an adapter over pooled inputs), float32. The
@@ -36,13 +36,13 @@ class Begun:
 
 @dataclass(frozen=True, kw_only=True)
 class Start(ABC):
-    """Where training starts."""
+    """How the base and the adapter come about before the first step."""
 
     name: ClassVar[str]
-    """As the command line calls it."""
+    """The name of the start on the command line."""
 
     summary: ClassVar[str] = ""
-    """A few words for `--help`."""
+    """A few words that say what is fitted, for `--help`."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics that it reads, besides those of the rounding."""
@@ -54,7 +54,7 @@ class Start(ABC):
     """Whether grids that differ in how their scales are stored may share one low-rank term (plans do)."""
 
     def shortened(self, turns: int, tolerance: float, *, fisher: bool) -> Start:
-        """The same start with less work, for a table of errors.
+        """A start of this kind that takes less work, for a table of errors.
 
         Args:
             turns: Turns that it takes at most.
@@ -84,7 +84,7 @@ class Start(ABC):
 
 
 STARTS: Registry[type[Start]] = Registry("start", "quadapt.nn.starts")
-"""Starts by name."""
+"""Every start that is known, by name."""
 
 
 @STARTS.register("zero")

@@ -93,7 +93,7 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 
 def balanced(factors: Factors) -> Factors:
-    """The same product, singular values shared out evenly: Adam's path depends on how a product is split."""
+    """Split a product into factors with evenly shared singular values, since Adam's path depends on the split."""
     up, down = factors
     with one_thread():
         left, R = torch.linalg.qr(up)

@@ -26,7 +26,7 @@ OVERSAMPLED = 10
 """Directions beyond the rank that the randomized SVD follows (LQ-LoRA's code)."""
 
 POWER_ITERATIONS = 2
-"""Of the randomized SVD (torch's default)."""
+"""How many power iterations the randomized SVD makes (torch's default)."""
 
 SMALLEST_WEIGHT = 1e-6
 """Smallest root of a row's or column's mean Fisher information, relative to the mean of these roots."""
@@ -52,16 +52,17 @@ class LQ(Start):
     shared: ClassVar[bool] = True
 
     iterations: int = 100
-    """Turns, at most; it ends sooner once a turn is no better than the one before."""
+    """The most turns that are taken; fewer are if a turn is no better than the one before."""
 
     fisher: bool = setting(panel="Adapter", default=False)
     """Weight errors by the diagonal Fisher information of the full-precision model on the calibration text."""
 
     tolerance: float = 0.0
-    """It also ends with a turn that lowers the error by less than this share. 0, as in the paper: any gain counts."""
+    """The search also ends with a turn that lowers the error by less than this share. 0, as in the paper: any gain
+    counts."""
 
     seed: int = 0
-    """Of the random directions in which the SVD starts to look."""
+    """The seed of the random directions in which the SVD starts to look."""
 
     def shortened(self, turns: int, tolerance: float, *, fisher: bool) -> LQ:
         return replace(self, iterations=min(turns, self.iterations), tolerance=tolerance, fisher=fisher)

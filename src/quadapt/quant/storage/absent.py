@@ -43,4 +43,4 @@ class Absent(ValueStorage):
 
 
 ABSENT = register(Absent())
-"""No offsets."""
+"""The storage of offsets that the format implies, which keeps nothing."""

@@ -41,10 +41,10 @@ class ValueStorage(ABC):
     """Which offsets it can hold, in the words of :attr:`Format.zero`: none at all, whole numbers of steps, or any."""
 
     for_scales: ClassVar[bool] = True
-    """Whether it can hold scales."""
+    """Whether this storage can hold scales."""
 
     for_offsets: ClassVar[bool] = True
-    """Whether it can hold offsets."""
+    """Whether this storage can hold offsets."""
 
     suffixes: ClassVar[tuple[str, ...]] = ("",)
     """Suffixes of the tensors that it makes, in the order in which they are stored."""
@@ -56,7 +56,7 @@ class ValueStorage(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its name in a checkpoint's config and in settings: `fp16`, `linear8-256-fp32`."""
+        """The name of this storage in settings and in a checkpoint's config: `fp16`, `linear8-256-fp32`."""
 
     @property
     def spelling(self) -> str:
@@ -65,9 +65,9 @@ class ValueStorage(ABC):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the floats that it holds: float16 or float32, which every kernel reads as they are; else None.
+        """The dtype of the plain floats that are held, float16 or float32, which kernels read as they are; else None.
 
-        What is None has to be decoded first.
+        Numbers of a storage whose dtype is None have to be decoded first.
         """
         return None
 
@@ -98,7 +98,7 @@ class ValueStorage(ABC):
 
     @abstractmethod
     def encode(self, values: Tensor, *, centre: bool) -> dict[str, Tensor]:
-        """Store numbers.
+        """Turn numbers into the bytes that are stored.
 
         Args:
             values: Float `[out, groups]`.
@@ -141,7 +141,7 @@ class ValueStorage(ABC):
         return values
 
     def snap(self, values: Tensor) -> Tensor:
-        """The same as :meth:`rounded`, with the gradient of no rounding at all (straight through)."""
+        """Round as :meth:`rounded` does, with the gradient of no rounding at all (straight through)."""
         return _StraightThrough.apply(values, self) if self.local else values
 
     def fits_scales(self, least: float, most: float) -> bool:

@@ -78,4 +78,4 @@ def dynamic_map() -> tuple[float, ...]:
 
 
 DOUBLE = register(Double())
-"""Double quantization."""
+"""The storage as QLoRA's double quantization has it, for scales and for offsets."""

@@ -19,7 +19,7 @@ SMALLEST_SCALE = 32 * 2.0**-24
 """Smallest scale that fp16 holds within 1/64."""
 
 LARGEST = torch.finfo(torch.float16).max
-"""Largest number of fp16."""
+"""The largest number that fp16 can hold."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Floats(ValueStorage):
     local: ClassVar[bool] = True
 
     kind: str
-    """fp16 or fp32."""
+    """The name of the dtype: fp16 or fp32."""
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class Floats(ValueStorage):
 
 
 FP16 = register(Floats("fp16"))
-"""The default."""
+"""Plain float16 numbers, which are the default below 8 bits."""
 
 FP32 = register(Floats("fp32"))
-"""For 8-bit codes, and where fp16 is too narrow."""
+"""Plain float32 numbers, for 8-bit codes and where fp16 is too narrow."""

@@ -42,4 +42,4 @@ class ZeroPoints(ValueStorage):
 
 
 INTEGER = register(ZeroPoints())
-"""Whole zero-points."""
+"""The storage of offsets that are whole numbers of steps, in one byte each."""

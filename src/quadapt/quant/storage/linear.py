@@ -82,7 +82,7 @@ class Linear(ValueStorage):
         return {"": (1, -(-out * groups * self.bits // 8)), "_largest": constants, "_smallest": (1, 4)}
 
     def fits_scales(self, least: float, most: float) -> bool:
-        """As :meth:`ValueStorage.fits_scales`; the constants alone are floats, so the largest scale counts."""
+        """Whether scales up to `most` are held well: the constants alone are floats, so the largest scale counts."""
         return self.constant == "fp32" or SMALLEST_SCALE <= most <= LARGEST
 
 

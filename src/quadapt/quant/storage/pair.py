@@ -42,12 +42,12 @@ class Storage:
 
     @property
     def of_scales(self) -> ValueStorage:
-        """How scales are held."""
+        """The storage that holds the scales."""
         return STORAGES[self.scales]
 
     @property
     def of_offsets(self) -> ValueStorage:
-        """How offsets are held."""
+        """The storage that holds the offsets."""
         return STORAGES[self.offsets]
 
     def check(self, format: Format) -> None:
@@ -74,12 +74,12 @@ class Storage:
         return replace(self, scales=scales, offsets=scales if alike else self.offsets)
 
     def widened(self) -> Storage:
-        """The same with scales, and offsets that are plain floats, in fp32."""
+        """This storage with fp32 for the scales, and for the offsets if these are plain floats."""
         offsets = self.of_offsets.widest if self.of_offsets.is_float else self.offsets
         return replace(self, scales=self.of_scales.widest, offsets=offsets)
 
     def widest(self) -> Storage:
-        """The same with every number that may be any in fp32."""
+        """This storage with fp32 for every number that may be any."""
         return replace(self, scales=self.of_scales.widest, offsets=self.of_offsets.widest)
 
     @staticmethod
