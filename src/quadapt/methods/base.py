@@ -173,7 +173,9 @@ class Method:
                 f"start={self.start.name!r} is folded into float offsets, and these are {self.storage.offsets}. "
                 "Use zero='float', and fp16 or fp32 scales"
             )
-        self.rounding.check(Layout(format=self.format, storage=self.storage, out=1, columns=1))
+        layout = Layout(format=self.format, storage=self.storage, out=1, columns=1)
+        self.rounding.check(layout)
+        self.adapter.check(layout, self.recipe.rank, self.recipe.dropout)
 
     @property
     def summary(self) -> str:
