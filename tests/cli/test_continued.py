@@ -52,6 +52,17 @@ def test_it_goes_on_from_an_adapter(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("here", "shelf")
+def test_it_goes_on_from_an_adapter_of_an_earlier_version(tmp_path: Path) -> None:
+    """Whose note has a value for every setting, those of other methods' pieces included."""
+    shutil.copytree("over-q4", tmp_path / "old")
+    note = json.loads((tmp_path / "old" / "quadapt.json").read_text())
+    note["settings"] |= {"fisher": False, "keep_targets": True, "objective": "cross-entropy", "dense_steps": None}
+    (tmp_path / "old" / "quadapt.json").write_text(json.dumps(note))
+    said = quadapt("tune", tmp_path / "old", "--data", "sums.jsonl", *TOKENS, "--output", tmp_path / "more")
+    assert said["steps"] == 2
+
+
+@pytest.mark.usefixtures("here", "shelf")
 @pytest.mark.parametrize("method", ["l4q", "loftq"])
 def test_grids_and_first_factors_go_on_too(method: str, tmp_path: Path) -> None:
     quadapt(

@@ -66,7 +66,8 @@ def going_on(config: TuneConfig, folder: Folder) -> tuple[TuneConfig, Earlier]:
             f"{folder.name}: a {kind.kind} adapter over {base.name!r}, a {base.kind} model, cannot be trained on. "
             "Train a new one over it"
         )
-    noted = {name: value for name, value in (folder.note.get("settings") or {}).items() if name in FIXED}
+    settings = (folder.note.get("settings") or {}).items()  # where earlier versions wrote false, it is not given now
+    noted = {name: value for name, value in settings if name in FIXED and value is not False}
     likely = (name for name in METHODS if method_named(name).adapter.kind == kind.kind)
     method = noted.get("method") or next(likely, None)
     if method is None:
