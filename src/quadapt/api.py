@@ -39,17 +39,17 @@ def prepare(
         model = quadapt.prepare("model", method=qa_lora(bits=3, act_order=True), calibration="text.txt")
 
     Args:
-        model: Folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
+        model: A folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
         method: A name as in `quadapt tune` (qa-lora, l4q, qlora, ..), or a :class:`quadapt.methods.Method`, of which
             every piece and every field can be chosen.
         calibration: Text for roundings and starts that are calibrated: files or hub names (only if `model` is a name),
             or token ids `[sequences, length]`, batch by batch.
-        target_modules: Layers that get adapters, by name or a part of it; by default all that are quantized.
-        skip: Layers to leave unquantized.
-        device: As in torch; auto: a GPU if there is one. A model in memory stays where it is; with `offload="cpu"` this
-            device quantizes it, block by block.
-        dtype: auto (as stored), float32, bfloat16 or float16.
-        seed: Of the adapter's initialization and of the choice of calibration text.
+        target_modules: The layers that get adapters, by name or a part of it; by default all that are quantized.
+        skip: The layers to leave unquantized, by name or a part of it.
+        device: A device of torch; auto is a GPU if there is one. A model in memory stays where it is; with
+            `offload="cpu"` this device quantizes it, block by block.
+        dtype: The dtype of what is not quantized: auto (as stored), float32, bfloat16 or float16.
+        seed: The seed of the adapter's initialization and of the choice of calibration text.
         settings: Further settings of the method, as `quadapt tune` names them: bits, group_size, levels, rounding,
             rank, alpha, pooling, ..
 
@@ -172,9 +172,9 @@ def merge(model: nn.Module, *, probe: Tensor | None = None, requantize: bool = F
     """Merge the adapters of a PEFT model into its quantized base.
 
     Args:
-        model: What `prepare` gave, trained; used up.
+        model: The model that `prepare` gave, after training; it is used up.
         probe: Token ids `[sequences, length]` to compare the models on; by default random ones.
-        requantize: Quantize anew what cannot merge; lossy.
+        requantize: Whether to quantize anew what cannot merge, which is lossy.
 
     Returns:
         An ordinary transformers model (`save_pretrained` works), and the certificate of what the merge kept.
@@ -199,13 +199,13 @@ def export(
     """Write a model in a format that others serve.
 
     Args:
-        model: Quantized or merged (gguf, hf, compressed-tensors); or a PEFT model (lora, nf8). What a trainer has put
-            around it is taken off.
-        tokenizer: Its tokenizer.
-        output: File (gguf) or folder (the others).
+        model: A quantized or merged model (gguf, hf, compressed-tensors), or a PEFT model (lora, nf8). What a trainer
+            has put around it is taken off.
+        tokenizer: The tokenizer of the model.
+        output: The file (gguf) or folder (the other formats) to write.
         format: gguf; hf (dense); lora (a standard adapter); nf8 (an adapter in 8 bits, for quadapt alone: load it with
             `quadapt.load(output, base=..)`); compressed-tensors; or one that another package has registered.
-        options: Those of the format: `dense` (gguf: f32 or f16), `dtype` (hf and compressed-tensors: bfloat16, float16
+        options: The format's options: `dense` (gguf: f32 or f16), `dtype` (hf and compressed-tensors: bfloat16, float16
             or float32).
 
     Raises:
@@ -233,11 +233,11 @@ def load(
     """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
 
     Args:
-        name: Folder of a quantized or merged model, of an adapter (its base is found and loaded too), or a GGUF file.
-        dtype: Of the computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
-        device: As in torch.
-        base: Where an adapter's base is, if it is not where it was.
-        any_base: Load an adapter though its base is another one than it was trained over. For PEFT's own doors, and for
+        name: The folder of a quantized or merged model, or of an adapter (whose base is loaded too), or a GGUF file.
+        dtype: The dtype of computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
+        device: The device to load to, by its name in torch.
+        base: The folder of an adapter's base, if it has moved since the adapter was made.
+        any_base: Load an adapter though its base is not the one it was trained over. For PEFT's own loaders, and for
             `quadapt.merge`, the same is asked for by `with quadapt.any_base():`.
         trust_remote_code: Run code that comes with a model.
 

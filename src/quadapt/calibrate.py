@@ -77,7 +77,7 @@ class BlockWalk:
 
     Args:
         model: A causal language model in evaluation mode, on one device; hidden states are kept there too.
-        blocks: Its blocks by name, in order (`model.select.find_blocks`).
+        blocks: The blocks of the model by name, in order (`model.select.find_blocks`).
         batches: Token ids to calibrate on.
         device: Where to compute. Default: where the model is.
 
@@ -217,10 +217,10 @@ class BackwardWalk(BlockWalk):
     one block, with what it computes for one sequence, and not the model.
 
     Args:
-        model: As for `BlockWalk`.
-        blocks: Likewise.
-        sequences: Token ids `[length]`.
-        device: As for `BlockWalk`.
+        model: A causal language model in evaluation mode, on one device.
+        blocks: The blocks of the model by name, in order (`model.select.find_blocks`).
+        sequences: Token ids `[length]` of each sequence.
+        device: Where to compute. Default: where the model is.
     """
 
     def __init__(

@@ -117,11 +117,11 @@ def perplexity(
 
     Args:
         model: A causal language model, on any device.
-        tokenizer: Its tokenizer.
-        rows: Of any kind.
-        context: Tokens that the model sees at once.
-        stride: Tokens from one window to the next; by default `context`: windows do not overlap.
-        batch: Windows in one forward pass.
+        tokenizer: The tokenizer of the model.
+        rows: Rows of any kind.
+        context: How many tokens the model sees at once.
+        stride: How many tokens one window begins after another; by default `context`, so that they do not overlap.
+        batch: How many windows go through the model at once.
         progress: Wraps the list of batches.
 
     Raises:
@@ -175,12 +175,12 @@ def exact_match(
 
     Args:
         model: A causal language model of `transformers`.
-        tokenizer: Its tokenizer.
+        tokenizer: The tokenizer of the model.
         rows: Prompts and completions.
-        max_new_tokens: Longest answer, in tokens.
-        batch: Prompts to answer together.
-        samples: Prompts to hand back with their answers.
-        form: In which form they are; it decides how they are tokenized.
+        max_new_tokens: The most tokens that an answer may have.
+        batch: How many prompts are answered at once.
+        samples: How many prompts to hand back with their answers.
+        form: The form of the prompts, which decides how they are tokenized.
         progress: Wraps the list of batches.
 
     Raises:

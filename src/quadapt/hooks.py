@@ -69,7 +69,7 @@ def wrap(owner: Any, name: str, around: str) -> None:
 
     Args:
         owner: The class or module that has it.
-        name: Its name there.
+        name: The name of the function in its owner.
         around: Module and name, "quadapt.hf.doors:load": imported when it is first called, so that modules of ours may
             import PEFT, whose import gets here, in any order.
     """

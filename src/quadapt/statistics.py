@@ -144,8 +144,8 @@ def gather_second_moments(
     """Second moments of the inputs of all `layers` that lie in blocks: one walk, block by block.
 
     Args:
-        model: Dense, in evaluation mode.
-        layers: By full name.
+        model: The dense model, in evaluation mode.
+        layers: The layers whose statistics are wanted, by full name.
         batches: Token ids `[sequences, length]`, without padding.
         files: Where they go, block by block; blocks that are there are passed without gathering.
         progress: Wraps the list of blocks.
@@ -184,8 +184,8 @@ def gather_fisher(
     On a GPU it goes block by block wherever the model is, and a block's sums are brought there along with it.
 
     Args:
-        model: Dense, in evaluation mode; gradients flow, parameters do not change.
-        layers: By full name.
+        model: The dense model, in evaluation mode; gradients flow, parameters do not change.
+        layers: The layers whose statistics are wanted, by full name.
         batches: Token ids `[sequences, length]`, without padding.
         files: Where the sums go. What is done is kept there about once a minute, and gone on with.
         progress: Wraps the list of sequences, by their numbers; on a GPU of every eighth.

@@ -93,9 +93,9 @@ def effective_bits(shapes: Iterable[tuple[int, int]], bits: float, rank: int, ki
     """Bits per weight with LoRA factors of `rank` beside every matrix.
 
     Args:
-        shapes: Of the matrices, `(out, in)`.
-        bits: Per weight, without the factors.
-        rank: Of the factors.
+        shapes: The shapes of the matrices, `(out, in)`.
+        bits: Bits per weight, without the factors.
+        rank: The rank of the factors.
         kind: How they are held: nf8, as LQ-LoRA counts (2.75 bits are 2.951 for Llama 2 7B at rank 64), or fp16.
     """
     shapes = list(shapes)

@@ -70,8 +70,8 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> Solution:
     """Choose an option for every matrix.
 
     Args:
-        options: By name of the matrix.
-        budget: Bits, for all matrices together.
+        options: The options for each matrix, by the name of the matrix.
+        budget: How many bits all matrices may take together.
 
     Raises:
         ConfigError: Even the smallest options exceed the budget.

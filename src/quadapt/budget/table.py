@@ -72,11 +72,11 @@ def measure(
     """Bits and error of ways to hold a matrix; of ways that cannot be on the front of both, not all are listed.
 
     Args:
-        weight: Float `[out, in]`.
-        ways: Those to measure, see `candidates`.
-        method: Its start decides what is measured: for `lq-lora` the error of both parts together, else that of
+        weight: The dense matrix, float `[out, in]`.
+        ways: The ways to measure, see `candidates`.
+        method: The method, whose start decides what is measured: for `lq-lora` the error of both parts, else that of
             quantizing, to nearest with the method's range (GPTQ is not run).
-        rank: Of the low-rank part; 0 for none.
+        rank: The rank of the low-rank part; 0 for none.
         statistics: `fisher` `[out, in]` to weight squared errors with, if there is some.
 
     Returns:

@@ -21,12 +21,12 @@ def checked(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
     """Check the settings of a command and return them as an object.
 
     Args:
-        kind: Of which command.
-        values: By name.
-        where: What to put before the name of a wrong one: `job.yaml: tune.`, say.
+        kind: The class of the command's settings.
+        values: The values that were given, by the name of the setting.
+        where: What to put before the name of a setting that is wrong: `job.yaml: tune.`, say.
 
     Raises:
-        ConfigError: With the first thing that is wrong, what is allowed, and what may have been meant.
+        ConfigError: A setting is wrong. The message has what is allowed, and what may have been meant.
     """
     try:
         return kind.model_validate(values)

@@ -20,7 +20,7 @@ def fields_of(*pieces: type, own_defaults: bool = False, owners: Mapping[str, Se
     """The declared settings of some dataclasses, as fields of a command.
 
     Args:
-        pieces: Of which dataclasses; of a name that several have, the first counts.
+        pieces: The dataclasses; if several have a setting of the same name, the first counts.
         own_defaults: Whether what is not given is the dataclass's default. Otherwise it is None: the method's choice.
         owners: Names that stand in front of a setting's words: of the pieces or methods that have it.
     """

@@ -45,9 +45,9 @@ def asked(
     """Rows in a form: as they are measured by their loss, and as they are asked; None if they hold no questions.
 
     Args:
-        rows: Of any kind.
-        form: What `as_trained` gave.
-        tokenizer: With the chat template, if `form` is chat.
+        rows: Rows of any kind.
+        form: The form of the prompts, which `as_trained` gave.
+        tokenizer: The tokenizer, which has the chat template if `form` is chat.
         system: A system message, which is put before each chat that has none.
 
     Raises:

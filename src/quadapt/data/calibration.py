@@ -54,12 +54,12 @@ def calibration_batches(
     No token is drawn twice. A large dataset is tokenized only as far as is needed.
 
     Args:
-        rows: Of any kind; of examples with a prompt, prompt and completion are taken.
-        tokenizer: The model's.
-        length: Tokens in a block.
-        sequences: Blocks to draw. Where there are fewer, all are taken.
-        batch: Blocks in a batch.
-        seed: The same seed draws the same blocks.
+        rows: Rows of any kind; of examples with a prompt, prompt and completion are taken.
+        tokenizer: The tokenizer of the model.
+        length: How many tokens a block has.
+        sequences: How many blocks to draw. Where there are fewer, all are taken.
+        batch: How many blocks a batch has.
+        seed: The seed of the shuffling: equal seeds draw equal blocks.
         at_least: If there are fewer tokens than `length`, or than so many blocks of it need, blocks are shorter, so
             that all of the text makes so many. None: `length` holds.
 

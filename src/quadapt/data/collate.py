@@ -23,8 +23,8 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) ->
     """The id to pad with: the pad token's, or the end of sequence's (no loss is masked by ids, so none is lost).
 
     Args:
-        tokenizer: Names them.
-        rows: Of the model's embedding: a pad token without one does not pad.
+        tokenizer: The tokenizer, which names these tokens.
+        rows: How many rows the model's embedding has: a pad token without one does not pad.
 
     Raises:
         DataError: The tokenizer has neither.

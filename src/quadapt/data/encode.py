@@ -121,9 +121,9 @@ def encode(
     """Tokenize rows and cut or pack them into sequences.
 
     Args:
-        rows: Of any kind.
-        tokenizer: The model's.
-        seq_len: Most tokens in a sequence.
+        rows: Rows of any kind.
+        tokenizer: The tokenizer of the model.
+        seq_len: The most tokens that a sequence may have.
         packing: Let a sequence hold several examples. Text always fills its sequences.
         completion_only: Loss on the completion, or on what the assistant says, alone. Text bears loss throughout.
         add_eos: Put the end-of-sequence token after a text or a completion. After messages the chat template decides.
@@ -179,8 +179,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put items into bins, few of them: the longest item first, each where it leaves the least room.
 
     Args:
-        lengths: Of the items, none above `capacity`.
-        capacity: Of a bin.
+        lengths: The lengths of the items, none above `capacity`.
+        capacity: What the lengths in a bin may sum to.
 
     Returns:
         Indices of the items of each bin, ascending; bins in the order of their first items.

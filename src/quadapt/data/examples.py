@@ -61,8 +61,8 @@ def examples(
     """Tokenize rows, one example for each that can be used, in their order.
 
     Args:
-        rows: Of any kind.
-        tokenizer: Its chat template is used for messages.
+        rows: Rows of any kind.
+        tokenizer: The tokenizer, whose chat template is used for messages.
         completion_only: Loss on the completion, or on what the assistant says, alone. Text bears loss throughout.
         add_eos: Put the end-of-sequence token after a text or a completion. After messages the chat template decides.
         bad: Counts rows that the chat template cannot render. Default: those of `rows`, in a count of this pass, which

@@ -79,7 +79,7 @@ class PromptForm:
 
         Args:
             prompt: What the user says.
-            tokenizer: Its chat template is used if `kind` is chat.
+            tokenizer: The tokenizer, whose chat template is used if `kind` is chat.
             system: A system message; it needs a chat template.
             history: Messages before the prompt, if `kind` is chat; otherwise each prompt stands alone.
 

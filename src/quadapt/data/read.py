@@ -71,10 +71,10 @@ def read(sources: str | Sequence[str], *, split: str = "train", max_bad_rows: in
     """Read data and find out what kind it is.
 
     Args:
-        sources: Of each: a .txt, .json, .jsonl, .csv, .parquet or .arrow file (those of text may end in .gz), a folder
+        sources: Each is a .txt, .json, .jsonl, .csv, .parquet or .arrow file (those of text may end in .gz), a folder
             of such files, a folder that `datasets` has saved, or the name of a dataset on the hub (`name` or
             `name:config`). All rows of all of them count.
-        split: Which part. A single file has `train` alone; in a folder the files' names decide, by the rules of
+        split: Which part to read. A single file has `train` alone; in a folder the files' names decide, by the rules of
             `datasets` (`train.jsonl`, `test.jsonl`, ..).
         max_bad_rows: Rows that cannot be used are skipped and counted, up to so many. Default: a thousandth of the
             rows, at least 10, and no more than there are good ones.

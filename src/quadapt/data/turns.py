@@ -100,9 +100,9 @@ class Template:
         """Render a chat as text, and find the answers of the assistant in it.
 
         Args:
-            messages: As `quadapt.data.messages.chat` gives them; answers with a `weight` of 0 bear no loss.
-            tools: Schemas of functions.
-            find: Look for what the assistant says.
+            messages: What `quadapt.data.messages.chat` gives; answers with a `weight` of 0 bear no loss.
+            tools: The schemas of the functions that the model may call.
+            find: Whether to look for what the assistant says.
 
         Raises:
             DataError: The template cannot render it; the message has its words.

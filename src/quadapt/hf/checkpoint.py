@@ -34,7 +34,7 @@ def auto_class(config: Any) -> Any:
     """The class of transformers that loads the model which `config.architectures` names.
 
     Args:
-        config: Of a model, as transformers reads it. One that names no architecture is taken for a causal language
+        config: A model's, as transformers reads it. One that names no architecture is taken for a causal language
             model; so is one that comes with code of its own for that.
 
     Raises:
@@ -98,7 +98,7 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], held: Mapping[str, T
     """Check that a model was given all that it has, and has a place for all that there is.
 
     Args:
-        model: As loaded.
+        model: The model that transformers has loaded.
         info: What transformers says about it (`output_loading_info=True`); tied weights, and what the model's own class
             ignores, are not in it.
         held: `held_tensors` of its folder; empty if they are not known.

@@ -71,9 +71,9 @@ def attach(model: nn.Module, folder: Path, *, dropout: float | None = None) -> n
     """A PEFT model with the adapter of a folder, however that is held.
 
     Args:
-        model: The base.
-        folder: Of the adapter.
-        dropout: Train on, with this dropout. None: for inference.
+        model: The base model.
+        folder: The folder of the adapter.
+        dropout: The dropout to train on with; None for inference.
     """
     from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 

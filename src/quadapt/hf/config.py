@@ -24,20 +24,20 @@ class QuadaptConfig(QuantizationConfigMixin):
     """Either a wish (quantize on loading, to nearest), or what a checkpoint holds.
 
     Args:
-        bits: Wish: width of a code.
-        group_size: Wish: inputs that share a scale, -1 for whole rows.
-        levels: Wish: int, nf or nf-sym.
-        zero: Wish: none, integer or float; by default float for int, none for nf.
-        scales: Wish: fp16, fp32, double, or linear8-256-fp32 and its like.
-        range: Wish: minmax, mse, icq or icq-scale.
-        skip: Wish: layers to leave as they are.
+        bits: Wish: the width of a code in bits.
+        group_size: Wish: how many inputs share a scale; -1 for whole rows.
+        levels: Wish: the kind of levels, int, nf or nf-sym.
+        zero: Wish: what the offset may be: none, integer or float. By default it is float for int, and none for nf.
+        scales: Wish: how scales are stored: fp16, fp32, double, or linear8-256-fp32 and its like.
+        range: Wish: what the levels of a group span: minmax, mse, icq or icq-scale.
+        skip: Wish: the layers to leave as they are.
         schemes: Content: formats and storages, each with the layers (and their shapes) that have it.
         left: Content: why each other matrix is not quantized.
         made: Content: how it was made (method, rounding, calibration), for people to read.
         fingerprint: Content: SHA-256 of the quantized layers, and of `besides`; adapters name their base by it.
         besides: Content: SHA-256 of what merges have changed outside of the quantized layers; empty if nothing.
-        version: Of the stored form.
-        quant_method: Always "quadapt".
+        version: The version of the stored form.
+        quant_method: The name by which transformers knows this quantization: always "quadapt".
     """
 
     def __init__(  # noqa: PLR0913 - the fields of config.json

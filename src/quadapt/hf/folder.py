@@ -256,9 +256,9 @@ def load(
 
     Args:
         name: Folder of a dense or quantized model, of an adapter (its base is found and loaded too), or a GGUF file.
-        dtype: Of the computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
-        device: As in torch.
-        base: Where an adapter's base is, if it is not where it was.
+        dtype: The dtype of computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
+        device: The device to load to, by its name in torch.
+        base: The folder of an adapter's base, if it has moved since the adapter was made.
         any_base: Load an adapter though its base is another one than it was trained over.
         trust_remote_code: Run code that comes with a model.
 

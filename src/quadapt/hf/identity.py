@@ -115,13 +115,13 @@ def lora_config(
     """A PEFT config for one of our adapters.
 
     Args:
-        adapter: What trains.
-        rank: Rank of the adapter.
+        adapter: The adapter, which says what trains.
+        rank: The rank of the adapter.
         alpha: The adapter is multiplied by `alpha / rank`.
-        dropout: On the adapter's input.
-        target_modules: As in PEFT.
-        base_fingerprint: Of the base, over which alone the adapter loads later. Empty: it is filled in when the
-            adapter is put over a base.
+        dropout: The share of the adapter's inputs that is dropped in training.
+        target_modules: The layers that get adapters, as PEFT names them.
+        base_fingerprint: The fingerprint of the base, over which alone the adapter loads later. If empty, it is filled
+            in when the adapter is put over a base.
         start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
     """
     about = {

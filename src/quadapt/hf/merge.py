@@ -138,10 +138,10 @@ def merge(
         model: A `PeftModel` over a quantized model, in whatever a trainer has put around it; it is used up.
         probe: Token ids `[sequences, length]` to compare the models on; by default random ones. Tokens whose
             embeddings trained are added to it.
-        probe_name: What they are, for the certificate.
+        probe_name: What the probe is, in words, for the certificate.
         requantize: Quantize the adapted weights anew where adapters cannot merge. Never done unasked.
         batches: Token ids to calibrate the requantization on, if it needs any.
-        progress: Wraps the list of layers.
+        progress: A function that wraps the list of layers, to show how far the work is.
 
     Returns:
         The merged model, an ordinary transformers model, and the certificate.

@@ -40,9 +40,9 @@ class QuantLoraLinear(nn.Module, LoraLayer):
     Args:
         base_layer: The layer (or PEFT's layer over one).
         adapter_name: PEFT's name of the first adapter.
-        config: Its configuration.
-        r: Its rank.
-        lora_alpha: Its alpha.
+        config: The configuration of that adapter.
+        r: The rank of that adapter.
+        lora_alpha: The alpha of that adapter.
         kwargs: What PEFT passes on to `LoraLayer`.
     """
 
@@ -144,7 +144,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         """Set the active adapter (PEFT's hook).
 
         Raises:
-            ConfigError: Of several, one trains this layer's grid, and so can only be active alone.
+            ConfigError: There are several, and one trains this layer's grid, so it can only be active alone.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         ours = [name for name in names if name in self.adapters]

@@ -56,10 +56,10 @@ def digests_of(
     """Digests of a folder in which all but `quadapt.json` is written, and of what is to stand there.
 
     Args:
-        folder: Of a quantized model, or of an adapter.
-        note: Content of `quadapt.json`, but for the digests.
-        config: Of the quantized model; none for an adapter.
-        layers: Digests of its layers, as they are in memory.
+        folder: The folder of a quantized model, or of an adapter.
+        note: The content of `quadapt.json`, but for the digests.
+        config: The quantization config of the model; None for an adapter.
+        layers: The digests of the model's layers, as they are in memory.
     """
     inside = set(_owners(config))
     found: dict[str, Any] = {
@@ -75,9 +75,9 @@ def verify(folder: Path, note: Mapping[str, Any], config: QuadaptConfig | None =
     """Check a folder against the digests from when it was written.
 
     Args:
-        folder: Of a quantized model, or of an adapter.
-        note: Its `quadapt.json`.
-        config: Its quantization config; none for an adapter.
+        folder: The folder of a quantized model, or of an adapter.
+        note: The content of the folder's `quadapt.json`.
+        config: The quantization config of the model; None for an adapter.
 
     Returns:
         Names of the layers, tensors, files and entries of `quadapt.json` that differ, are missing or were added; empty

@@ -38,12 +38,12 @@ class Workspace:
     """An output in the making: a folder, or files that are placed together.
 
     Args:
-        output: Its final name.
+        output: The path that the finished work is to have.
         job: What is being made, as JSON: settings and the identity of inputs. Decides whether an interrupted run is
             gone on with.
         overwrite: Replace a finished `output` once the new one is complete, and start over if the unfinished work is
             another job's.
-        needs: Bytes that the job will write.
+        needs: How many bytes the job will write.
         keeps: Whether an interrupted run can be gone on with. If not, starting over loses nothing.
         places: For what is no folder, or not all that is made: where things go, by their name in the making; `output`
             is one of them, and the others, files, lie beside it.

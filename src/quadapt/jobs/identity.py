@@ -32,8 +32,8 @@ def job_of(command: str, config: Settings, note: Mapping[str, Any] | None = None
     """What identifies a job, so that an interrupted one is gone on with only by a command that means the same.
 
     Args:
-        command: Its name.
-        config: Settings; those that are marked as idle do not count, and what they read counts by content.
+        command: The name of the command.
+        config: Its settings; idle ones do not count, and what they read counts by content.
         note: An earlier run's job, which may have seen the same files.
         more: Further folders that are read: the base of an adapter.
     """

@@ -102,12 +102,12 @@ def quantize_into(
 
     Args:
         path: Folder in the making; finished blocks are kept in its folder `blocks`.
-        config: Settings, those of quantize or of tune.
-        ui: For progress and the report.
+        config: The settings of `quadapt quantize` or of `quadapt tune`.
+        ui: Where progress and the report are shown.
         target_modules: Quantize these layers alone.
         calibration_rows: Text, if the rounding needs some.
-        place: To calibrate and quantize in.
-        seed: Of the choice of text.
+        place: The devices to calibrate and quantize on.
+        seed: The seed of the choice of text.
         most_length: Longest default calibration sequence.
 
     Returns:

@@ -124,10 +124,10 @@ def disk_needs(config: TuneConfig, found: Sketch, adapter: int, tokens: int, *, 
     """Bytes that tuning writes, beside what an interrupted run has written already.
 
     Args:
-        config: Decides what is kept.
-        found: The model.
-        adapter: Bytes of what trains.
-        tokens: In the training data.
+        config: The settings, which decide what is kept.
+        found: The quantized model, as shapes.
+        adapter: The bytes of the parameters that train.
+        tokens: How many tokens the training data has.
         quantizes: Whether the base is made here: by block first, then as a whole.
     """
     best = config.keeps == "best"

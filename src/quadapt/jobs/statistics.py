@@ -42,12 +42,12 @@ def statistics_for(
     over the same model and text finds it there.
 
     Args:
-        needs: Their names, those of a start.
+        needs: The names of the statistics that a start needs.
         name: Folder or hub name of the model.
-        model: That model, dense.
-        layers: To be quantized.
+        model: The dense model of that name.
+        layers: The layers that are to be quantized, by full name.
         batches: Token ids to calibrate on.
-        ui: For progress.
+        ui: Where progress is shown.
         device: Where to compute. Default: where the model is.
 
     Raises:

@@ -35,12 +35,12 @@ def dequantize(
     Args:
         packed: uint8 `[out, ceil(columns * bits / 8)]`.
         scales: float16 or float32 `[out, groups]`, or the bytes of these, uint8 `[out, groups * itemsize]`.
-        offsets: Likewise, or None for zero.
+        offsets: float16 or float32 `[out, groups]`, or the bytes of these; None for zero.
         levels: float32 `[2**bits]`, or None for the integers 0 to `2**bits - 1`.
-        bits: Width of a code.
-        group_size: Inputs that share a scale; at least `columns` for whole rows.
-        columns: Inputs in a row.
-        dtype: Of the result.
+        bits: The width of a code in bits.
+        group_size: How many inputs share a scale; at least `columns` for whole rows.
+        columns: How many inputs a row has.
+        dtype: The dtype of the result.
 
     Returns:
         `[out, columns]`, on the device of `packed`.
@@ -77,8 +77,8 @@ def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
 
     Args:
         codes: uint8 `[out, groups]`.
-        absmax: Bytes of float32 `[n, 4]`, one for 256 codes in row-major order.
-        mean: Bytes of float32 `[1, 4]`.
+        absmax: uint8 `[n, 4]`, the bytes of float32 numbers, one for 256 codes in row-major order.
+        mean: uint8 `[1, 4]`, the bytes of a float32 number.
         unit: float32 `[256]`, the levels.
     """
     return kernels_for(codes.device).widen(codes, *(_floats(each, 1).flatten() for each in (absmax, mean)), unit)
@@ -104,14 +104,14 @@ def product(
 
     Args:
         x: `[tokens, columns]`, float16, bfloat16 or float32.
-        packed: As for :func:`dequantize`.
-        scales: As they are held: one tensor as for :func:`dequantize`, or the four of :func:`widen`.
-        offsets: Likewise; or uint8 zero-points `[out, groups]`, the offset being `-scale * zero`; or nothing, for
+        packed: uint8 `[out, ceil(columns * bits / 8)]`.
+        scales: What is held: one tensor as :func:`dequantize` takes it, or the four that :func:`widen` takes.
+        offsets: The same forms; or uint8 zero-points `[out, groups]`, the offset being `-scale * zero`; or nothing, for
             what the format implies: zero for a table of levels, `-scale * 2**(bits - 1)` for integers.
-        levels: As for :func:`dequantize`; so are `bits`, `group_size` and `columns`.
-        bits: See there.
-        group_size: See there.
-        columns: See there.
+        levels: float32 `[2**bits]`, or None for the integers 0 to `2**bits - 1`.
+        bits: The width of a code in bits.
+        group_size: How many inputs share a scale; at least `columns` for whole rows.
+        columns: How many inputs a row has.
 
     Returns:
         `[tokens, out]`, in the dtype of `x`.

@@ -35,10 +35,10 @@ def fake_quantize(
         A: `[rank, columns]` or None, in the dtype of `scales`.
         B: `[out, rank]` or None, likewise, and already scaled.
         scales: float32 (float64 for references) `[out, groups]`: its dtype decides the codes.
-        offsets: As `scales`.
+        offsets: `[out, groups]`, in the dtype of `scales`.
         levels: float32 `[2**bits]`: levels of a base of codes without `A` and `B`; None for integers.
-        grid: See :class:`Grid`.
-        dtype: Of the weights; uint8 for codes (integers only).
+        grid: The four numbers of a :class:`Grid`.
+        dtype: The dtype of the weights; uint8 for codes (integers only).
 
     Returns:
         `[out, columns]`.
@@ -82,13 +82,13 @@ def fake_gradients(
     Args:
         G: Gradient of the weights, `[rows, columns]` in the dtype of `scales`. On return that of the base (for
             codes: of `v`; of no use without `A` and `B`).
-        base: See :func:`fake_quantize`; here and below, the rows that `G` has.
-        A: See there.
-        B: See there.
-        scales: See there.
-        offsets: See there.
-        levels: See there.
-        grid: See there.
+        base: Float, or packed codes, as for :func:`fake_quantize`; here and below, the rows that `G` has.
+        A: `[rank, columns]` or None.
+        B: `[rows, rank]` or None, already scaled.
+        scales: float32 (float64 for references) `[rows, groups]`.
+        offsets: `[rows, groups]`, in the dtype of `scales`.
+        levels: float32 `[2**bits]` for a base of codes without `A` and `B`; None for integers.
+        grid: The four numbers of a :class:`Grid`.
         slack: Clamp, then round: a code is clamped if `v` lies outside its range by more than this. None: round, then
             clamp: if the rounded code lies outside.
         dense: On return holds the weights, `[rows, columns]`, in its own dtype; None if they are not wanted.

@@ -156,9 +156,9 @@ def compensate(
         weight: `[out, n]`, float. On return it holds the errors `(w - w_rounded) / upper[i, i]`, column by column.
         upper: `[n, n]`, the block of the upper Cholesky factor of the inverse second moment that belongs to these
             columns.
-        scales: `[out]`; `offsets` `[out]` or None; `levels`: a table, or None for integers.
-        offsets: See `scales`.
-        levels: See `scales`.
+        scales: `[out]`, the scale that the columns of each row share.
+        offsets: `[out]`, or None for zero.
+        levels: A table of levels `[2**bits]`, or None for integers.
         bits: Width of a code.
 
     Returns:

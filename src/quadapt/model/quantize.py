@@ -80,11 +80,11 @@ def quantize_model(
     """Replace linear layers by quantized ones, in place.
 
     Args:
-        model: In evaluation mode.
-        layers: Those to quantize, by full name (`Selection.chosen`).
-        plan: How.
+        model: The dense model, in evaluation mode.
+        layers: The layers to quantize, by full name (`Selection.chosen`).
+        plan: How each layer is to be quantized.
         batches: Token ids `[sequences, length]` to calibrate on; needed if the rounding needs statistics.
-        statistics: Of the full-precision model, by layer; needed if the start needs some (`quadapt.statistics`).
+        statistics: Statistics of the full-precision model, by layer; needed if the start needs some.
         keeper: Where finished blocks go; by default they stay in memory alone.
         progress: Wraps the list of units (blocks, then what lies outside them), to show how far the work is.
         device: Where to compute. Default: where the model is. It stays there; so do the quantized layers.
@@ -233,7 +233,7 @@ def fingerprint(weights: Mapping[str, QuantWeight], besides: str = "") -> str:
     """SHA-256 over the digests of all quantized layers: the identity of a quantized base.
 
     Args:
-        weights: Its quantized layers, by name.
+        weights: The quantized matrices of the model, by layer.
         besides: Digest of what merges have changed outside of these; empty if nothing.
     """
     return fingerprint_of_digests({name: weight.digest() for name, weight in weights.items()}, besides)

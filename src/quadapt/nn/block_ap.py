@@ -156,9 +156,9 @@ class BlockAPLinear(nn.Module):
     """A linear layer whose weight, scales and offsets train while forward quantizes them.
 
     Args:
-        linear: Its dense form; not modified.
-        layout: Of the quantized weight.
-        range_: Of the first grid, as in `Nearest`.
+        linear: The dense layer, which is not modified.
+        layout: The layout of the quantized weight.
+        range_: The range that the first grid spans, by its name as in `Nearest`.
 
     Raises:
         ScaleUnderflow: The scales do not fit their stored dtype.

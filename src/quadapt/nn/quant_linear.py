@@ -22,10 +22,10 @@ class QuantLinear(nn.Linear):
     Inputs may be float16, bfloat16 or float32 `[..., in]`; the output has their dtype (autocast's, where that is on).
 
     Args:
-        layout: Format, storage and shape of the weight.
+        layout: The format, the storage and the shape of the weight.
         bias: Whether there is a bias.
-        device: Of the parameters; "meta" before loading.
-        dtype: Of the bias.
+        device: The device of the parameters; "meta" before loading.
+        dtype: The dtype of the bias.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
 
     Args:
         module: A block, a layer, or a model whose blocks are taken out.
-        device: As `indexed` gives it.
+        device: The device to move to, as `indexed` gives it.
     """
     held: list[tuple[dict[str, Any], str, Tensor]] = [
         (owner, name, tensor)

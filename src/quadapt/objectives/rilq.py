@@ -122,7 +122,7 @@ class HiddenDistance:
     Args:
         student: The model that trains.
         teacher: Gives the full-precision model's hidden state for a batch.
-        weight: Of the model-level error.
+        weight: The weight of the model-level error, between 0 and 1.
     """
 
     def __init__(self, student: nn.Module, teacher: Callable[[Batch], Tensor], weight: float) -> None:
@@ -132,9 +132,9 @@ class HiddenDistance:
         """The objective, after the student has run on `batch`.
 
         Args:
-            loss: Its cross-entropy.
-            batch: What it ran on.
-            share: Of this batch in an optimizer step, if `loss` is scaled by it.
+            loss: The student's cross-entropy on the batch.
+            batch: What the student ran on.
+            share: The share of this batch in an optimizer step, if `loss` is scaled by it.
         """
         real = real_tokens(batch)
         ours, theirs = self._hidden.take(), self._teacher(batch)

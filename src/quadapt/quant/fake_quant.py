@@ -226,11 +226,11 @@ def fake_quant_matmul(
             affair, as in `QuantLinear`; inside it is off.
         base: Float `[out, in]`, or packed codes, uint8 `[out, ceil(in * base_bits / 8)]`, see :class:`FakeQuant`.
         scales: float32 `[out, groups]` (float64 for references), positive, as they will be stored (:func:`snap`).
-        offsets: As `scales`.
-        how: The quantizer.
+        offsets: `[out, groups]` in the dtype of `scales`, with the values that will be stored.
+        how: How the matrix is quantized.
         A: `[rank, in]`, any float dtype; None with `B` for none.
         B: `[out, rank]`.
-        scaling: Factor of `B @ A`.
+        scaling: The factor of `B @ A`, alpha / rank.
     """
     how.check(base, scales, offsets, A, B)
     tensors = (x, base, scales, offsets, A, B)

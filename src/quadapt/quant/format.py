@@ -108,7 +108,7 @@ def normal_levels(bits: int, *, symmetric: bool = False) -> tuple[float, ...]:
     """NormalFloat levels from -1 to 1.
 
     Args:
-        bits: Width of a code, 2, 3, 4 or 8: there are `2**bits` levels.
+        bits: The width of a code, 2, 3, 4 or 8: there are `2**bits` levels.
         symmetric: The midpoints of one more quantile than levels, without an exact zero (IR-QLoRA's nf2); otherwise the
             asymmetric rule of QLoRA, which has one more positive level than negative ones, and a zero.
 

@@ -64,7 +64,7 @@ def shifted_range(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: Float32 or float64 `[rows, in]`, finite.
-        format: Its levels decide what codes there are.
+        format: The format, whose levels decide what codes there are.
 
     Returns:
         `tau - s` and `tau + s`, `[rows, groups]`, in the dtype of `weight`.

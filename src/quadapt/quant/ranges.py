@@ -37,8 +37,8 @@ class Range:
         Args:
             weight: Float32 or float64 `[rows, in]`.
             low: Lower ends, `[rows, groups]`.
-            high: Upper ends.
-            layout: Its format decides the kind of grid, its storage what of it is kept.
+            high: Upper ends, `[rows, groups]`.
+            layout: The layout, whose format decides the kind of grid, and whose storage what of it is kept.
         """
         return spanning(low, high, layout)
 

@@ -173,8 +173,8 @@ def find_grid(
 
     Args:
         weight: Float `[rows, in]`.
-        layout: Its format decides the kind of grid.
-        range_: As in :class:`Nearest`.
+        layout: The layout, whose format decides the kind of grid.
+        range_: The name of the range, as :class:`Nearest` takes it.
         check: Whether to look at the values, for which a GPU must be waited for. Otherwise `check_finite` and
             `check_grid` are the caller's affair.
 

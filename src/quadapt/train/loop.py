@@ -124,14 +124,14 @@ def train(
     """Train the trainable parameters of `model`, in place.
 
     Args:
-        model: A PEFT model.
-        data: Sequences, as `quadapt.data.encode` makes them.
-        run: How.
-        folder: For checkpoints. If it holds complete ones of the same run, training goes on from the last.
-        collate: Makes a batch of sequences.
+        model: A PEFT model, which trains in place.
+        data: The sequences to train on, as `quadapt.data.encode` makes them.
+        run: The recipe, and how long, how much and how often.
+        folder: The folder of checkpoints. If it holds complete ones of the same run, training goes on from the last.
+        collate: A function that makes a batch of some sequences.
         eval_data: Held-out sequences, or None.
         objective: What to lower besides the loss on the data.
-        tick: Called after each step.
+        tick: A function that is called after each step.
 
     Raises:
         ConfigError: Nothing is trainable, there would be no step, the loss is not finite, or the model does not keep

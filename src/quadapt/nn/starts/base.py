@@ -72,8 +72,8 @@ class Start(ABC):
         Args:
             weight: The dense matrix.
             quantize: Makes a quantized matrix of a dense one.
-            rank: Of the adapter; factors have this many columns and rows even where fewer would do (the rest is zero).
-            statistics: Of this layer: `dense_second_moment` float `[in, in]`, the mean of `x x^T` over its inputs in
+            rank: The adapter's rank. Factors have as many columns and rows even where fewer would do (with zeros).
+            statistics: This layer's: `dense_second_moment` float `[in, in]`, the mean of `x x^T` over its inputs in
                 the full-precision model; `fisher` float32 `[out, in]`; those that `needs` names.
             pooled: The adapter sees inputs summed over groups. Then what it would start from is folded into the
                 offsets of the base, and there are no factors: it starts at zero, over a better base.

@@ -55,14 +55,14 @@ def randomized_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """About the leading singular vectors and values: `U` `[out, followed]`, `S`, `Vh` `[followed, in]`.
 
-    As `torch.svd_lowrank`, which draws from the global random numbers, and always anew.
+    This is what `torch.svd_lowrank` computes, but that draws from the global random numbers, and always anew.
 
     Args:
         matrix: Float32 or float64 `[out, in]`.
-        followed: Directions; some more than are wanted.
-        power: Iterations; more where singular values fall slowly.
-        seed: Of the directions in which it starts to look.
-        directions: Row space to start from `[in, followed]`, if a similar matrix has been decomposed.
+        followed: How many directions are followed; some more than are wanted.
+        power: How many iterations are made; more are needed where singular values fall slowly.
+        seed: The seed of the random directions in which the search starts.
+        directions: The row space to start from, `[in, followed]`, if a similar matrix has been decomposed.
 
     Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1.
     """

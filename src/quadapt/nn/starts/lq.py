@@ -142,9 +142,9 @@ def low_rank(
 
     Args:
         matrix: Float32 or float64 `[out, in]`.
-        rank: Of the product; where the matrix has less, the rest is zero.
+        rank: The rank of the product; where the matrix has less, the rest is zero.
         sides: Weights of rows `[out, 1]` and columns `[1, in]`: `||D_row (matrix - up @ down) D_col||` is least.
-        seed: Of the randomized SVD, which takes matrices with a side of over four times the directions it follows;
+        seed: That of the randomized SVD, for matrices whose sides are over four times the directions it follows;
             others are decomposed exactly.
         directions: Row space to start from `[in, rank + 10]`, if a similar matrix has been decomposed.
 
