@@ -26,10 +26,10 @@ from types import ModuleType
 
 
 class QuadaptError(Exception):
-    """Base of all errors that quadapt raises on purpose; the command line prints its text without a traceback."""
+    """The base of all errors that quadapt raises on purpose; the command line prints its text without a traceback."""
 
     exit_code = 2
-    """Exit code of the command line: 2 for input that the user can mend."""
+    """The exit code of the command line, which is 2 for input that the user can mend."""
 
 
 class ConfigError(QuadaptError, ValueError):

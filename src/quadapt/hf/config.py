@@ -21,7 +21,7 @@ VERSION = 1
 
 
 class QuadaptConfig(QuantizationConfigMixin):
-    """Either a wish (quantize on loading, to nearest), or what a checkpoint holds.
+    """Either a wish (quantize on loading, to nearest), or the content of a checkpoint.
 
     Args:
         bits: Wish: the width of a code in bits.

@@ -53,10 +53,10 @@ class MergedLayer:
     """The full name of the layer in the model."""
 
     difference: float
-    """Largest difference between a merged and an adapted weight, in quantization steps of its group."""
+    """The largest difference between a merged and an adapted weight, in quantization steps of its group."""
 
     codes_changed: int
-    """Codes that are not those of the base."""
+    """How many codes are not those of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,10 @@ class Certificate:
     """The result in a word: exact, equivalent or lossy."""
 
     dtype: str
-    """Dtype in which the probe was run; the verdict holds for it."""
+    """The dtype in which the probe was run; the verdict holds for it."""
 
     probe: str
-    """What the models were compared on."""
+    """What the models were compared on, in words."""
 
     logits_equal: bool
     """Whether all logits are equal bit for bit."""
@@ -80,10 +80,10 @@ class Certificate:
     lost."""
 
     kl: float
-    """Mean KL divergence of the merged model's predictions from the adapted one's, in nats."""
+    """The mean KL divergence of the merged model's predictions from the adapted one's, in nats."""
 
     argmax_changed: float
-    """Share of positions where the likeliest token changed."""
+    """The share of positions where the likeliest token changed."""
 
     perplexity_before: float
     """The perplexity of the adapted model on the probe; it means nothing if the probe is random tokens."""
@@ -113,7 +113,7 @@ class Certificate:
 
 
 def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> Tensor:
-    """Token ids `[sequences, length]` from a fixed seed: enough to tell equal from unequal."""
+    """Draw token ids `[sequences, length]` from a fixed seed, which is enough to tell equal models from unequal."""
     return torch.randint(0, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
 
 

@@ -27,16 +27,16 @@ Levels = Literal["int", "nf", "nf-sym"]
 Zero = Literal["none", "integer", "float"]
 
 WHOLE_ROW = -1
-"""`group_size` that gives each row a single scale."""
+"""The `group_size` that gives each row a single scale."""
 
 DELTA = 0.9677083
-"""Outermost quantile of NF4 (QLoRA's code: 1 - (1/30 + 1/32) / 2); the same for every width, as in LQ-LoRA and
-IR-QLoRA."""
+"""The probability of the outermost quantile of NF4 (QLoRA's code: 1 - (1/30 + 1/32) / 2), which is the same for every
+width, as in LQ-LoRA and IR-QLoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What one weight matrix may hold."""
+    """The values that one weight matrix may hold: kind of levels, width of codes, groups and offsets."""
 
     levels: Levels = setting("--quant-type", panel="Quantization", default="int")
     """int: evenly spaced. nf: NormalFloat (nf2 is then {-1, 0, 0.34, 1}, as in LoftQ). nf-sym: symmetric nf2, as in
@@ -73,26 +73,26 @@ class Format:
 
     @property
     def name(self) -> str:
-        """Short name in reports: `int4-g32`, `nf2-sym-g64`, `int8-sym-row`."""
+        """The short name that reports use: `int4-g32`, `nf2-sym-g64`, `int8-sym-row`."""
         kind = {"int": f"int{self.bits}", "nf": f"nf{self.bits}", "nf-sym": "nf2-sym"}[self.levels]
         zero = {"int": {"none": "-sym", "integer": "-zp", "float": ""}, "nf": {"none": "", "float": "-shift"}}
         row = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
         return f"{kind}{zero[self.levels[:3].rstrip('-')][self.zero]}-{row}"
 
     def width(self, columns: int) -> int:
-        """Inputs in a full group of a row of `columns` inputs."""
+        """How many inputs a full group has, in a row of `columns` inputs."""
         return columns if self.group_size == WHOLE_ROW else min(self.group_size, columns)
 
     def groups(self, columns: int) -> int:
-        """Groups in a row of `columns` inputs; the last may be shorter."""
+        """How many groups a row of `columns` inputs has; the last may be shorter."""
         return -(-columns // self.width(columns))
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a packed row of `columns` inputs."""
+        """How many bytes a packed row of `columns` inputs takes."""
         return -(-columns * self.bits // 8)
 
     def table(self, like: Tensor) -> Tensor | None:
-        """Levels as float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""
+        """The levels, float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""
         if self.levels == "int":
             return None
         return _table(self.bits, self.levels == "nf-sym", device=like.device)
@@ -105,7 +105,7 @@ def _table(bits: int, symmetric: bool) -> tuple[float, ...]:
 
 @cache
 def normal_levels(bits: int, *, symmetric: bool = False) -> tuple[float, ...]:
-    """NormalFloat levels from -1 to 1.
+    """The levels of NormalFloat, ascending from -1 to 1.
 
     Args:
         bits: The width of a code, 2, 3, 4 or 8: there are `2**bits` levels.

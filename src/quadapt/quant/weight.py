@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the stored form, in a fixed order; all uint8, but `perm` int32.
+        """The name and shape of every tensor of the stored form, in a fixed order; all are uint8, but `perm` is int32.
 
         Eight-bit codes have a third axis of one: a loader that does not know this form must fail on the shape of
         `weight`, and at eight bits only that axis tells it from the dense matrix.
@@ -76,18 +76,18 @@ class Layout:
 
     @property
     def bits(self) -> int:
-        """Bits of every stored byte, second-level constants and permutation included."""
+        """How many bits are stored, second-level constants and permutation included."""
         sizes = {name: math.prod(shape) * (4 if name == "perm" else 1) for name, shape in self.shapes.items()}
         return 8 * sum(sizes.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits per weight: all of `bits`."""
+        """How many bits are stored for each weight, all of `bits` counted."""
         return self.bits / (self.out * self.columns)
 
 
 def from_fields(kind: type[T], fields: Mapping[str, Any]) -> T:
-    """A format or storage from the fields that were written: all of them, since no default may stand in for one.
+    """Make a format or storage of the fields that were written: all of them, since no default may stand in for one.
 
     Raises:
         TypeError: One is missing or unknown.
@@ -158,7 +158,7 @@ class QuantWeight:
         return tensors, (self.layout.out, self.layout.groups)
 
     def held(self, name: Name) -> list[Tensor]:
-        """Scales or offsets as they are held, as `kernels.product` takes them."""
+        """Scales or offsets in the form in which they are held, which `kernels.product` takes."""
         return self.layout.storage.of(name).held(*self._stored(name))
 
     @property
@@ -168,7 +168,7 @@ class QuantWeight:
 
     @property
     def offsets(self) -> Tensor | None:
-        """Float32 `[out, groups]`: stored, or what the format implies; None if zero (NormalFloat without a shift)."""
+        """The offset of each group, float32 `[out, groups]`: stored, or implied by the format; None if all are zero."""
         held = self.layout.storage.of_offsets
         if held.implied:
             return None if self.format.levels != "int" else -self.scales * 2 ** (self.format.bits - 1)
@@ -176,26 +176,26 @@ class QuantWeight:
         return values if held.free else -self.scales * values
 
     def operand(self, name: Name) -> Tensor | None:
-        """Scales or offsets as `kernels.dequantize` takes them: bytes of floats where they are stored so."""
+        """Scales or offsets in the form that `kernels.dequantize` takes: bytes of floats where they are stored so."""
         if self.layout.storage.of(name).is_float:
             return self.held(name)[0]
         return self.scales if name == "scales" else self.offsets
 
     @property
     def packed(self) -> Tensor:
-        """Packed codes, uint8 `[out, ceil(in * bits / 8)]`."""
+        """The packed codes, uint8 `[out, ceil(in * bits / 8)]`."""
         return self.tensors["weight"].flatten(1)
 
     def codes(self) -> Tensor:
-        """Codes of each weight, uint8 `[out, in]`, inputs in the layer's own order."""
+        """The code of each weight, uint8 `[out, in]`, with inputs in the layer's own order."""
         return self.layer_order(kernels.unpack(self.packed, self.format.bits, self.layout.columns))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight matrix, `[out, in]`, inputs in the layer's own order."""
+        """The weight matrix, `[out, in]` in `dtype`, with inputs in the layer's own order."""
         return self.layer_order(self.decode(self.operand("offsets"), dtype))
 
     def decode(self, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Dequantize, inputs in stored order, with offsets that may be other than the stored ones (training)."""
+        """Dequantize in stored order, with offsets that may be other than the stored ones (in training)."""
         columns = self.layout.columns
         width, table = self.format.width(columns), self.format.table(self.packed)
         scales = self.operand("scales")

@@ -34,29 +34,29 @@ class Trained:
     """What a training run measured, and which state is its result."""
 
     steps: int
-    """Optimizer steps taken, earlier runs included."""
+    """How many optimizer steps were taken, earlier runs included."""
 
     losses: list[dict[str, float]]
-    """Trainer's log: training loss, gradient norm, learning rate, and evaluation losses, by step."""
+    """The log of `Trainer`: training loss, gradient norm, learning rate, and evaluation losses, by step."""
 
     final_loss: float
-    """Mean training loss of the last logged stretch, in nats per token."""
+    """The mean training loss of the last logged stretch, in nats per token."""
 
     eval_loss: float | None
-    """Loss of the result on held-out data, in nats per token; None without such data."""
+    """The loss of the result on held-out data, in nats per token; None without such data."""
 
     kept_step: int
-    """The step whose state is the result."""
+    """The optimizer step whose state is the result."""
 
     last_eval_loss: float | None
-    """Loss on held-out data after the last step."""
+    """The loss on held-out data after the last step, in nats per token; None without such data."""
 
     seconds: float
     """The wall time of this run in seconds."""
 
 
 Tick = Callable[[int, int, dict[str, float]], None]
-"""Called after each step with steps done, steps in all, and the latest figures."""
+"""A function that is called after each step with the steps done, the steps in all, and the latest figures."""
 
 
 class _Watcher(TrainerCallback):
