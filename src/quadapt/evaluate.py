@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
-"""Wraps the list of batches to work on, like `tqdm`."""
+"""A function that wraps the list of batches to work on, like `tqdm`."""
 
 BARE = PromptForm("prompt")
 """The form that leaves prompts as they are."""
@@ -40,7 +40,7 @@ class Perplexity:
     """How well a model predicts some text."""
 
     loss: float
-    """Mean over all counted tokens, in nats per token."""
+    """The mean cross-entropy over all counted tokens, in nats per token."""
 
     perplexity: float
     """The perplexity per token, which is `exp(loss)`."""

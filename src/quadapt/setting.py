@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 
 MOST = 2**31 - 1
-"""Largest count: what libraries below hold in 32 bits."""
+"""The largest count that is allowed, which is what libraries below hold in 32 bits."""
 
 Count = Annotated[int, Ge(1), Le(MOST)]
 """A number of things, at least one."""

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 from quadapt.errors import ConfigError
 
 Width = Literal[2, 3, 4, 5, 6, 8]
-"""Bits of a code of integers."""
+"""The widths in bits that a code of integers may have."""
 
 NormalFloatWidth = Literal[2, 3, 4, 8]
-"""Bits of a code of NormalFloat, or of any other table of levels."""
+"""The widths in bits that a code of NormalFloat, or of any other table of levels, may have."""
 
 INTEGER_WIDTHS: tuple[int, ...] = get_args(Width)
 NORMAL_FLOAT_WIDTHS: tuple[int, ...] = get_args(NormalFloatWidth)

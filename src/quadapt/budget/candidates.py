@@ -31,7 +31,7 @@ ADAPTER_BITS = {"fp16": Fraction(16), "nf8": 8 + Fraction(8, 64) + Fraction(32, 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to hold a matrix."""
+    """One way to hold a matrix, with its grid and its storage."""
 
     format: Format
     """The grid: which values a weight may take."""

@@ -40,7 +40,7 @@ class PlannedLayer:
     """The grid, the storage and the shape that the layer is to have."""
 
     error: float
-    """Squared error that was measured for it, with the low-rank part if the method starts with one."""
+    """The squared error that was measured for the layer, with the low-rank part if the method starts with one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class BudgetPlan:
     """The model that the plan was made for: its `name`, and `weights`, a digest of its weights."""
 
     budget: float
-    """Bits per weight that were allowed."""
+    """How many bits per weight were allowed."""
 
     rank: int
     """The rank of the low-rank part with which errors were measured; 0 if there was none."""
@@ -72,7 +72,8 @@ class BudgetPlan:
     """The sum of the squared errors of all layers, which the plan makes small."""
 
     bound: float
-    """No plan within the budget has less, by the table that this one is made from."""
+    """A bound that the solver has proved, by the table of errors: no plan within the budget has a smaller sum of
+    errors."""
 
     layers: Mapping[str, PlannedLayer]
     """How each layer is to be held, by the name of the layer."""

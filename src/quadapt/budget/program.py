@@ -37,7 +37,7 @@ class Option:
     """What it takes out of the budget: all stored bytes, and those of an adapter if that counts."""
 
     error: float
-    """Squared error (weighted by Fisher information, if there is some) of the matrix so held."""
+    """The squared error (weighted by Fisher information, if there is some) of the matrix when it is held so."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Solution:
     """The squared errors of the chosen options, summed over all matrices."""
 
     bound: float
-    """No choice within the budget has a smaller sum of errors."""
+    """A bound that the solver has proved: no choice within the budget has a smaller sum of errors."""
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:

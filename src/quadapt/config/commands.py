@@ -16,7 +16,7 @@ class MergeConfig(Target, Machine):
     """Merge an adapter into its quantized base."""
 
     adapter: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder of the adapter (what tune wrote)."""
+    """The folder of the adapter, which `quadapt tune` wrote."""
 
     base: Annotated[Location | None, Flag(reads=True)] = None
     """The folder of the adapter's base, if it has moved since the adapter was made."""

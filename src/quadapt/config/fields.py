@@ -83,7 +83,7 @@ class Machine(Settings):
     """The dtype of the computation and of what is not quantized; auto: as the model is stored."""
 
     device: Annotated[str, Flag((), "Machine")] = "auto"
-    """cpu, cuda, cuda:1, ..; auto: a GPU if there is one."""
+    """The device that computes, cpu, cuda, cuda:1, ..; auto: a GPU if there is one."""
 
     trust_remote_code: Annotated[bool, Flag((), "Machine", idle=True)] = False
     """Run code that comes with a model. Off: such models are refused."""

@@ -178,7 +178,7 @@ class QuantizeConfig(Target, Grid, RowsOfData, Walk):
     """Quantize a model to low bits."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder or hub name of a causal language model."""
+    """The folder or hub name of a causal language model."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Quantize only these layers, by name or a part of it. Default: all linear layers but the head."""
@@ -195,7 +195,7 @@ class PlanConfig(RowsOfData, Machine):
     """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]
-    """Folder or hub name of a dense causal language model."""
+    """The folder or hub name of a dense causal language model."""
 
     budget: Annotated[Positive, Flag((), "Plan")]
     """True bits per weight that the quantized layers may take on average: 2.75, say."""

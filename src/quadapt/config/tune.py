@@ -81,7 +81,7 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
     here, named after model, method and bits."""
 
     eval_data: Annotated[Sources, Flag((), "Data", idle=True, reads=True)] = ()
-    """Held-out data, of the same kinds."""
+    """Held-out data, in the same forms as the training data."""
 
     eval_split: Annotated[Share, Flag((), "Data")] = 0.0
     """Share of the training data to hold out, if there is no --eval-data."""

@@ -25,7 +25,7 @@ class Calibration:
     """Token ids `[batch, length]`, without padding; the last batch may be smaller."""
 
     sequences: int
-    """Blocks in all; fewer than were asked for if there is not enough data."""
+    """How many blocks there are; fewer than were asked for if there is not enough data."""
 
     length: int
     """How many tokens each block has."""

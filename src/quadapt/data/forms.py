@@ -33,16 +33,16 @@ class Form:
     """The columns that must be there for the form to fit."""
 
     optional: Names = field(default_factory=dict)
-    """Columns that are used if they are there."""
+    """The columns that are used if they are there."""
 
     convert: Callable[[Row], Row] = dict
-    """From cells, by meaning, to a row of the kind."""
+    """The function that makes a row of this kind from cells, which it gets by their meaning."""
 
     as_chat: Callable[[Row], Row] | None = None
-    """prompt-completion: from the same cells to messages."""
+    """The function that makes messages from the cells of a prompt and a completion; None if the form has none."""
 
     fits: Callable[[Row], bool] = lambda _: True
-    """What else must hold for the cells of the first row."""
+    """A further test of the cells of the first row, which decides whether the form fits."""
 
     alpaca: bool = False
     """Whether prompts are put into Stanford Alpaca's template."""

@@ -22,7 +22,7 @@ from quadapt.nn.adapters.base import FIRST
 log = logging.getLogger("quadapt")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes that a trained tensor may be stored in."""
+"""The dtypes that a trained tensor may be stored in."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's tensors, in a PeftModel and in its files."""

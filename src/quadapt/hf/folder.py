@@ -44,13 +44,13 @@ class Folder:
     """A folder (or hub name) that holds a model or an adapter."""
 
     name: str
-    """Path or hub name, as given."""
+    """The path or hub name of the folder, as it was given."""
 
     kind: Kind
     """model: dense. quantized: by quadapt, merged or not. adapter: over a base that lies elsewhere."""
 
     note: Mapping[str, Any]
-    """Content of `quadapt.json`; empty if there is none."""
+    """The content of `quadapt.json`; empty if there is no such file."""
 
     @property
     def path(self) -> Path:

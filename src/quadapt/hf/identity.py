@@ -28,10 +28,10 @@ from quadapt.nn.adapters import Adapter, adapter_from
 log = logging.getLogger("quadapt")
 
 KEY = "quadapt"
-"""Key of our entry in `auto_mapping`."""
+"""The key of our entry in PEFT's `auto_mapping`."""
 
 TYPE = "QUADAPT"
-"""`peft_type` of our adapters on disk."""
+"""The `peft_type` that our adapters have on disk."""
 
 STOCK = "lora"
 """Kind of an adapter whose config has no entry of ours: PEFT's own LoRA."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 NOTE = "quadapt.json"
-"""In every folder that quadapt has written: what it is."""
+"""The name of the file that says, in every folder that quadapt has written, what the folder is."""
 
 JOB = "job.json"
-"""In every folder that quadapt is at work in: what becomes of it."""
+"""The name of the file that says, in every folder that quadapt is at work in, what becomes of it."""
 
 FORM = 2
 """The version of the note's form, which is counted up when what it holds changes."""

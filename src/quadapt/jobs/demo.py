@@ -60,7 +60,7 @@ class Row:
     """A model, and how it does on held-out questions."""
 
     bits: int
-    """Width of the codes; 16 for full precision."""
+    """The width of the codes in bits; 16 stands for full precision."""
 
     model: str
     """What the model is, in a few words."""

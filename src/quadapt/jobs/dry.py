@@ -30,7 +30,7 @@ class Sketch:
     """A quantized model of which only the shapes are there, on the meta device."""
 
     model: nn.Module
-    """On the meta device, with quantized layers in place."""
+    """The model on the meta device, with quantized layers in place."""
 
     layouts: Mapping[str, Layout]
     """The layout of each quantized layer, by the name of the layer."""
@@ -39,13 +39,13 @@ class Sketch:
     """Why each other matrix is not quantized."""
 
     context: int
-    """Positions that it was made for."""
+    """How many positions the model was made for."""
 
     largest: int
-    """Weights in the largest matrix that is quantized."""
+    """How many weights the largest quantized matrix has."""
 
     dense: int
-    """Bytes of the dense model, as it is loaded to be quantized."""
+    """The bytes of the dense model, as it is loaded to be quantized."""
 
     part: int
     """The bytes of the largest block of the dense model, or of what lies outside the blocks if that is more."""

@@ -27,10 +27,10 @@ class Grid(NamedTuple):
     """The width of a code in bits."""
 
     base_bits: int
-    """Width of a code of the base: `bits`, or 8 for fixed point with `8 - bits` places after the point."""
+    """The width of a code of the base: `bits`, or 8 for fixed point with `8 - bits` places after the point."""
 
     group_size: int
-    """Inputs that share a scale; at least `columns` for whole rows."""
+    """How many inputs share a scale; at least `columns` for whole rows."""
 
     columns: int
     """How many inputs a row has."""

@@ -101,7 +101,7 @@ def as_floats(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 SUPER = 256
-"""Doubly quantized values that share a constant."""
+"""How many doubly quantized values share a constant."""
 
 
 def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ FLOATS, DOUBLE, INTEGER, IMPLIED = (tl.constexpr(kind) for kind in range(4))
 offset is `-scale * zero`); or not at all (zero for a table of levels, the middle for integers)."""
 
 SUPER = tl.constexpr(256)
-"""Doubly quantized values that share a constant (`reference.SUPER`)."""
+"""How many doubly quantized values share a constant (`reference.SUPER`)."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fuse: bool = False, **constants: Any) -> None:

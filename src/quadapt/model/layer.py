@@ -35,19 +35,19 @@ class LayerRow:
     """How many input features the layer has."""
 
     format: str
-    """Short name of the grid, and the rounding if it is not the one asked for."""
+    """The short name of the grid, and of the rounding if it is not the one asked for."""
 
     bits_per_weight: float
-    """True bits per weight, all stored bytes counted."""
+    """How many bits are stored for each weight, all stored bytes counted."""
 
     error: float
-    """Relative error of the weights: norm of the change over norm of the weights."""
+    """The relative error of the weights: the norm of the change over the norm of the weights."""
 
     seconds: float
     """How long quantizing the layer took, in seconds."""
 
     note: str = ""
-    """What was done other than asked, and why."""
+    """What was done other than asked, and why; empty if nothing was."""
 
     block_error: tuple[float, float] | None = None
     """The relative error of the block's output on held-out text, before and after, if a block is quantized as a
@@ -72,7 +72,7 @@ class Plan:
     """The rounding, which turns weights into codes."""
 
     layers: Mapping[str, tuple[Format, Storage]] = field(default_factory=dict)
-    """Layers that have a grid and storage of their own, by name."""
+    """The layers that have a grid and storage of their own, by name."""
 
     start: Start = field(default_factory=Zero)
     """What an adapter over the quantized layers starts from."""

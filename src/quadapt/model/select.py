@@ -22,7 +22,7 @@ class Selection:
     """The matrices of a model, sorted out."""
 
     chosen: dict[str, nn.Linear]
-    """Linear layers to quantize, by name."""
+    """The linear layers to quantize, by name."""
 
     left: dict[str, str]
     """Why each other matrix stays as it is, by name."""

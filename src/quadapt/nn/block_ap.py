@@ -60,7 +60,7 @@ class BlockAP(Rounding):
     scope: ClassVar[Literal["layer", "block"]] = "block"
 
     range: str = "minmax"
-    """Span of a group's levels at the start, as in `Nearest`."""
+    """What a group's levels span at the start, by the name of a range as in `Nearest`."""
 
     epochs: Count = setting(panel="Quantization", name="calibration_epochs", default=2)
     """How often training passes over the calibration sequences."""
@@ -75,7 +75,7 @@ class BlockAP(Rounding):
     """The learning rate of weights, relative to their root mean square; above 2 bits half of it is taken."""
 
     held_out: float = 0.125
-    """Share of the sequences that chooses the epoch instead of training."""
+    """The share of the sequences that chooses the epoch instead of training."""
 
     @property
     def least_sequences(self) -> int:

@@ -51,8 +51,9 @@ class FakeQuant:
     """What is rounded: a float weight, or a real-valued code."""
 
     order: Literal["clamp-round", "round-clamp"] = "clamp-round"
-    """Same weights, other gradients: which codes count as clamped, and so pass none on. clamp-round (L4Q): those whose
-    unrounded value is out of range; round-clamp (LR-QAT, EfficientQAT): those whose rounded value is."""
+    """Both orders give the same weights, but other gradients, since other codes count as clamped and pass none on. In
+    clamp-round (L4Q) these are those whose unrounded value is out of range; in round-clamp (LR-QAT, EfficientQAT),
+    those whose rounded value is."""
 
     tolerance: float = 1e-4
     """In the order clamp-round, how many steps out of range a value may be and still count as inside. L4Q's start puts
@@ -163,7 +164,7 @@ class Gradients:
 
 
 Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Grid]
-"""base, A, scaled B, scales, offsets, levels, grid: as the kernels take them."""
+"""The tensors in the order in which kernels take them: base, A, scaled B, scales, offsets, levels, grid."""
 
 
 def _operands(

@@ -44,7 +44,7 @@ class Rounding(ABC):
     """A few words that say how it rounds, for `--help`."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics that it reads."""
+    """The names of the statistics that it reads."""
 
     scope: ClassVar[Literal["layer", "block"]] = "layer"
     """What is quantized at once: a layer, or a whole block."""

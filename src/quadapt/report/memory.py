@@ -35,10 +35,10 @@ class MemoryEstimate:
     """The model: packed weights, scales, offsets and what is not quantized."""
 
     adapters: int
-    """Adapters with their gradients and optimizer state."""
+    """The adapters with their gradients and their optimizer state."""
 
     step: int
-    """Activations, gradients and temporaries at the fullest moment of a step."""
+    """The activations, gradients and temporaries at the fullest moment of a step."""
 
     @property
     def total(self) -> int:

@@ -26,7 +26,8 @@ from quadapt.train.trainer import AdapterTrainer
 log = logging.getLogger("quadapt")
 
 _DONE = "complete.json"
-"""Written into a checkpoint when all else is in it: a checkpoint without it was interrupted and is not resumed from."""
+"""The name of the file that is written into a checkpoint when all else is in it: a checkpoint without it was
+interrupted, and is not resumed from."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Start(ABC):
     """A few words that say what is fitted, for `--help`."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics that it reads, besides those of the rounding."""
+    """The names of the statistics that it reads, besides those of the rounding."""
 
     fits: ClassVar[bool] = True
     """Whether anything is fitted: otherwise the adapter changes nothing at first."""

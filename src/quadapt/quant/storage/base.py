@@ -35,7 +35,7 @@ class ValueStorage(ABC):
     """
 
     summary: ClassVar[str]
-    """One line about it for tables: what is stored, and at what cost."""
+    """A line about the storage for tables: what is stored, and at what cost."""
 
     zero: ClassVar[Literal["none", "integer", "float"]] = "float"
     """Which offsets it can hold, in the words of :attr:`Format.zero`: none at all, whole numbers of steps, or any."""
@@ -47,7 +47,7 @@ class ValueStorage(ABC):
     """Whether this storage can hold offsets."""
 
     suffixes: ClassVar[tuple[str, ...]] = ("",)
-    """Suffixes of the tensors that it makes, in the order in which they are stored."""
+    """The suffixes of the tensors that it makes, in the order in which they are stored."""
 
     local: ClassVar[bool] = False
     """Whether each number is stored by itself. Otherwise its stored value depends on the others of the matrix, and a

@@ -16,7 +16,7 @@ FLOATS = {"fp16": torch.float16, "fp32": torch.float32}
 """The floats that every kernel reads, by their name on disk."""
 
 SMALLEST_SCALE = 32 * 2.0**-24
-"""Smallest scale that fp16 holds within 1/64."""
+"""The smallest scale that fp16 holds within 1/64."""
 
 LARGEST = torch.finfo(torch.float16).max
 """The largest number that fp16 can hold."""

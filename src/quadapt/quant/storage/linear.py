@@ -36,10 +36,10 @@ class Linear(ValueStorage):
     suffixes: ClassVar[tuple[str, ...]] = ("", "_largest", "_smallest")
 
     bits: int = 8
-    """Width of a scale's code: 2, 3, 4 or 8."""
+    """The width of a scale's code: 2, 3, 4 or 8."""
 
     block: int = 256
-    """Scales that share a constant: 16, 64 or 256, in row-major order."""
+    """How many scales share a constant: 16, 64 or 256, in row-major order."""
 
     constant: str = "fp32"
     """How the constant is held: fp16 or fp32."""
