@@ -24,7 +24,7 @@ from quadapt.quant.format import Format
 from quadapt.quant.weight import Layout, QuantWeight
 
 BLOCK = 32
-"""Weights in a block."""
+"""How many weights share a scale in GGML's blocks."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Block:
     """One of GGML's types of blocks."""
 
     name: str
-    """As GGML calls it."""
+    """The name of the type of block in GGML."""
 
     bits: int
-    """Width of its codes."""
+    """The width of the block's codes in bits."""
 
     shifted: bool
     """Whether it has an offset of its own; otherwise its levels lie symmetric about zero."""
@@ -45,12 +45,12 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a block."""
+        """How many bytes one block takes."""
         return (4 if self.shifted else 2) + BLOCK * self.bits // 8
 
     @property
     def bits_per_weight(self) -> float:
-        """Scale and offset included."""
+        """Bits per weight, the scale and the offset included."""
         return 8 * self.nbytes / BLOCK
 
 

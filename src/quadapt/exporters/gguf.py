@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written."""
+    """A tensor that is to be written to the file."""
 
     row: TensorRow
-    """Its name, type and shape in the file."""
+    """The name, the type and the shape of the tensor in the file."""
 
     source: Source
-    """Its numbers."""
+    """Where the numbers of the tensor come from."""
 
     heads: int = 0
     """Heads whose rows must be reordered for the rotary embedding; 0 if they stay in order."""

@@ -20,7 +20,7 @@ class Family:
     """How llama.cpp knows a family of models."""
 
     arch: str
-    """Its `general.architecture`."""
+    """The name of the architecture in GGUF files, `general.architecture`."""
 
     interleaved: bool
     """Whether its rotary embedding turns neighbouring rows (0 and 1, 2 and 3, ..), where transformers turns row `i`
@@ -42,7 +42,7 @@ FAMILIES = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+    """Find the family that a model belongs to.
 
     Raises:
         ExportError: It is not one that can be written, or it computes what llama.cpp would not.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter, TokenType
 
 _SPACE = "\u2581"
-"""Sentencepiece's sign for a space."""
+"""The sign that sentencepiece writes for a space."""
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

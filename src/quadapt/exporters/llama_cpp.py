@@ -74,7 +74,7 @@ class LlamaCpp:
         self.close()
 
     def close(self) -> None:
-        """Unload the model."""
+        """Unload the model and free what it took."""
         del self._server
 
     def _request(self, route: str, question: dict[str, Any] | None = None) -> Any:

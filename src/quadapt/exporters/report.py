@@ -14,16 +14,16 @@ class TensorRow:
     """One tensor of the exported file."""
 
     name: str
-    """Its name there."""
+    """The name of the tensor in the file."""
 
     type: str
     """How its numbers are held: F32, F16, BF16, or a type of GGML's blocks (Q4_1, ..)."""
 
     shape: tuple[int, ...]
-    """Rows first, as in torch."""
+    """The shape of the tensor, with rows first as in torch."""
 
     nbytes: int
-    """Bytes of its numbers."""
+    """How many bytes the numbers of the tensor take."""
 
     linear: bool = False
     """Whether it is the weight of a layer that is quantized in the model."""
@@ -34,22 +34,23 @@ class TensorRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What an export wrote."""
+    """What an export wrote, and how large it is."""
 
     format: str
     """Name of the format, or gguf-lora for the adapter beside a GGUF file."""
 
     path: str
-    """The file or folder."""
+    """The path of the file or folder that was written."""
 
     bytes: int
     """Size of the file, or of all files in the folder."""
 
     tensors: tuple[TensorRow, ...]
-    """Everything that is in it."""
+    """Every tensor that was written, in the order of the file."""
 
     bits_per_weight: float
-    """Of the weights of the quantized layers, as exported; for an adapter what it adds to each of them."""
+    """Bits per weight of the quantized layers, as exported; for an adapter, the bits that it adds to each of their
+    weights."""
 
     notes: tuple[str, ...] = ()
     """In plain words, what one should know before serving it."""

@@ -20,17 +20,17 @@ class Subject:
     """A model that may be exported."""
 
     matrices: Mapping[str, Layout | Callable[[], QuantWeight]]
-    """Its quantized matrices by the names of their layers, merged ones if its adapter merges: a layout, which decides
-    by itself, or a function that gives the matrix, whose numbers then decide."""
+    """The model's quantized matrices by the names of their layers, merged ones if its adapter merges: a layout, which
+    decides by itself, or a function that gives the matrix, whose numbers then decide."""
 
     model: Any = None
     """The model, or the PEFT model that holds it and an adapter; None to leave architecture and tokenizer aside."""
 
     tokenizer: Any = None
-    """Its tokenizer."""
+    """The tokenizer of the model, if there is one."""
 
     adapter: Adapter | None = None
-    """Its adapter, if it has one that is not merged yet."""
+    """The adapter over the model, if it has one that is not merged yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class _Objection:
     """What a format has against a matrix."""
 
     why: str
-    """The reason."""
+    """The reason why the format cannot hold the matrix."""
 
     instead: tuple[str, bool] | None
-    """As :meth:`Exporter.instead`."""
+    """What to use instead, as :meth:`Exporter.instead` gives it."""
 
 
 def merged_layout(adapter: Adapter, base: Layout) -> Layout:

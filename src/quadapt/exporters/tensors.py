@@ -20,7 +20,7 @@ TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Short names of the floats that files hold."""
 
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
-"""The same, by name."""
+"""The dtypes of torch by the short names that files have for them."""
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Source]]:
@@ -60,7 +60,7 @@ def refuse_adapters(model: nn.Module) -> None:
 
 
 def shape_of(source: Source) -> tuple[int, ...]:
-    """Shape of the dense tensor."""
+    """The shape that the tensor has once it is dense."""
     return (source.layout.out, source.layout.columns) if isinstance(source, QuantWeight) else tuple(source.shape)
 
 
@@ -80,7 +80,7 @@ def rounded_besides(sources: Mapping[str, Source], kind: torch.dtype) -> list[st
 
 
 def as_stored(model: Any, sources: dict[str, Source]) -> dict[str, Source]:
-    """The same under the names that transformers stores them by (GPT-NeoX's head is `embed_out` in its files).
+    """Rename tensors to the names that transformers stores them by (GPT-NeoX's head is `embed_out` in its files).
 
     Raises:
         ExportError: Some tensors are stored in other pieces than the model computes with.

@@ -35,31 +35,31 @@ class Method:
     """
 
     name: str = "custom"
-    """As it is noted in what is written; for a registered method the name under which it is registered."""
+    """The name that is noted in what is written; for a registered method the name under which it is registered."""
 
     paper: str = ""
-    """arXiv number."""
+    """The number of the paper on arXiv; empty if there is none."""
 
     format: Format
-    """Grid of the quantized weights."""
+    """The grid that quantized weights lie on."""
 
     storage: Storage
     """How scales and offsets are held."""
 
     rounding: Rounding
-    """From weights to codes."""
+    """The rounding, which turns weights into codes."""
 
     adapter: Adapter
-    """What trains."""
+    """The adapter, which says what trains."""
 
     start: Start = field(default_factory=Zero)
-    """Where training starts."""
+    """What the adapter and its base start from."""
 
     objective: Objective = field(default_factory=CrossEntropy)
-    """What training lowers."""
+    """The objective, which says what training lowers."""
 
     recipe: Recipe
-    """How the paper trains."""
+    """The learning rate, the rank and the schedule with which the paper trains."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapter", self.adapter.with_grid(self.format, self.storage))
@@ -76,7 +76,7 @@ class Method:
         )
 
     def with_format(self, format: Format) -> Method:
-        """The same method over another grid, with storage to match: kept where it fits, else the new grid's default."""
+        """Take another grid, with storage to match: the method's own where it fits, else the new grid's default."""
         try:
             self.storage.check(format)
             storage = self.storage if format.bits != 8 or self.format.bits == 8 else Storage.default(format)
@@ -85,7 +85,7 @@ class Method:
         return replace(self, format=format, storage=storage)
 
     def having(self, **settings: Any) -> Method:
-        """The same method with other settings, each put where it belongs.
+        """Take other settings, each put into the piece where it belongs.
 
         Args:
             settings: By name: fields of the grid (`levels`, `bits`, `group_size`, `zero`); `scales`, how scales are

@@ -15,33 +15,33 @@ class Recipe:
     """How a paper trains. Every field can be overridden; what is used is printed before training starts."""
 
     learning_rate: Positive = setting("--lr", panel="Training")
-    """Peak learning rate of AdamW."""
+    """The peak learning rate of AdamW."""
 
     rank: Count = setting("--r", "--lora-r", panel="Adapter", default=64)
-    """Rank of the adapters."""
+    """The rank of the adapters' two factors."""
 
     alpha: Positive = setting("--lora-alpha", panel="Adapter", default=16)
     """The adapter is multiplied by alpha / rank."""
 
     dropout: Share = setting("--lora-dropout", panel="Adapter", default=0.0)
-    """Dropout on the adapter's input."""
+    """The share of the adapter's inputs that is dropped in training."""
 
     schedule: Literal["constant", "cosine", "linear"] = setting(
         "--lr-scheduler-type", panel="Training", default="constant"
     )
-    """Learning rate after the warm-up."""
+    """How the learning rate goes on after the warm-up."""
 
     warmup_ratio: Ratio = setting(panel="Training", default=0.0)
     """Share of the steps over which the learning rate rises."""
 
     weight_decay: NotNegative = setting(panel="Training", default=0.0)
-    """AdamW's weight decay."""
+    """The weight decay that AdamW applies to adapters."""
 
     max_grad_norm: NotNegative = setting(panel="Training", default=0.3)
     """Gradients are scaled down to this norm."""
 
     adam_beta2: Share = 0.999
-    """AdamW's second decay rate."""
+    """The second decay rate of AdamW's averages."""
 
     grid_learning_rate: Positive | None = setting("--scale-lr", panel="Training", default=None)
     """Peak learning rate of scales and offsets, where these train; relative to the scale, without weight decay."""
@@ -51,7 +51,7 @@ class Recipe:
     """
 
     source: str = ""
-    """Where these numbers come from."""
+    """Where the numbers of this recipe come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Run:
     """One training run: the recipe (learning rate, schedule, clipping) and how long, how much, how often."""
 
     recipe: Recipe
-    """Learning rate, schedule and clipping."""
+    """The recipe: learning rate, schedule and clipping."""
 
     max_steps: Whole = setting(panel="Training", default=0)
     """Optimizer steps; 0 to go by epochs."""
@@ -68,13 +68,13 @@ class Run:
     """Passes over the data, unless max_steps is given."""
 
     batch_size: Count = setting("--per-device-train-batch-size", panel="Training", default=8)
-    """Sequences in one forward pass."""
+    """How many sequences go through the model at once."""
 
     gradient_accumulation: Count = setting("--gradient-accumulation-steps", panel="Training", default=2)
     """Forward passes per optimizer step. The default makes the papers' batch of 16."""
 
     seed: Seed = setting(panel="Training", default=0)
-    """Of initialization, data order, dropout and calibration."""
+    """The seed of initialization, data order, dropout and calibration."""
 
     save_steps: Whole = setting(panel="Training", default=0, idle=True)
     """Steps between checkpoints to resume from; 0: a tenth of the run, at most 500."""
@@ -97,10 +97,10 @@ class Run:
     """Recompute activations in backward: less memory, about a third more time."""
 
     report_to: str = setting(panel="Training", default="none", idle=True)
-    """Where Trainer also reports: none, tensorboard, wandb, .."""
+    """Where training also reports its figures: none, tensorboard, wandb, .."""
 
     device: str = "cpu"
-    """As in torch."""
+    """The device to train on, by its name in torch."""
 
     def steps(self, sequences: int) -> int:
         """Optimizer steps over a training set of so many sequences.

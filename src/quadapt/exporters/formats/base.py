@@ -45,7 +45,7 @@ class Origin:
     """Folder of the quantized weights: the folder itself, or the base of an adapter."""
 
     output: Path
-    """Where the export will be in the end; it may be written elsewhere first."""
+    """The path where the export will be in the end; it may be written elsewhere first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Answer:
     """What a format makes of one model."""
 
     format: str
-    """Name of the format."""
+    """The name of the format."""
 
     holds: Literal["exactly", "changed", "no"]
     """exactly: what is written computes with the same numbers. changed: with rounded ones. no: it is refused."""
@@ -68,7 +68,7 @@ class Answer:
     """Suffix of the file; empty for a folder."""
 
     served_by: str = ""
-    """Which programs read it."""
+    """The programs that read the format, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Exporter(ABC):
     """How it holds what it accepts: "codes as they are", "dense weights", .."""
 
     served_by: ClassVar[str]
-    """Which programs read it."""
+    """The programs that read the format, in words."""
 
     suffix: ClassVar[str] = ""
     """Suffix of the file that it is; empty if it is a folder."""
@@ -125,7 +125,7 @@ class Exporter(ABC):
         """
 
     def holds(self, weight: QuantWeight) -> str | None:
-        """The same for one matrix whose numbers are known. Its default asks the layout."""
+        """Why the format cannot hold a matrix whose numbers are known; None if it can. By default its layout says."""
         return self.accepts(weight.layout)
 
     def never(self, layout: Layout) -> str | None:
@@ -218,7 +218,7 @@ class Exporter(ABC):
 
     @classmethod
     def made(cls, **given: Any) -> Exporter:
-        """The format with some options.
+        """Make an exporter of this format with some options.
 
         Raises:
             ConfigError: It has no such option, or not this choice.

@@ -28,7 +28,7 @@ class CompressedTensors(Exporter):
     served_by: ClassVar[str] = "vLLM (older ones and SGLang: 4 and 8 bits)"
 
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of scales and of all that is not quantized: float16, bfloat16 or float32."""
+    """The dtype of scales and of all that is not quantized: float16, bfloat16 or float32."""
 
     def instead(self, layout: Layout) -> tuple[str, bool] | None:
         import torch

@@ -25,7 +25,7 @@ class HF(Exporter):
     unmerged: ClassVar[Literal["added"]] = "added"
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of all weights: bfloat16, float16, or float32, which alone holds quantized weights exactly."""
+    """The dtype of all weights: bfloat16, float16, or float32, which alone holds quantized weights exactly."""
 
     def instead(self, layout: Layout) -> tuple[str, bool]:
         return f"dense weights rounded to {self.dtype}", False

@@ -39,7 +39,7 @@ __all__ = [
 
 
 def adapter_from(identity: Mapping[str, object]) -> Adapter:
-    """The adapter that :meth:`Adapter.identity` described.
+    """Make the adapter that :meth:`Adapter.identity` described.
 
     Raises:
         CheckpointError: Its kind or one of its settings is unknown here.

@@ -54,7 +54,7 @@ Init = Callable[[Tensor, Source], None]
 
 
 def same(x: Tensor) -> Tensor:
-    """No dropout: `x` itself."""
+    """Give `x` itself, which is what no dropout does."""
     return x
 
 
@@ -79,14 +79,14 @@ class Param:
     """One parameter that an adapter has over a matrix."""
 
     shape: tuple[int, ...]
-    """Its shape. `A` is `[rank, inputs]` and `B` is `[out, rank]`."""
+    """The shape of the parameter. `A` is `[rank, inputs]` and `B` is `[out, rank]`."""
 
     init: Init
     """How it begins: fills it in place, given the matrix. PEFT's `init_lora_weights` replaces that of `A` and `B`."""
 
     dtype: torch.dtype | None = None
-    """Its dtype; None for the adapter's usual one, which PEFT chooses (float32, unless `autocast_adapter_dtype` is
-    off). Of `A` and `B` PEFT always chooses it."""
+    """The dtype of the parameter; None for the usual one, which PEFT chooses (float32, unless `autocast_adapter_dtype`
+    is off). For `A` and `B` PEFT always chooses it."""
 
     trains: bool = True
     """Whether it trains. Otherwise it is frozen, whatever else is set, and saved and loaded all the same."""
@@ -140,7 +140,7 @@ class Adapter(ABC):
         return {"kind": self.kind, **asdict(self)}
 
     def with_grid(self, format: Format, storage: Storage) -> Adapter:
-        """The same adapter for another grid: only those that do not train over codes keep it themselves."""
+        """This adapter for another grid: only those that do not train over codes keep the grid themselves."""
         return self
 
     # --- what it has ---
@@ -151,7 +151,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
-        """Its parameters over one matrix, by name; a layer stores each as `lora_NAME`.
+        """The parameters of the adapter over one matrix, by name; a layer stores each as `lora_NAME`.
 
         Args:
             layout: As :meth:`layout_of` says.
@@ -262,13 +262,13 @@ class Part:
     """An adapter at work in a layer."""
 
     adapter: Adapter
-    """What it is."""
+    """The adapter that is at work."""
 
     params: Params
-    """Its parameters there."""
+    """The parameters of the adapter in this layer, by name."""
 
     scaling: float
-    """alpha / rank."""
+    """The factor of what the adapter adds, which is `alpha / rank`."""
 
     dropout: Dropout = same
     """On the input of its side branch."""
@@ -278,12 +278,12 @@ class Part:
 
 
 def kaiming(tensor: Tensor, _: Source) -> None:
-    """As LoRA's authors begin `A`: uniform in `+-1 / sqrt(inputs)`."""
+    """Fill `A` as LoRA's authors do: uniform in `+-1 / sqrt(inputs)`."""
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
 def xavier(tensor: Tensor, _: Source) -> None:
-    """As QA-LoRA's authors begin `A`: uniform in `+-sqrt(6 / (rank + inputs))`."""
+    """Fill `A` as QA-LoRA's authors do: uniform in `+-sqrt(6 / (rank + inputs))`."""
     nn.init.xavier_uniform_(tensor)
 
 

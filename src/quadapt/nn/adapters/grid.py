@@ -81,7 +81,7 @@ class GridAdapter(Adapter):
 
     @abstractmethod
     def how(self, layout: Layout) -> FakeQuant:
-        """How forward quantizes to `layout`."""
+        """How forward quantizes a weight to `layout`."""
 
     @abstractmethod
     def grid(self, source: Source, params: Params, scaling: float) -> tuple[Tensor, Tensor | None]:
@@ -154,6 +154,6 @@ def _shift(layout: Layout, scales: Tensor, held: Tensor | None) -> Tensor:
 
 
 def base_layout(source: Source) -> Layout:
-    """Layout of a quantized source."""
+    """The layout of the quantized matrix that is trained over."""
     assert isinstance(source, QuantWeight)
     return source.layout

@@ -36,10 +36,10 @@ class L4Q(GridAdapter):
     extra: ClassVar[tuple[str, ...]] = ("rho", "shift", "start")
 
     bits: int = 4
-    """Width of a code."""
+    """The width of a code in bits."""
 
     group_size: int = 128
-    """Inputs that share a scale."""
+    """How many inputs share a scale."""
 
     offsets: Zero = "float"
     """none: symmetric, only scales train. integer: zero-points stay whole (straight through). float: free."""

@@ -11,7 +11,7 @@ from quadapt.quant.weight import Layout
 
 
 def _frozen_a(params: dict[str, Param]) -> dict[str, Param]:
-    """The same parameters, of which `A` stays as it begins."""
+    """The given parameters, with an `A` that stays as it begins."""
     return {**params, "A": replace(params["A"], trains=False)}
 
 

@@ -84,7 +84,7 @@ class Pooled(CodesAdapter):
         return self.form == "merged"
 
     def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
-        """Shift the offsets.
+        """Shift the offsets by what the adapter adds to each group.
 
         `B @ A` is computed in float64: a merge on another device, or with other threads, must round to the same
         offsets.
