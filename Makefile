@@ -22,7 +22,7 @@ help:
 	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"
 	@echo "make gpu       every Triton kernel and method checked, and timed where there is a GPU (8 minutes; needs no install)"
 	@echo "make kill      every command killed at every file-system event, and given again"
-	@echo "make fuzz      100,000 damaged inputs of every kind (25 minutes; CASES=.. for more)"
+	@echo "make fuzz      100,000 damaged inputs of every kind (15 minutes on two cores; CASES=.. for more)"
 	@echo "make wheel     the package, built, installed where nothing else is, and put to work"
 	@echo "make docs      the site in site/, and the tables of README and docs/ from what demo and bench found"
 
