@@ -25,7 +25,7 @@ def test_every_method_says_what_it_is(name: str) -> None:
     for part in ("Args:", "Example:", "Source:", "[out, ", "$$"):
         assert part in words, part
     found = method_named(name)
-    assert found.name == name
+    assert found.name == METHODS[name]().name == name
     assert found.summary == words.strip().splitlines()[0]
     assert found.paper in words or "ours" in words
     assert getattr(package, name.replace("-", "_")) is METHODS[name]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from quadapt.errors import ConfigError
 from quadapt.methods.recipe import Recipe
@@ -17,6 +18,8 @@ from quadapt.quant.storage import LINEAR, Storage
 from quadapt.quant.weight import Layout
 from quadapt.registry import Registry
 from quadapt.setting import settings_of
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,23 @@ class Method:
 PIECES: Mapping[str, Registry[type[Any]]] = {"rounding": ROUNDINGS, "start": STARTS, "objective": OBJECTIVES}
 """The axes whose pieces are chosen by name beside the method's."""
 
-METHODS: Registry[Callable[..., Method]] = Registry("method", "quadapt.methods")
+
+class _Methods(Registry[Callable[..., Method]]):
+    """Methods by name; what a function gives is called by the name under which it is registered."""
+
+    def register(self, name: str) -> Callable[[D], D]:
+        def add(function: Any) -> Any:
+            @wraps(function)
+            def named(*args: Any, **settings: Any) -> Method:
+                return replace(function(*args, **settings), name=name)
+
+            self._add(name, named)
+            return named
+
+        return add
+
+
+METHODS = _Methods("method", "quadapt.methods")
 """Every method by the name that the command line takes: a function of its settings."""
 
 
@@ -203,4 +222,4 @@ def method_named(name: str, **settings: Any) -> Method:
     Raises:
         ConfigError: There is none, or a setting does not fit.
     """
-    return replace(METHODS[name](), name=name).having(**settings)
+    return METHODS[name]().having(**settings)
