@@ -61,12 +61,17 @@ class Registry(Mapping[str, T], Generic[T]):
             raise ConfigError(f"{self.axis} {name!r} is {_where(taken)} already, and cannot be {_where(piece)} too")
         self._pieces[name] = piece  # type: ignore[assignment] # what a decorator is put on is of the axis
 
+    def own(self) -> dict[str, T]:
+        """The pieces that are known without a look at other packages: all of the own ones are."""
+        for package in self.packages:
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                importlib.import_module(f"{package}.{module.name}")
+        return dict(self._pieces)
+
     def _load(self) -> dict[str, T]:
         if not self._complete:
             self._complete = True  # first: what is imported below may look up names
-            for package in self.packages:
-                for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-                    importlib.import_module(f"{package}.{module.name}")
+            self.own()
             for entry in entry_points(group=self.group):
                 piece = entry.load()
                 if entry.name not in self._pieces:

@@ -49,4 +49,4 @@ __all__ = [
 ]
 
 # A file that was added to this package has its functions here too, where its own name would stand otherwise.
-globals().update({name.replace("-", "_"): function for name, function in METHODS.items()})
+globals().update({name.replace("-", "_"): function for name, function in METHODS.own().items()})
