@@ -63,7 +63,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no group": (tuned("--group-size", "0"), ("group_size=0",)),
     "grid": (tuned("--levels", "nf", "--zero", "integer"), ("zero",)),
     "pooling": (tuned("--method", "qlora", "--pooling", "mean"), ("pooling", "qa-lora", "Leave it out")),
-    "dropout": (tuned("--dropout", "0.1"), ("q_proj: dropout=0.1", "Use dropout=0, or form='side'")),
+    "dropout": (tuned("--dropout", "0.1"), ("dropout=0.1 has no meaning", "Use dropout=0, or form='side'")),
     "rank": (tuned("--rank", "0"), ("rank=0: must be a whole number, at least 1",)),
     "learning rate": (tuned("--lr", "-1"), ("learning_rate=-1.0: must be a number, above 0",)),
     "steps": (tuned("--max-steps", "-1"), ("max_steps=-1: must be a whole number, at least 0",)),

@@ -252,7 +252,7 @@ def test_what_does_not_change_the_result_does_not_matter(
 def test_training_that_was_done_is_not_gone_on_with(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give(*TUNE[:-1], "whole", code=0)
     with monkeypatch.context() as patch:
-        patch.setattr("quadapt.jobs.training._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("quadapt.jobs.training._written", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         for _ in range(2):
             give(*TUNE, code=130)
     said = give(*TUNE, "--json", code=0).json
