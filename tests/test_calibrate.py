@@ -79,7 +79,7 @@ def test_sequences_in_one_batch_or_in_many_are_the_same_data(tiny_llama: Make) -
         walk, blocks = walked(model, batches)
         block = blocks["model.layers.0"]
         moments.append(walk.second_moment("model.layers.0", block, block.mlp.down_proj))
-    torch.testing.assert_close(moments[0], moments[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-4, atol=1e-5)  # products of other shapes
 
 
 def test_layers_stand_in_the_order_in_which_they_run_by_what_they_are_given(tiny_llama: Make) -> None:

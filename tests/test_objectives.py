@@ -112,7 +112,7 @@ def test_targets_from_disk_are_the_teachers(tiny_llama: Make, tmp_path: Path) ->
     kept.fill(teacher, [collate(rows[:3]), collate(rows[3:])])
     batch = collate([rows[5], rows[0], rows[2]])  # in another order, padded to another length
     real = real_tokens(batch)
-    torch.testing.assert_close(kept(batch)[real], teacher(batch)[real])
+    torch.testing.assert_close(kept(batch)[real], teacher(batch)[real], rtol=1e-4, atol=1e-4)  # of other shapes
     assert len(list(tmp_path.iterdir())) == 6
 
 

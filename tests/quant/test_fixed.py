@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -49,8 +50,8 @@ def moment_of(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.fixture
 def products_are_fixed() -> None:
     """torch promises nothing about them: where a library cuts even short sums, there is nothing to be seen here."""
-    for dtype in (torch.float32, torch.float64):
-        a, b = torch.randn(400, 64, dtype=dtype), torch.randn(64, 336, dtype=dtype)
+    for dtype, rows, columns in product((torch.float32, torch.float64), range(16, 401, 64), (64, 336, 400)):
+        a, b = torch.randn(rows, 64, dtype=dtype), torch.randn(64, columns, dtype=dtype)
         if not same(on_each(lambda a=a, b=b: a @ b)):
             pytest.skip("products of matrices depend on the number of threads on this machine")
 
