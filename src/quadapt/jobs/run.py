@@ -70,8 +70,9 @@ class Stage:
             return None
         if "result" in before or (self.output / JOB).exists() or mark(self.output) == before.get("replaces"):
             return before.get("result")
-        note = self.output / NOTE if self.output.is_dir() else self.output  # it was killed right after its last step
-        return {"output": str(self.output), **read_json(note)} if note.suffix == ".json" and note.exists() else None
+        if self.output.is_dir() and (self.output / NOTE).exists():  # it was killed right after its last step
+            return {"output": str(self.output), **read_json(self.output / NOTE)}
+        return read_json(self.output) if self.output.suffix == ".json" else None
 
     def stamped(self, job: Mapping[str, Any], **more: Any) -> None:
         """Note the job, and how far it has come."""
