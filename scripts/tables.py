@@ -120,7 +120,9 @@ def kill(found: dict[str, Any]) -> str:
     rows = [(f"`{title}`", *(f"{row[name]:,}" for name in columns)) for title, row in found["commands"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     spread = "" if found["most"] >= 10**6 else f"At most {found['most']} events of each command, spread evenly. "
-    return f"{table(('command', *columns), rows)}\n{spread}Commit {found['commit'][:12]}, {versions}.\n"
+    commits = dict.fromkeys(row.get("commit", found["commit"])[:12] for row in found["commands"].values())
+    noun = "Commit" if len(commits) == 1 else "Commits"  # a command that was killed alone replaces its own row
+    return f"{table(('command', *columns), rows)}\n{spread}{noun} {', '.join(commits)}, {versions}.\n"
 
 
 def fuzz(found: dict[str, Any]) -> str:
