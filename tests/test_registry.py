@@ -39,6 +39,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[type]:
 def test_a_module_of_the_package_and_an_entry_point_are_all_that_it_takes(shelf: Registry[type]) -> None:
     assert list(shelf) == ["bolt", "nut", "ring", "washer"]
     assert [shelf[name].__name__ for name in shelf] == ["Bolt", "Nut", "Unsaid", "Washer"]
+    assert [piece.name for piece in shelf.values()] == list(shelf)  # type: ignore[attr-defined] # each learns its name
     assert len(shelf) == 4
     assert "nut" in shelf
     assert "but" not in shelf

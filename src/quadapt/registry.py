@@ -49,8 +49,6 @@ class Registry(Mapping[str, T], Generic[T]):
 
         def add(piece: D) -> D:
             self._add(name, piece)
-            if isinstance(piece, type):
-                piece.name = name  # type: ignore[attr-defined]
             return piece
 
         return add
@@ -60,6 +58,8 @@ class Registry(Mapping[str, T], Generic[T]):
         if taken is not None and _where(taken) != _where(piece):  # a module that is loaded again is none other
             raise ConfigError(f"{self.axis} {name!r} is {_where(taken)} already, and cannot be {_where(piece)} too")
         self._pieces[name] = piece  # type: ignore[assignment] # what a decorator is put on is of the axis
+        if isinstance(piece, type):
+            piece.name = name  # type: ignore[attr-defined]
 
     def own(self) -> dict[str, T]:
         """The pieces that are known without a look at other packages: all of the own ones are."""

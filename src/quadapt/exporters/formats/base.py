@@ -22,15 +22,7 @@ Progress = Callable[[Sequence[str]], Iterator[str]]
 """Wraps the names of what is written, one by one, to show how far the work is."""
 
 
-class _Exporters(Registry[type["Exporter"]]):
-    """Formats by name; each class learns its name here."""
-
-    def _add(self, name: str, piece: object) -> None:
-        super()._add(name, piece)
-        piece.name = name  # type: ignore[attr-defined]  # the class of a format
-
-
-EXPORTERS = _Exporters("format", "quadapt.exporters.formats", group="quadapt.exporters")
+EXPORTERS: Registry[type[Exporter]] = Registry("format", "quadapt.exporters.formats", group="quadapt.exporters")
 """The class of every export format, by its name; entry points of the group `quadapt.exporters` add theirs."""
 
 
@@ -185,11 +177,11 @@ class Exporter(ABC):
 
     def beside(self, path: Path) -> Path:
         """The second file of `unmerged = "beside"`, given the first."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: a format with unmerged='beside' says here where its second file is")
 
     def write_beside(self, model: Any, path: Path) -> ExportReport:
         """Write the adapter of a PEFT model as that second file."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: a format with unmerged='beside' writes its second file here")
 
     # --- options ---
 
