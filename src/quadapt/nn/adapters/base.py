@@ -31,6 +31,7 @@ from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.registry import Registry
+from quadapt.setting import Positive, setting
 
 Exactness = Literal["exact", "equivalent", "none"]
 
@@ -303,6 +304,28 @@ def low_rank(
         for name, shape in zip(FIRST, shapes, strict=True)
     }
     return {**trained, **first} if started else trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Adapter):
+    """An adapter with real-valued low-rank factors, of which `A` begins random and `B` at zero."""
+
+    init_scale: Positive = setting(panel="Adapter", default=1.0)
+    """What the random values at which A begins are multiplied by: since B begins at zero, the larger A is, the more the
+    first steps of B do."""
+
+    def low_rank(
+        self, layout: Layout, inputs: int, rank: int, init: Init = kaiming, *, started: bool = False
+    ) -> dict[str, Param]:
+        """What :func:`low_rank` declares, with an `A` that begins as `init` fills it, times `init_scale`."""
+        if self.init_scale == 1:
+            return low_rank(layout, inputs, rank, init, started=started)
+
+        def scaled(tensor: Tensor, source: Source) -> None:
+            init(tensor, source)
+            tensor.mul_(self.init_scale)
+
+        return low_rank(layout, inputs, rank, scaled, started=started)
 
 
 def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

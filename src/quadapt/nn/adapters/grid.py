@@ -22,11 +22,10 @@ from quadapt.nn.adapters.base import (
     Adapter,
     Dropout,
     Exactness,
+    LowRank,
     Param,
     Params,
     Source,
-    kaiming,
-    low_rank,
     same,
     zeros,
 )
@@ -73,7 +72,7 @@ class GridAdapter(Adapter):
         """Layout of the quantized matrix that forward computes with, and that a merge gives."""
 
     def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
-        return {**low_rank(layout, layout.columns, rank, kaiming), **self.grid_params(layout)}
+        return self.grid_params(layout)
 
     def grid_params(self, layout: Layout) -> dict[str, Param]:
         """The parameters from which scales and offsets are made."""
@@ -135,6 +134,14 @@ class GridAdapter(Adapter):
     @torch.no_grad()
     def dense(self, source: Source, params: Params, scaling: float) -> Tensor:
         return self.quantized(source, params, scaling).dequantize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankGrid(LowRank, GridAdapter):
+    """An adapter whose forward quantizes what low-rank factors over all inputs have changed."""
+
+    def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
+        return {**self.low_rank(layout, layout.columns, rank), **self.grid_params(layout)}
 
 
 def grid_param(layout: Layout) -> Param:

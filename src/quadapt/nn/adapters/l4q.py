@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quadapt.errors import ConfigError, MergeError
 from quadapt.kernels import kernels_for
 from quadapt.nn.adapters.base import ADAPTERS, Base, Dropout, Exactness, Param, Params, Source, add_low_rank, same
-from quadapt.nn.adapters.grid import GridAdapter, grid_param, grown
+from quadapt.nn.adapters.grid import LowRankGrid, grid_param, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.grids import check_choice
@@ -22,7 +22,7 @@ from quadapt.setting import setting
 
 @ADAPTERS.register("l4q")
 @dataclass(frozen=True, kw_only=True)
-class L4Q(GridAdapter):
+class L4Q(LowRankGrid):
     """L4Q (Jeon et al. 2024, arXiv:2402.04902): quantize after merging, `W' = Q(W0 + scaling * B A; s, b)`.
 
     `A`, `B`, scales and (unless `offsets` is none) offsets train together over the dense matrix, which stays frozen.

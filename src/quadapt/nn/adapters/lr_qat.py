@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.nn.adapters.base import ADAPTERS, Base, Params, Source
-from quadapt.nn.adapters.grid import GridAdapter, base_layout, grown
+from quadapt.nn.adapters.grid import LowRankGrid, base_layout, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -18,7 +18,7 @@ from quadapt.quant.weight import Layout, QuantWeight
 
 @ADAPTERS.register("lr-qat")
 @dataclass(frozen=True, kw_only=True)
-class LRQAT(GridAdapter):
+class LRQAT(LowRankGrid):
     """LR-QAT (Bondarenko et al. 2024, arXiv:2406.06385): `W' = s * clip(round(W_fixed + scaling * B A))`.
 
     The low-rank term lives among the codes; the frozen base is 8-bit fixed point, so that training memory is that of a

@@ -18,11 +18,11 @@ from quadapt.nn.adapters.base import (
     Begins,
     Dropout,
     Exactness,
+    LowRank,
     Param,
     Params,
     Source,
     add_low_rank,
-    low_rank,
     xavier,
 )
 from quadapt.nn.adapters.codes import CodesAdapter, promoted, quantized
@@ -35,7 +35,7 @@ from quadapt.setting import setting
 
 @ADAPTERS.register("pooled")
 @dataclass(frozen=True, kw_only=True)
-class Pooled(CodesAdapter):
+class Pooled(LowRank, CodesAdapter):
     """`W' = scales * levels[codes] + offsets + scaling * B @ A`, with `A [rank, groups]`.
 
     Trained in the merged form by default: forward computes with the offsets that a merge would store, rounded to their
@@ -73,7 +73,7 @@ class Pooled(CodesAdapter):
             )
 
     def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
-        return low_rank(layout, layout.groups, rank, init=xavier)
+        return self.low_rank(layout, layout.groups, rank, xavier)
 
     @property
     def exactness(self) -> Exactness:

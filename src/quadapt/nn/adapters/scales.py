@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quadapt.nn.adapters.base import ADAPTERS, Begins, Param, Params, Source, low_rank, xavier
+from quadapt.errors import ConfigError
+from quadapt.nn.adapters.base import ADAPTERS, Begins, LowRank, Param, Params, Source, xavier
 from quadapt.nn.adapters.grid import GridAdapter, Held, base_layout, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.storage import Storage
@@ -16,7 +17,7 @@ from quadapt.quant.weight import Layout, QuantWeight
 
 @ADAPTERS.register("scales")
 @dataclass(frozen=True, kw_only=True)
-class Scales(GridAdapter):
+class Scales(LowRank, GridAdapter):
     """Scales train, codes do not: PEQA (Kim et al. 2023, arXiv:2305.14152), EfficientQAT's E2E-QP (arXiv:2407.11062).
 
     Zero-points stay, in steps: `offsets = -s * z` move with their scale. For NormalFloat a float offset moves with its
@@ -30,8 +31,16 @@ class Scales(GridAdapter):
     def begins(self) -> Begins:
         return "offsets" if self.pooled else "zero"
 
+    def check(self, layout: Layout, rank: int, dropout: float) -> None:
+        super().check(layout, rank, dropout)
+        if not self.pooled and self.init_scale != 1:
+            raise ConfigError(
+                f"init_scale={self.init_scale}: nothing of a {self.kind} adapter without the pooled factors begins "
+                "random. Use init_scale=1"
+            )
+
     def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
-        factors = low_rank(layout, layout.groups, rank, xavier) if self.pooled else {}
+        factors = self.low_rank(layout, layout.groups, rank, xavier) if self.pooled else {}
         return {**factors, **self.grid_params(layout)}
 
     def inside(self, params: Params) -> tuple[Tensor | None, Tensor | None]:
