@@ -31,7 +31,7 @@ from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.methods import Method, Recipe, method_named
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import bits_of, quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.quant.rounding import Nearest
@@ -98,7 +98,7 @@ class Task:
         format, storage, rounding = method.base()
         selection = select(model)
         quantize_model(
-            model, selection.chosen, Plan(format=format, storage=storage, rounding=rounding), batches=self.text
+            model, selection.chosen, Quantization(format=format, storage=storage, rounding=rounding), batches=self.text
         )
         return adopt(model, left=selection.left, made={})
 

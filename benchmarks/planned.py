@@ -31,7 +31,7 @@ from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.start import set_start
 from quadapt.methods import method_named
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
 from quadapt.nn.adapters import LoRA
@@ -95,7 +95,7 @@ class Subject:
 
         model: Any = load_model(self.name, dtype="float32")
         chosen, (format, storage) = select(model), next(iter(grids.values()))
-        plan = Plan(
+        plan = Quantization(
             format=format, storage=storage, rounding=method_named("lq-lora").rounding, layers=grids, rank=self.rank
         )
         plan = replace(plan, start=LQ(fisher=fisher) if start else Zero())

@@ -35,7 +35,7 @@ from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.start import set_start
 from quadapt.methods import Recipe
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import bits_of, quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.adapters import LoRA
@@ -85,7 +85,7 @@ class Starts:
         shifted = range_ == "icq"
         format = Format(levels="nf", bits=bits, group_size=GROUP, zero="float" if shifted else "none")
         selection = select(model)
-        plan = Plan(
+        plan = Quantization(
             format=format,
             storage=Storage(offsets="fp16" if shifted else "absent"),
             rounding=Nearest(range="icq" if shifted else "minmax"),

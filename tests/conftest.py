@@ -95,14 +95,14 @@ def quantized_llama(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
         **changes: Any,
     ) -> nn.Module:
         from quadapt.hf.quantizer import adopt
-        from quadapt.model.layer import Plan
+        from quadapt.model.layer import Quantization
         from quadapt.model.quantize import quantize_model
         from quadapt.model.select import select
 
         model = tiny_llama(**changes)
         format = format or Format(bits=4, group_size=32)
         selection = select(model, skip=skip)
-        plan = Plan(format=format, storage=storage or Storage.default(format), rounding=rounding or Nearest())
+        plan = Quantization(format=format, storage=storage or Storage.default(format), rounding=rounding or Nearest())
         quantize_model(model, selection.chosen, plan)
         return adopt(model, left=selection.left, made={"rounding": "nearest"})
 

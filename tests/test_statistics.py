@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CalibrationError
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
 from quadapt.nn.starts import CLoQ, QuAILoRA
@@ -193,7 +193,9 @@ def test_starts_bring_a_models_layers_nearer_to_the_dense_ones(rounding: Any, ti
     dense = copy.deepcopy(model)
     layers = select(model).chosen
     gather_second_moments(model, layers, batches(8, 8), files)
-    plan = Plan(format=Format(bits=3, group_size=32), storage=Storage(), rounding=rounding, start=QuAILoRA(), rank=8)
+    plan = Quantization(
+        format=Format(bits=3, group_size=32), storage=Storage(), rounding=rounding, start=QuAILoRA(), rank=8
+    )
     done = quantize_model(model, layers, plan, batches=batches(8, 8), statistics=files)
     assert set(done.factors) == set(layers)
     fresh = moments_by_loop(dense, select(dense).chosen, [torch.randint(3, 96, (6, 24))])
@@ -214,7 +216,7 @@ def test_layers_without_an_adapter_or_statistics_start_at_zero_and_say_so(tiny_l
     layers = {**select(model).chosen, "lm_head": model.lm_head}
     gather_second_moments(model, layers, batches(4), files)
     format = Format(bits=4, group_size=32)
-    plan = Plan(
+    plan = Quantization(
         format=format, storage=Storage(), rounding=Nearest(), start=CLoQ(), rank=4, adapted=["q_proj", "lm_head"]
     )
     done = quantize_model(model, layers, plan, statistics=files)

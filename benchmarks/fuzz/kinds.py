@@ -188,7 +188,7 @@ def _plan(shelf: Path, scratch: Path, changes: Any) -> bool:
 
     def read() -> None:
         config = checked(QuantizeConfig, {"model": "m", "output": "o", "plan": str(file)})
-        plan = config.spec.plan
+        plan = config.spec.quantization
         for name, shape in plan.shapes.items():
             plan.layout(name, *shape)
         found.append(config.budget_plan(config.spec.method))

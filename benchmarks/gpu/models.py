@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.methods import method_named
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
 from quadapt.quant.rounding import Nearest
@@ -51,7 +51,7 @@ def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None
     names = list(selection.chosen)
     if chosen.adapter.base != "float":
         format, storage, rounding = chosen.base()
-        plan = Plan(format=format, storage=storage, rounding=Nearest() if rounding.needs else rounding)
+        plan = Quantization(format=format, storage=storage, rounding=Nearest() if rounding.needs else rounding)
         quantize_model(model, selection.chosen, plan)
         adopt(model, left=selection.left, made={"method": method})
     config = lora_config(chosen.adapter, rank=rank, alpha=rank, target_modules=names)

@@ -107,15 +107,15 @@ def _quantized(
     from quadapt.model.trial import check_reads, check_runs
     from quadapt.statistics import StatisticsFiles, gather
 
-    plan = config.spec.plan
-    batches = _batches(calibration, name, model, config) if plan.needs_text else []
+    quantization = config.spec.quantization
+    batches = _batches(calibration, name, model, config) if quantization.needs_text else []
     selection = select(model, skip=config.skip)
     check_reads(model, selection.chosen)
     with TemporaryDirectory(prefix="quadapt-") as folder:
-        statistics = StatisticsFiles(Path(folder), plan.start.needs)
-        gather(plan.start.needs, model.eval(), selection.chosen, batches, statistics, device=device)
+        statistics = StatisticsFiles(Path(folder), quantization.start.needs)
+        gather(quantization.start.needs, model.eval(), selection.chosen, batches, statistics, device=device)
         factors = quantize_model(
-            model, selection.chosen, plan, batches=batches, statistics=statistics, device=device
+            model, selection.chosen, quantization, batches=batches, statistics=statistics, device=device
         ).factors
     adopt(model, left=selection.left, made={"method": config.spec.method.name})
     check_runs(model)
@@ -159,10 +159,10 @@ def _batches(
             seed=config.value("seed"),
         ).batches
     if not batches:
-        plan = config.spec.plan
-        what, else_ = ("rounding", "nearest") if plan.needs_data else ("start", "zero")
+        quantization = config.spec.quantization
+        what, else_ = ("rounding", "nearest") if quantization.needs_data else ("start", "zero")
         raise ConfigError(
-            f"{what}={getattr(plan, what).name!r} needs text to calibrate on. Give calibration='FILE', or "
+            f"{what}={getattr(quantization, what).name!r} needs text to calibrate on. Give calibration='FILE', or "
             f"{what}={else_!r}"
         )
     return [batch.to(device) for batch in batches]

@@ -10,7 +10,7 @@ import torch
 from pretend import CARD
 from torch import Tensor, nn
 
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import Done, quantize_model
 from quadapt.model.select import select
 from quadapt.quant.format import Format
@@ -38,13 +38,15 @@ def everywhere(model: nn.Module) -> list[tuple[nn.Module, torch.device | None]]:
     return [(copy.deepcopy(model).to(CARD), None), (model, CARD)]
 
 
-def plan(rounding: Any, **settings: Any) -> Plan:
+def plan(rounding: Any, **settings: Any) -> Quantization:
     """A plan for three bits, unless settings say otherwise."""
-    return Plan(**{"format": Format(bits=3, group_size=32), "storage": Storage(), "rounding": rounding, **settings})
+    return Quantization(
+        **{"format": Format(bits=3, group_size=32), "storage": Storage(), "rounding": rounding, **settings}
+    )
 
 
 def quantized(
-    model: nn.Module, device: torch.device | None, plan: Plan, *, only: Sequence[str] = (), **settings: Any
+    model: nn.Module, device: torch.device | None, plan: Quantization, *, only: Sequence[str] = (), **settings: Any
 ) -> Done:
     """Quantize its layers, all or only some."""
     chosen = select(model, target_modules=only).chosen

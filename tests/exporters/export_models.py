@@ -12,7 +12,7 @@ from torch import nn
 
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter
@@ -81,7 +81,7 @@ def quantized(
     """The model with its linear layers quantized to nearest."""
     format = format or Format(bits=4, group_size=32)
     selection = select(model, skip=skip)
-    plan = Plan(format=format, storage=storage or Storage.default(format), rounding=Nearest())
+    plan = Quantization(format=format, storage=storage or Storage.default(format), rounding=Nearest())
     quantize_model(model, selection.chosen, plan)
     return adopt(model, left=selection.left, made={})
 

@@ -18,7 +18,7 @@ from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt, fingerprint_of
 from quadapt.methods import Method, method_named
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter
@@ -42,7 +42,7 @@ def based(method: Method, model: nn.Module) -> nn.Module:
     format, storage, rounding = method.base()
     selection = select(model)
     rounding = Nearest() if rounding.needs else rounding
-    quantize_model(model, selection.chosen, Plan(format=format, storage=storage, rounding=rounding))
+    quantize_model(model, selection.chosen, Quantization(format=format, storage=storage, rounding=rounding))
     return adopt(model, left=selection.left, made={})
 
 
@@ -170,7 +170,9 @@ def test_before_the_first_step_l4q_is_the_rounded_model(tiny_llama: Make) -> Non
     model = adapted(replace(method.adapter, offsets="none", scales="fp32"), tiny_llama())  # type: ignore[call-arg]
     plain = tiny_llama()
     format = replace(method.format, zero="none")
-    plan = Plan(format=format, storage=replace(method.storage, scales="fp32", offsets="absent"), rounding=Nearest())
+    plan = Quantization(
+        format=format, storage=replace(method.storage, scales="fp32", offsets="absent"), rounding=Nearest()
+    )
     quantize_model(plain, select(plain).chosen, plan)
     ids = tokens()
     assert torch.equal(model.eval()(input_ids=ids).logits, plain(input_ids=ids).logits)
@@ -230,7 +232,9 @@ def test_peqa_is_lr_qat_with_a_and_b_frozen(tiny_llama: Make) -> None:
     model = adapted(replace(lr_qat.adapter, scales="fp32"), based(lr_qat, tiny_llama()))  # type: ignore[call-arg]
     plain = tiny_llama()
     weights = {name: layer.first_weight() for name, layer in adapted_layers(model).items()}
-    quantize_model(plain, select(plain).chosen, Plan(format=lr_qat.format, storage=lr_qat.storage, rounding=Nearest()))
+    quantize_model(
+        plain, select(plain).chosen, Quantization(format=lr_qat.format, storage=lr_qat.storage, rounding=Nearest())
+    )
     for name, layer in quantized_layers(plain).items():
         layer.quant_weight = weights[name]
     scales = adapted(peqa.adapter, adopt(plain, left={}, made={}))

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quadapt import QuadaptConfig
 from quadapt.errors import CheckpointError, ConfigError, ShapeError
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import fingerprint, quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
@@ -127,7 +127,7 @@ def test_layers_with_grids_of_their_own_come_back(tiny_llama: Make, tmp_path: Pa
     model = tiny_llama()
     selection = select(model, skip=("down_proj",))
     own = {name: KINDS[kind] for name, kind in zip(selection.chosen, ("int2", "int8", "nf4"), strict=False)}
-    plan = Plan(format=Format(bits=4), storage=Storage(), rounding=Nearest(), layers=own)
+    plan = Quantization(format=Format(bits=4), storage=Storage(), rounding=Nearest(), layers=own)
     quantize_model(model, selection.chosen, plan)
     layer = model.model.layers[1].self_attn.q_proj
     layer.quant_weight = GPTQ(act_order=True)(
@@ -189,7 +189,7 @@ def test_a_dense_model_is_quantized_on_loading(
     dense.save_pretrained(tmp_path / "dense")
     model = load(tmp_path / "dense", quantization_config=QuadaptConfig(**wish))
     selection = select(dense)
-    plan = Plan(format=format, storage=storage, rounding=Nearest(range=wish.get("range", "minmax")))
+    plan = Quantization(format=format, storage=storage, rounding=Nearest(range=wish.get("range", "minmax")))
     quantize_model(dense, selection.chosen, plan)
     assert_same(model, dense)
     model.save_pretrained(tmp_path / "quantized")
@@ -207,7 +207,9 @@ def test_a_sharded_bfloat16_model_is_quantized_as_its_weights_are(tiny_llama: Ma
     tiny_llama(dtype=torch.bfloat16, tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size="20KB")
     model = load(tmp_path, dtype=torch.bfloat16, quantization_config=QuadaptConfig(bits=4))
     dense = load(tmp_path, dtype=torch.bfloat16)
-    quantize_model(dense, select(dense).chosen, Plan(format=Format(bits=4), storage=Storage(), rounding=Nearest()))
+    quantize_model(
+        dense, select(dense).chosen, Quantization(format=Format(bits=4), storage=Storage(), rounding=Nearest())
+    )
     assert_same(model, dense)
 
 

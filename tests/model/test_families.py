@@ -20,7 +20,7 @@ from transformers import (
 import quadapt
 from quadapt.hf.folder import load_model
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.quant.format import Format
@@ -109,7 +109,7 @@ def test_every_matrix_is_quantized_or_listed_and_survives_saving(family, roundin
     selection = select(model)
     assert set(selection.chosen) | set(selection.left) == matrices
     assert len(selection.chosen) == LINEARS[family]
-    plan = Plan(format=Format(bits=4), storage=Storage(), rounding=rounding)
+    plan = Quantization(format=Format(bits=4), storage=Storage(), rounding=rounding)
     dense = model(tokens()).logits
     rows = quantize_model(model, selection.chosen, plan, batches=[tokens()]).rows
     assert {row.name for row in rows} == set(selection.chosen)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.hf.blocks import BlockFiles
-from quadapt.model.layer import LayerRow, Plan, quantize_layer, relative_error
+from quadapt.model.layer import LayerRow, Quantization, quantize_layer, relative_error
 from quadapt.model.quantize import Done, bits_of, fingerprint, quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
@@ -43,8 +43,8 @@ def batches(count: int = 3, length: int = 24) -> list[Tensor]:
     return [torch.randint(3, 96, (2, length), generator=random) for _ in range(count)]
 
 
-def plan_of(rounding: Rounding, **settings: Any) -> Plan:
-    return Plan(**{"format": FORMAT, "storage": Storage(), "rounding": rounding, **settings})
+def plan_of(rounding: Rounding, **settings: Any) -> Quantization:
+    return Quantization(**{"format": FORMAT, "storage": Storage(), "rounding": rounding, **settings})
 
 
 def digests(model: nn.Module) -> dict[str, str]:

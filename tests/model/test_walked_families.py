@@ -21,7 +21,7 @@ from transformers import (
 from quadapt.calibrate import BlockWalk
 from quadapt.errors import CalibrationError
 from quadapt.hf.quantizer import adopt
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model
 from quadapt.model.select import find_blocks, select
 from quadapt.nn.block_ap import BlockAP
@@ -73,7 +73,7 @@ def quantized(family: str, rounding: Rounding, batches: list[Tensor]) -> tuple[T
     """Logits of the dense model and of the quantized one."""
     model = random_model(family)
     dense, selection = model(tokens()).logits, select(model)
-    plan = Plan(format=Format(bits=3), storage=Storage(), rounding=rounding)
+    plan = Quantization(format=Format(bits=3), storage=Storage(), rounding=rounding)
     quantize_model(model, selection.chosen, plan, batches=batches)
     adopt(model, left=selection.left, made={})
     return dense, model(tokens()).logits

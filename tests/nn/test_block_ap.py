@@ -17,7 +17,7 @@ from quadapt.data import calibration_batches, read
 from quadapt.demo.stories import rows, stories, write_jsonl
 from quadapt.errors import CalibrationError, ConfigError
 from quadapt.hf.folder import load_model, load_tokenizer
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import find_blocks, select
 from quadapt.nn.block_ap import BlockAP, BlockAPLinear, Example
@@ -183,7 +183,7 @@ def test_a_whole_model_is_better_than_nearest(rounding: Any, tiny_llama: Make) -
         model = tiny_llama(initializer_range=0.1)
         with torch.no_grad():
             want = model(ids[:8]).logits
-        plan = Plan(format=Format(bits=2, group_size=32), storage=Storage(), rounding=each)
+        plan = Quantization(format=Format(bits=2, group_size=32), storage=Storage(), rounding=each)
         report = quantize_model(model, select(model).chosen, plan, batches=list(ids[8:].split(8))).rows
         with torch.no_grad():
             errors[name] = float((model(ids[:8]).logits - want).norm() / want.norm())
@@ -197,7 +197,7 @@ def test_interrupted_and_gone_on_with_it_gives_the_same(tiny_llama: Make, tmp_pa
     from quadapt.hf.blocks import BlockFiles
 
     ids = list(torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(5)).split(4))
-    plan = Plan(format=Format(bits=3, group_size=32), storage=Storage(), rounding=BlockAP(epochs=1))
+    plan = Quantization(format=Format(bits=3, group_size=32), storage=Storage(), rounding=BlockAP(epochs=1))
 
     def digests(keeper: Any) -> list[str]:
         model = tiny_llama()

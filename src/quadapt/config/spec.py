@@ -14,7 +14,7 @@ from quadapt.budget import BudgetPlan
 from quadapt.config.values import allowed, shown
 from quadapt.errors import ConfigError, locate
 from quadapt.methods import Method
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.nn.starts import Zero
 
 
@@ -25,7 +25,7 @@ class Spec:
     method: Method
     """The method with all its pieces; whatever was chosen otherwise is in it."""
 
-    plan: Plan
+    quantization: Quantization
     """How each layer is quantized, and where its adapter starts."""
 
     skip: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Spec:
             check_values(piece)
         method.check()
         format, storage, rounding = method.base()
-        plan = Plan(
+        quantization = Quantization(
             format=format,
             storage=storage,
             rounding=rounding,
@@ -72,16 +72,16 @@ class Spec:
             for name, layout in layouts.items():
                 with locate(name):
                     rounding.check(layout)
-            plan = replace(
-                plan,
+            quantization = replace(
+                quantization,
                 layers={name: (layout.format, layout.storage) for name, layout in layouts.items()},
                 shapes={name: (layout.out, layout.columns) for name, layout in layouts.items()},
             )
-        return cls(method, plan, tuple(skip), tuple(target_modules))
+        return cls(method, quantization, tuple(skip), tuple(target_modules))
 
     def without_adapter(self) -> Spec:
         """The spec of a base alone: training does not go on from it at once, so no start is fitted."""
-        return replace(self, plan=replace(self.plan, start=Zero(), rank=0, pooled=False, adapted=()))
+        return replace(self, quantization=replace(self.quantization, start=Zero(), rank=0, pooled=False, adapted=()))
 
 
 def check_values(piece: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quadapt.errors import CheckpointError, ConfigError
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
@@ -71,16 +71,16 @@ class QuadaptConfig(QuantizationConfigMixin):
         else:
             self.bits, self.group_size, self.levels, self.zero = bits, group_size, levels, zero
             self.scales, self.range, self.skip = scales, range, list(skip)
-            self.plan()  # a wrong wish fails here, not layer by layer
+            self.quantization()  # a wrong wish fails here, not layer by layer
 
-    def plan(self) -> Plan:
-        """The plan that the wish's fields describe: every layer with one grid, one storage and rounding to nearest."""
+    def quantization(self) -> Quantization:
+        """What the wish's fields describe: every layer has one grid, one storage and rounding to nearest."""
         format = Format(levels=self.levels, bits=self.bits, group_size=self.group_size, zero=self.zero)  # type: ignore[arg-type]
         storage = Storage.default(format)
         if self.scales:
             storage = storage.with_scales(self.scales)
         rounding = Nearest(range=self.range)
-        return Plan(format=format, storage=storage, rounding=rounding)
+        return Quantization(format=format, storage=storage, rounding=rounding)
 
     @staticmethod
     def of(

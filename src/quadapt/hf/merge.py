@@ -35,7 +35,7 @@ from quadapt.hf.trained import (
 )
 from quadapt.hf.tuner import about
 from quadapt.hf.wrapped import unwrapped
-from quadapt.model.layer import Plan, quantize_layer
+from quadapt.model.layer import Quantization, quantize_layer
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import left_over
 from quadapt.model.trial import text_ids
@@ -238,8 +238,8 @@ def _merge_layer(name: str, layer: QuantLoraLinear, requantize: Rounding | None)
     if requantize is None:
         merged = layer.merged_weight()
     else:
-        plan = Plan(format=before.format, storage=before.layout.storage, rounding=requantize)
-        merged = quantize_layer(name, adapted, plan, {})[0].weight
+        quantization = Quantization(format=before.format, storage=before.layout.storage, rounding=requantize)
+        merged = quantize_layer(name, adapted, quantization, {})[0].weight
     layer.settle(merged, layer.merged_bias())
     return _difference(name, before, merged, adapted)
 
@@ -258,13 +258,13 @@ def _round_again(
     model = with_dense(model, layers, next(model.parameters()).dtype)
     linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in adapted}
     first = next(iter(bases.values())).layout
-    plan = Plan(
+    quantization = Quantization(
         format=first.format,
         storage=first.storage,
         rounding=rounding,
         layers={name: (weight.format, weight.layout.storage) for name, weight in bases.items()},
     )
-    quantize_model(model, linears, plan, batches=batches)
+    quantize_model(model, linears, quantization, batches=batches)
     again = quantized_layers(model)
     return model, [_difference(name, base, again[name].quant_weight, adapted[name]) for name, base in bases.items()]
 

@@ -63,7 +63,11 @@ class QuadaptQuantizer(HfQuantizer):
             self._left = selection.left
             for name, linear in selection.chosen.items():
                 self._swap(
-                    model, name, config.plan().layout(name, linear.out_features, linear.in_features), dtype, wish=True
+                    model,
+                    name,
+                    config.quantization().layout(name, linear.out_features, linear.in_features),
+                    dtype,
+                    wish=True,
                 )
             return
         for name, layout in config.layouts.items():
@@ -118,7 +122,7 @@ class _QuantizeOnLoading(ConversionOps):
         weight = next(iter(input_dict.values()))
         weight = weight[0] if isinstance(weight, list) else weight
         name = full_layer_name.rpartition(".")[0]
-        quantized = quantize_layer(name, weight, self.config.plan(), {})[0].weight
+        quantized = quantize_layer(name, weight, self.config.quantization(), {})[0].weight
         _linear(model, name).__dict__["layout"] = quantized.layout
         layer = model.get_submodule(name)
         for tensor_name, tensor in quantized.tensors.items():  # what the loader will compare shapes with

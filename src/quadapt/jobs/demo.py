@@ -32,7 +32,7 @@ from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.workspace import Workspace, remove, write_json
 from quadapt.jobs.identity import job_of
 from quadapt.methods import Recipe, method_named
-from quadapt.model.layer import Plan
+from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter, LoRA, Pooled
@@ -156,7 +156,7 @@ class _Bench:
         """A new copy of the embedded model, quantized as the arguments say."""
         model = self.dense()
         selection = select(model)
-        plan = Plan(format=format, storage=storage, rounding=rounding)
+        plan = Quantization(format=format, storage=storage, rounding=rounding)
         quantize_model(model, selection.chosen, plan, batches=self.text)
         adopt(model, left=selection.left, made={"source": "the embedded model"})
         return model

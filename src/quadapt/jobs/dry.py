@@ -83,13 +83,16 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
         kept = QuadaptConfig(**quantized) if isinstance(quantized, dict) else quantized
         layouts, left = kept.layouts, kept.left
     else:
-        selection, plan = select(model, target_modules=target_modules, skip=config.skip), config.spec.plan
-        plan.check(selection.chosen)
+        selection, quantization = (
+            select(model, target_modules=target_modules, skip=config.skip),
+            config.spec.quantization,
+        )
+        quantization.check(selection.chosen)
         left, layouts = selection.left, {}
         for layer, linear in selection.chosen.items():
             with locate(layer):
-                layouts[layer] = plan.layout(layer, linear.out_features, linear.in_features)
-                plan.rounding.check(layouts[layer])
+                layouts[layer] = quantization.layout(layer, linear.out_features, linear.in_features)
+                quantization.rounding.check(layouts[layer])
     adapter = config.spec.method.adapter
     if quantized is None and adapter.base == "float":  # quantizes in its forward: the base stays dense
         layouts = {layer: adapter.layout_of(model.get_submodule(layer).get_parameter("weight")) for layer in layouts}
@@ -142,15 +145,15 @@ def quantizing(
     config: QuantizeConfig | TuneConfig | PrepareConfig, found: Sketch, place: Place, *, most_length: int = MOST_CONTEXT
 ) -> MemoryEstimate:
     """Memory that quantizing will take on the device that computes. Uses up the sketch's model."""
-    plan, apart = config.spec.plan, place.home != place.device
+    quantization, apart = config.spec.quantization, place.home != place.device
     columns = max(layout.columns for layout in found.layouts.values())
-    step = memory.quantizing_bytes(found.largest, columns, calibrated=plan.needs_text)
-    if plan.rounding.scope == "block":
+    step = memory.quantizing_bytes(found.largest, columns, calibrated=quantization.needs_text)
+    if quantization.rounding.scope == "block":
         step = memory.block_training_bytes(found.model, found.layouts)
-    if plan.needs_text:
+    if quantization.needs_text:
         length = config.calibration_length or min(found.context, most_length)
         step += memory.step_bytes(found.model, 8, length, trains=False)
-        if FISHER in plan.start.needs:
+        if FISHER in quantization.start.needs:
             step += memory.step_bytes(found.model, 1, length)
         if not apart:
             step += config.calibration_sequences * length * memory.hidden_bytes(found.model)

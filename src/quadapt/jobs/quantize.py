@@ -26,7 +26,7 @@ from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.ready import check_length
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
-from quadapt.model.layer import LayerRow, Plan
+from quadapt.model.layer import LayerRow, Quantization
 from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
 from quadapt.model.trial import check_reads, check_runs
@@ -41,10 +41,10 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     Raises:
         QuadaptError: Input cannot be used, see the message.
     """
-    folder, plan, device = dense_folder(config.model), config.spec.plan, device_of(config)
-    if plan.needs_data and not config.calibration_data:
+    folder, quantization, device = dense_folder(config.model), config.spec.quantization, device_of(config)
+    if quantization.needs_data and not config.calibration_data:
         raise ConfigError(
-            f"rounding={plan.rounding.name!r} needs text to calibrate on. Give --calibration-data FILE, or use "
+            f"rounding={quantization.rounding.name!r} needs text to calibrate on. Give --calibration-data FILE, or use "
             "--rounding nearest"
         )
     own = config.spec.method.start.name
@@ -55,7 +55,7 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     output = Path(config.output)
     check_output(output, overwrite=config.overwrite, inputs=inputs_of(config))
     rows = None
-    if config.calibration_data and plan.needs_data:
+    if config.calibration_data and quantization.needs_data:
         rows = read(config.calibration_data, max_bad_rows=config.most_bad_rows)
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
     if config.calibration_length:
@@ -114,7 +114,7 @@ def quantize_into(
         The summary that is also written into `quadapt.json`.
     """
     name, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
-    plan, dtype = config.spec.plan, config.dtype  # type: ignore[attr-defined]
+    quantization, dtype = config.spec.quantization, config.dtype  # type: ignore[attr-defined]
     # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
     kept = "float32" if dtype == "float32" else "auto"
     with within_memory(place):
@@ -123,7 +123,7 @@ def quantize_into(
     selection = select(model, target_modules=target_modules, skip=config.skip)
     check_reads(model, selection.chosen)
     calibration = None
-    if plan.needs_text:
+    if quantization.needs_text:
         assert calibration_rows is not None
         calibration = calibration_for(config, calibration_rows, tokenizer, context_of(model.config), most_length, seed)
         ui.say(
@@ -133,11 +133,11 @@ def quantize_into(
         )
     batches = calibration.batches if calibration else []
     with within_memory(place):
-        statistics = statistics_for(plan.start.needs, name, model, selection.chosen, batches, ui, place.device)
+        statistics = statistics_for(quantization.start.needs, name, model, selection.chosen, batches, ui, place.device)
         done = quantize_model(
             model,
             selection.chosen,
-            plan,
+            quantization,
             batches=batches,
             statistics=statistics,
             keeper=BlockFiles(path / "blocks"),
@@ -149,7 +149,7 @@ def quantize_into(
     made = {
         "method": config.method,
         **({"plan": config.plan} if config.plan else {}),
-        "rounding": _described(plan),
+        "rounding": _described(quantization),
         "source": str(Path(name).resolve()) if Path(name).exists() else name,
     }
     if calibration:
@@ -159,8 +159,8 @@ def quantize_into(
             "length": calibration.length,
             "seed": seed,
         }
-    if plan.start.name != "zero":
-        made["start"] = {"kind": plan.start.name, **asdict(plan.start), "rank": plan.rank}
+    if quantization.start.name != "zero":
+        made["start"] = {"kind": quantization.start.name, **asdict(quantization.start), "rank": quantization.rank}
     if done.factors:
         write_start(path / START, done.factors)
     adopt(model, left=selection.left, made=made)
@@ -174,7 +174,7 @@ def calibration_for(config: Grid, rows: Rows, tokenizer: Any, context: int, most
     Raises:
         DataError: There is less than one sequence of the length that the user gave, or hardly a token.
     """
-    rounding = config.spec.plan.rounding
+    rounding = config.spec.quantization.rounding
     return calibration_batches(
         rows,
         tokenizer,
@@ -243,5 +243,5 @@ def show_left(left: Mapping[str, str], ui: UI) -> None:
         ui.show(f"not quantized ({reason}): {', '.join(names[:4])}{f' and {count - 4} more' if count > 4 else ''}")
 
 
-def _described(plan: Plan) -> dict[str, Any]:
-    return {"kind": plan.rounding.name, **json.loads(json.dumps(asdict(plan.rounding)))}
+def _described(quantization: Quantization) -> dict[str, Any]:
+    return {"kind": quantization.rounding.name, **json.loads(json.dumps(asdict(quantization.rounding)))}

@@ -1,4 +1,4 @@
-"""Quantize one layer by plan, and say what became of it."""
+"""Quantize one layer as asked, and say what became of it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Quantization:
     """How each layer is to be quantized."""
 
     format: Format
@@ -133,31 +133,33 @@ class Plan:
         return bool(self.rounding.needs | self.start.needs)
 
 
-def quantize_layer(name: str, weight: Tensor, plan: Plan, statistics: Statistics) -> tuple[Begun, LayerRow]:
-    """Quantize one weight matrix by plan. What cannot be done as asked is done in the nearest way, with a note.
+def quantize_layer(
+    name: str, weight: Tensor, quantization: Quantization, statistics: Statistics
+) -> tuple[Begun, LayerRow]:
+    """Quantize one weight matrix. What cannot be done as asked is done in the nearest way, with a note.
 
     Outside the blocks there are no statistics: such layers are rounded to nearest. Scales that fp16 cannot hold become
     fp32.
     """
-    clock, layout = time.perf_counter(), plan.layout(name, *weight.shape)
-    rounding, start, notes = plan.rounding, plan.start, list[str]()
+    clock, layout = time.perf_counter(), quantization.layout(name, *weight.shape)
+    rounding, start, notes = quantization.rounding, quantization.start, list[str]()
     if not rounding.needs <= statistics.keys():
         rounding = Nearest()
         notes.append("rounded to nearest: lies outside the blocks")
-    if plan.adapted and not any(matches(name, pattern) for pattern in plan.adapted):
+    if quantization.adapted and not any(matches(name, pattern) for pattern in quantization.adapted):
         start = Zero()
     if not start.needs <= statistics.keys():
         start = Zero()
-        notes.append(f"no {plan.start.name} start: lies outside the blocks")
+        notes.append(f"no {quantization.start.name} start: lies outside the blocks")
 
     def begin(layout: Layout) -> Begun:
         quantize = partial(rounding, layout=layout, statistics=statistics)
-        return start(weight, quantize, plan.rank, statistics, pooled=plan.pooled)
+        return start(weight, quantize, quantization.rank, statistics, pooled=quantization.pooled)
 
     try:
         begun = begin(layout)
     except ScaleUnderflow as error:
-        begun = begin(widened(name, layout, plan, error))
+        begun = begin(widened(name, layout, quantization, error))
         notes.append(f"fp32 scales: {error}")
     row = row_of(name, begun.weight, weight, time.perf_counter() - clock, "; ".join(notes))
     if start.fits:
@@ -181,13 +183,13 @@ def start_error(begun: Begun, weight: Tensor, statistics: Statistics) -> tuple[f
     return without, with_
 
 
-def widened(name: str, layout: Layout, plan: Plan, why: ScaleUnderflow) -> Layout:
+def widened(name: str, layout: Layout, quantization: Quantization, why: ScaleUnderflow) -> Layout:
     """The layer's layout with fp32 for the scales (and float offsets) that fp16 cannot hold.
 
     Raises:
         ShapeError: The layer's bits are planned, and fp32 would take more.
     """
-    if name in plan.shapes:
+    if name in quantization.shapes:
         raise ShapeError(f"{why}, and make the plan anew without this layer (--skip): its bits are spent") from why
     return replace(layout, storage=layout.storage.widened())
 

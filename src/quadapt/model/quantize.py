@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quadapt.calibrate import BlockWalk
 from quadapt.errors import ConfigError, locate
-from quadapt.model.layer import LayerRow, Plan, quantize_layer, row_of, widened
+from quadapt.model.layer import LayerRow, Quantization, quantize_layer, row_of, widened
 from quadapt.model.select import find_blocks, matches
 from quadapt.nn.block_ap import BlockAP, BlockAPLinear
 from quadapt.nn.quant_linear import QuantLinear
@@ -69,7 +69,7 @@ Progress = Callable[[Sequence[str]], Iterator[str]]
 def quantize_model(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
-    plan: Plan,
+    quantization: Quantization,
     *,
     batches: Sequence[Tensor] = (),
     statistics: Mapping[str, Statistics] | None = None,
@@ -82,7 +82,7 @@ def quantize_model(
     Args:
         model: The dense model, in evaluation mode.
         layers: The layers to quantize, by full name (`Selection.chosen`).
-        plan: How each layer is to be quantized.
+        quantization: How each layer is to be quantized.
         batches: Token ids `[sequences, length]` to calibrate on; needed if the rounding needs statistics.
         statistics: Statistics of the full-precision model, by layer; needed if the start needs some.
         keeper: Where finished blocks go; by default they stay in memory alone.
@@ -96,13 +96,13 @@ def quantize_model(
         ShapeError: A weight is not finite, or does not fit; the message names the layer.
         CalibrationError: Statistics are needed and cannot be had.
     """
-    plan.check(layers)
+    quantization.check(layers)
     blocks = find_blocks(model)
     outside = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
     units = {block: [name for name in layers if name.startswith(f"{block}.")] for block in blocks}
     there = next(model.parameters()).device if device is None else indexed(device)
-    worker = _Worker(model, dict(layers), plan, keeper or InMemory(), statistics or {}, there)
-    walk = BlockWalk(model, blocks, batches, there) if plan.needs_data and any(units.values()) else None
+    worker = _Worker(model, dict(layers), quantization, keeper or InMemory(), statistics or {}, there)
+    walk = BlockWalk(model, blocks, batches, there) if quantization.needs_data and any(units.values()) else None
     for unit in progress([*units, *(["outside the blocks"] if outside else [])]):
         names = units.get(unit, outside)
         worker.unit(unit, names, walk if unit in units else None)
@@ -116,19 +116,25 @@ class _Worker:
         self,
         model: nn.Module,
         layers: dict[str, nn.Linear],
-        plan: Plan,
+        quantization: Quantization,
         keeper: Keeper,
         statistics: Mapping[str, Statistics],
         device: torch.device,
     ) -> None:
-        self.model, self.layers, self.plan, self.keeper, self.statistics = model, layers, plan, keeper, statistics
+        self.model, self.layers, self.quantization, self.keeper, self.statistics = (
+            model,
+            layers,
+            quantization,
+            keeper,
+            statistics,
+        )
         self.device = device
         self.all = Done({}, [])
 
     def unit(self, unit: str, names: list[str], walk: BlockWalk | None) -> None:
         """Quantize the layers of one block, or take them from an earlier run."""
         found = self.keeper.find(unit)
-        if walk is not None and self.plan.rounding.scope == "block":
+        if walk is not None and self.quantization.rounding.scope == "block":
             walk.advance_dense(unit, self.model.get_submodule(unit))  # before anything in it is replaced
         done = self._home(found or self.keeper.keep(unit, self._quantize(unit, names, walk)))
         self.all.weights.update(done.weights)
@@ -150,7 +156,7 @@ class _Worker:
         if walk is None:
             return self._layers([(names, {})])
         with resident(self.model.get_submodule(unit), self.device):
-            rounding: Any = self.plan.rounding
+            rounding: Any = self.quantization.rounding
             if names and rounding.scope == "block":
                 return self._fit(unit, names, walk, rounding)
             return self._layers(self._gathered(unit, self._stages(unit, names, walk), walk))
@@ -162,7 +168,7 @@ class _Worker:
             for name in stage:
                 known = {**statistics, **moved(dict(self.statistics.get(name, {})), self.device)}
                 with locate(name), resident(self.layers[name], self.device):
-                    begun, row = quantize_layer(name, self.layers[name].weight.detach(), self.plan, known)
+                    begun, row = quantize_layer(name, self.layers[name].weight.detach(), self.quantization, known)
                     self._replace(name, begun.weight)
                 done.rows.append(row)
                 done.weights[name] = begun.weight
@@ -175,13 +181,15 @@ class _Worker:
         start, fitted, notes = time.perf_counter(), dict[str, BlockAPLinear](), dict[str, str]()
         for name in names:
             linear = self.layers[name]
-            layout = self.plan.layout(name, *linear.weight.shape)
+            layout = self.quantization.layout(name, *linear.weight.shape)
             with locate(name):
                 rounding.check(layout)
                 try:
                     fitted[name], notes[name] = BlockAPLinear(linear, layout, rounding.range), ""
                 except ScaleUnderflow as error:
-                    fitted[name] = BlockAPLinear(linear, widened(name, layout, self.plan, error), rounding.range)
+                    fitted[name] = BlockAPLinear(
+                        linear, widened(name, layout, self.quantization, error), rounding.range
+                    )
                     notes[name] = f"fp32 scales: {error}"
             self.model.set_submodule(name, fitted[name])
         block = self.model.get_submodule(unit)
@@ -202,7 +210,7 @@ class _Worker:
             return {"second_moment": walk.second_moment(unit, block, first)}
 
         found = ((stage, gather(stage)) for stage in stages)
-        return found if getattr(self.plan.rounding, "true_sequential", True) else list(found)
+        return found if getattr(self.quantization.rounding, "true_sequential", True) else list(found)
 
     def _stages(self, unit: str, names: list[str], walk: BlockWalk) -> list[list[str]]:
         """Layers that share their statistics, in order; each stage is calibrated on the quantized ones before it."""
