@@ -207,9 +207,7 @@ def test_a_sharded_bfloat16_model_is_quantized_as_its_weights_are(tiny_llama: Ma
     tiny_llama(dtype=torch.bfloat16, tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size="20KB")
     model = load(tmp_path, dtype=torch.bfloat16, quantization_config=QuadaptConfig(bits=4))
     dense = load(tmp_path, dtype=torch.bfloat16)
-    quantize_model(
-        dense, select(dense).chosen, Quantization(format=Format(bits=4), storage=Storage(), rounding=Nearest())
-    )
+    quantize_model(dense, select(dense).chosen, QuadaptConfig(bits=4).quantization())
     assert_same(model, dense)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import pack
-from quadapt.quant import fake_quant
+from quadapt.quant import fake_quant, products
 from quadapt.quant.fake_quant import FakeQuant, fake_quant_codes, fake_quant_weight, snap
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -152,6 +152,7 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("domain", ["weight", "codes"])
 def test_backward_makes_nothing_larger_than_a_tile(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 5 * 512})
     each = case(domain, columns=512, lead=(4,)).to(torch.float32, x=torch.bfloat16)
     y = each()
@@ -167,7 +168,10 @@ def test_backward_makes_nothing_larger_than_a_tile(domain: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("domain", ["weight", "codes"])
-def test_gradients_of_parameters_are_not_rounded_to_the_dtype_of_the_inputs(domain: str, dtype: torch.dtype) -> None:
+def test_gradients_of_parameters_are_not_rounded_to_the_dtype_of_the_inputs(
+    domain: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
     each = case(domain).to(torch.float32, x=dtype)
     dy = torch.randn(2, 5, OUT).to(dtype)
     y = each()
@@ -186,10 +190,11 @@ def test_gradients_of_parameters_are_not_rounded_to_the_dtype_of_the_inputs(doma
 def test_accelerators_multiply_in_the_dtype_of_the_inputs(
     domain: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
     each = case(domain).to(torch.float32, x=dtype)
     dy = torch.randn(2, 5, OUT).to(dtype)
     want = gradients(each, dy)
-    monkeypatch.setattr(fake_quant, "operand_dtype", lambda dy, _: dy.dtype)
+    monkeypatch.setattr(fake_quant, "large_operand_dtype", lambda dy, _: dy.dtype)
     monkeypatch.setattr(fake_quant, "_TOKENS", {"cpu": 3})
     monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 7 * IN})
     for mine, other in zip(gradients(each, dy), want, strict=True):

@@ -27,7 +27,7 @@ from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import few, pack, product, unpack
 from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
-from quadapt.quant.products import add_product, operand_dtype
+from quadapt.quant.products import add_product, large_operand_dtype
 from quadapt.quant.storage import STORAGES
 
 _TILE = {"cpu": 1 << 20}
@@ -183,7 +183,7 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
     """
     base, A, B, scales, offsets, levels, grid = operands
     step = max(1, _TILE.get(dy.device.type, 1 << 24) // grid.columns)
-    work = operand_dtype(dy, scales.dtype)
+    work = large_operand_dtype(dy, scales.dtype)
     tile = scales.new_empty(min(step, len(base)), grid.columns)
     weights = None if wanted.x is None else torch.empty_like(tile, dtype=work)
     size = _TOKENS.get(dy.device.type, max(1, len(x)))
