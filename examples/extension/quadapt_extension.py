@@ -52,11 +52,14 @@ class _BFloat16(ValueStorage):
     """Each number as one bfloat16: uint8 `[out, 2 * groups]`."""
 
     summary: ClassVar[str] = "one bfloat16 for each group"
-    local: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         return "bf16"
+
+    @property
+    def together(self) -> int:
+        return 1
 
     def encode(self, values: Tensor, *, centre: bool) -> dict[str, Tensor]:
         return {"": values.to(torch.bfloat16).contiguous().view(torch.uint8)}

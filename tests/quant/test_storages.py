@@ -143,7 +143,8 @@ def test_without_it_the_name_is_unknown() -> None:
 
 def numbers(storage: ValueStorage, out: int, groups: int) -> Tensor:
     """Numbers that the storage can hold."""
-    return torch.rand(out, groups).mul(15).round() if storage.zero == "integer" else torch.rand(out, groups) + 0.01
+    values = torch.rand(out, groups).mul(15).round() if storage.zero == "integer" else torch.rand(out, groups) + 0.01
+    return -values if storage.never_positive else values
 
 
 @pytest.mark.parametrize("name", STORAGES)
@@ -164,11 +165,15 @@ def test_every_storage_keeps_its_promises(name: str, out: int, groups: int) -> N
     found = storage.decode(kept, (out, groups))
     assert (found.dtype, tuple(found.shape)) == (torch.float32, (out, groups))
     torch.testing.assert_close(found, values, rtol=0.5, atol=0.5)
-    if storage.local:  # each number by itself, so rounding alone says what is stored
+    if storage.together is not None:  # not all of the matrix, so rounding some rows says what is stored
         assert torch.equal(storage.rounded(values), found)
         assert torch.equal(storage.through(values[:1], centre=storage.for_scales), found[:1])
+        run = values[:, : storage.together]
+        assert torch.equal(storage.rounded(run), found[:, : storage.together])
     else:
         assert storage.rounded(values) is values
+    if storage.trained == name:
+        assert storage.above(values).abs().ge(values.abs() * (1 - 1 / 8)).all()
     if storage.is_float:
         assert torch.equal(kept[""].view(storage.dtype).float(), found)
         assert STORAGES[storage.trained] is storage

@@ -171,7 +171,8 @@ class Method:
                 f"start={self.start.name!r}: the {self.adapter.kind} adapter of method={self.name!r} has nothing "
                 "to start from but zero. Leave it out"
             )
-        if begun and self.adapter.begins == "offsets" and not self.storage.of_offsets.is_float:
+        offsets = self.storage.of_offsets
+        if begun and self.adapter.begins == "offsets" and not (offsets.free and offsets.together):
             raise ConfigError(
                 f"start={self.start.name!r} is folded into float offsets, and these are {self.storage.offsets}. "
                 "Use zero='float', and fp16 or fp32 scales"

@@ -74,7 +74,7 @@ class GPTQ(Rounding):
         RANGES[self.range]().check(layout.format)
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping={self.damping} is not between 0 and 1. The paper uses 0.01")
-        if not (layout.storage.local or self.static_groups):
+        if layout.storage.together is None and not self.static_groups:
             raise ConfigError(
                 "GPTQ chooses scales as it goes, double quantization needs them all at once. "
                 "Use static_groups=True, or fp16 scales and offsets"
@@ -119,13 +119,19 @@ class GPTQ(Rounding):
         return QuantWeight.build(layout, pack(codes, bits), grid.scales, grid.offsets, perm)
 
     def _block(self, layout: Layout) -> int:
-        """Whole groups, about `block` columns of them; a whole row is cut anywhere."""
-        width = layout.format.width(layout.columns)
-        return self.block if layout.groups == 1 else max(1, self.block // width) * width
+        """Whole runs of the groups that are stored together, about `block` columns; a whole row is cut anywhere.
+
+        At the first column of a run all of its columns must carry all errors so far, for then its grids are chosen.
+        """
+        run = layout.format.width(layout.columns) * (1 if self.static_groups else layout.storage.together or 1)
+        return self.block if layout.groups == 1 else max(1, self.block // run) * run
 
 
 class _Grid:
-    """Scales and offsets of one matrix, chosen all at once or group by group as the columns are reached."""
+    """Scales and offsets of one matrix, chosen all at once, or as the columns are reached.
+
+    Then group by group, or for a whole super-block of groups where these are stored together.
+    """
 
     def __init__(self, layout: Layout, weight: Tensor, range_: str, *, static: bool) -> None:
         self.layout, self.range, self.static = layout, range_, static
@@ -149,12 +155,13 @@ class _Grid:
         if self.static:
             scales, offsets = self._stored.scales, self._stored.offsets
             return scales[:, group], None if offsets is None else offsets[:, group]
-        exact = find_grid(work[:, first:last], self.layout, self.range, check=False)
-        self._chosen.append(exact)
-        scale, zero = snap(self.layout.storage, *exact)
-        self._keep(slice(group, group + 1), scale, zero)
-        offset = implied_offsets(self.layout, scale, zero)
-        return scale[:, 0], None if offset is None else offset[:, 0]
+        run = self.layout.storage.together or 1
+        if group % run == 0:
+            exact = find_grid(work[:, first : first + run * (last - first)], self.layout, self.range, check=False)
+            self._chosen.append(exact)
+            self._keep(slice(group, group + run), *snap(self.layout.storage, *exact))
+        zero = None if self.offsets is None else self.offsets[:, group]
+        return self.scales[:, group], implied_offsets(self.layout, self.scales[:, group], zero)
 
     def check(self) -> None:
         """Raise ShapeError if what was chosen group by group cannot be stored: in the end, since a GPU waits for it."""

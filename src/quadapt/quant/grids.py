@@ -40,13 +40,34 @@ def spanning(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor 
         middle = (high + low) / 2 if zero == "float" else torch.zeros_like(low)
         return _positive(torch.maximum(high - middle, middle - low)), middle if zero == "float" else None
     if zero == "float":  # QA-LoRA's form: the offset is the smallest weight
-        return _positive((high - low) / (2**bits - 1)), low
+        return _spanning_freely(low, high, layout)
     if zero == "integer":  # GPTQ's form: the range contains zero, and zero is a level
         low, high = low.clamp(max=0), high.clamp(min=0)
         scales = _positive((high - low) / (2**bits - 1))
         return scales, (-low / scales).round().clamp(0, 2**bits - 1)
     half = 2 ** (bits - 1)  # levels -half .. half - 1 about zero; neither tail is clipped
-    return _positive(torch.maximum(-low / half, high / (half - 1))), None
+    if not layout.storage.of_scales.signed:
+        return _positive(torch.maximum(-low / half, high / (half - 1))), None
+    turned = high > -low  # by a negative scale, the level that is one more lies at the upper end
+    below, above = torch.where(turned, high, -low), torch.where(turned, -low, high)
+    scales = _positive(torch.maximum(below / half, above / (half - 1)))
+    return torch.where(turned, -scales, scales), None
+
+
+def _spanning_freely(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Scales and float offsets of integers.
+
+    Scales of super-blocks are rounded to codes of a few bits. There the offset is moved so that the middle of the range
+    stays where it is: both ends then share what rounding the scale adds or leaves out.
+    """
+    top, storage = 2**layout.format.bits - 1, layout.storage
+    if storage.of_offsets.never_positive:
+        low = low.clamp(max=0)
+    scales = _positive((high - low) / top)
+    if storage.of_scales.together in (1, None):
+        return scales, low
+    wider = torch.where(high > low, storage.of_scales.rounded(scales) - scales, 0)
+    return scales, low - wider * (top / 2)
 
 
 def _positive(scales: Tensor) -> Tensor:
@@ -61,7 +82,11 @@ def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> T
 
 
 def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Round scales and offsets as stored. Those stay whose codes depend on the whole matrix (double quantization)."""
+    """Round scales and offsets `[rows, groups]` as stored.
+
+    Those stay whose codes depend on the whole matrix (double quantization). Where groups are stored together, whole
+    runs of them are given.
+    """
     return storage.of_scales.rounded(scales), None if offsets is None else storage.of_offsets.rounded(offsets)
 
 

@@ -171,6 +171,8 @@ def find_grid(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and offsets of some rows (or of columns that form whole groups), not yet rounded to their stored dtype.
 
+    Columns must be whole runs of the groups that are stored together (`Storage.together`).
+
     Args:
         weight: Float `[rows, in]`.
         layout: The layout, whose format decides the kind of grid.
@@ -217,7 +219,8 @@ def check_grid(scales: Tensor, offsets: Tensor | None, storage: Storage) -> None
         ShapeError: Some are not finite, for another reason.
     """
     finite = torch.isfinite(scales)
-    ends = [scales.where(finite, torch.inf).min(), scales.where(finite, 0).max(), finite.all()]
+    sizes = scales.abs()
+    ends = [sizes.where(finite, torch.inf).min(), sizes.where(finite, 0).max(), finite.all()]
     if offsets is not None:
         ends += [offsets.where(torch.isfinite(offsets), 0).abs().max(), torch.isfinite(offsets).all()]
     least, most, *rest = torch.stack([each.to(scales.dtype) for each in ends]).tolist()  # a GPU is waited for once

@@ -27,6 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from quadapt.errors import ConfigError
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
@@ -273,6 +274,15 @@ class Part:
 
     dropout: Dropout = same
     """On the input of its side branch."""
+
+
+def check_offsets(kind: str, layout: Layout) -> None:
+    """Raise ConfigError if an adapter of this kind, which moves offsets, trains over scales that have none beside."""
+    if layout.storage.of_scales.signed:
+        raise ConfigError(
+            f"scales={layout.storage.scales!r}: the {kind} adapter moves offsets, and this type of llama.cpp has none. "
+            "Use --method l4q, lr-qat or peqa, which train its scales, or 2, 4 or 5 bits"
+        )
 
 
 # --- what many declare ------------------------------------------------------------------------------------------------

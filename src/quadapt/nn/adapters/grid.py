@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,10 +31,8 @@ from quadapt.nn.adapters.base import (
 )
 from quadapt.quant.fake_quant import FakeQuant, fake_quant_codes, fake_quant_matmul
 from quadapt.quant.grids import check_choice, implied_offsets
-from quadapt.quant.storage import FLOATS
+from quadapt.quant.storage import STORAGES
 from quadapt.quant.weight import Layout, QuantWeight
-
-Held = Literal["fp16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +41,16 @@ class GridAdapter(Adapter):
 
     extra: ClassVar[tuple[str, ...]] = ("rho",)
 
-    scales: Held | Literal["base"] = "base"
-    """How scales (and float offsets) are stored in the end; base: as those of the quantized base, fp16 where there is
-    none."""
+    scales: str = "base"
+    """How scales (and float offsets) are stored in the end: fp16, fp32, or in the super-blocks of K-quants (q4_k, ..);
+    base: as those of the quantized base, fp16 where there is none."""
 
     def __post_init__(self) -> None:
-        check_choice("scales", self.scales, ("base", *FLOATS))
+        trained = (name for name, each in STORAGES.items() if each.for_scales and each.trained == name)
+        check_choice("scales", self.scales, ("base", *trained))
 
     @property
-    def floats(self) -> Held:
+    def floats(self) -> str:
         """How scales are stored where there is no quantized base to follow."""
         return "fp16" if self.scales == "base" else self.scales
 

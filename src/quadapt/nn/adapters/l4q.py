@@ -95,6 +95,14 @@ class L4Q(LowRankGrid):
         layout, half = self.layout_of(source), 2 ** (self.bits - 1)
         width = layout.format.width(layout.columns)
         low, high = kernels_for(source.device).group_range(source, width)
+        if layout.storage.of_offsets.never_positive:
+            low = low.clamp(max=0)
+        if layout.storage.of_scales.signed:  # the level that is one more goes to the largest weight
+            turned = high > -low
+            low, high = torch.where(turned, -high, low), torch.where(turned, -low, high)
+            sign = 1 - 2 * turned.float()
+        else:
+            sign = torch.ones_like(low)
         if self.init == "asymmetric":
             scales = _up((high - low) / (2 * half - 1), layout.storage.of_scales)
             return torch.stack([scales, low + half * scales])
@@ -105,7 +113,7 @@ class L4Q(LowRankGrid):
             scales = torch.maximum(-low, high) / half
         else:
             scales = torch.maximum(-low / half, high / (half - 1))
-        return torch.stack([_up(scales, layout.storage.of_scales), torch.zeros_like(scales)])
+        return torch.stack([_up(sign * scales, layout.storage.of_scales), torch.zeros_like(scales)])
 
     def begin_quantizing(self, source: Source, params: Params, scaling: float) -> None:
         """Begin with the grid of the matrix as the first steps have changed it."""
@@ -161,7 +169,8 @@ class QATLoRA(L4Q):
 
 def _up(scales: Tensor, held: ValueStorage) -> Tensor:
     """The next number that storage can hold: a scale that is rounded down would clip its group's extreme."""
-    return held.above(torch.where(scales > 0, scales, torch.ones_like(scales)))
+    flat = torch.ones_like(scales) if held.local else torch.zeros_like(scales)  # in a super-block a one would be large
+    return held.above(torch.where(scales != 0, scales, flat))
 
 
 def _moments(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:

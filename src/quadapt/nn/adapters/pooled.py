@@ -23,6 +23,7 @@ from quadapt.nn.adapters.base import (
     Params,
     Source,
     add_low_rank,
+    check_offsets,
     xavier,
 )
 from quadapt.nn.adapters.codes import CodesAdapter, promoted, quantized
@@ -54,7 +55,8 @@ class Pooled(LowRank, CodesAdapter):
     """merged: train what a merge will give. side: a branch beside the quantized matrix, as published."""
 
     offsets: Literal["base", "fp16", "fp32"] = "base"
-    """How the merged offsets are stored; base: as the floats of the quantized base are, fp16 where it has none."""
+    """How the merged offsets are stored; base: as the floats of the quantized base are, or in its super-blocks; fp16
+    where it has neither."""
 
     def __post_init__(self) -> None:
         check_choice("pooling", self.pooling, ("sum", "mean"))
@@ -71,6 +73,7 @@ class Pooled(LowRank, CodesAdapter):
                 f"dropout={dropout} has no meaning in the merged form, which has no branch to drop. "
                 "Use dropout=0, or form='side'"
             )
+        check_offsets(self.kind, layout)
 
     def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
         return self.low_rank(layout, layout.groups, rank, xavier)
@@ -96,7 +99,7 @@ class Pooled(LowRank, CodesAdapter):
             (change if base is None else base + change).float(), self._kind(weight.layout.storage)
         )
 
-    def _kind(self, storage: Storage) -> Literal["fp16", "fp32"]:
+    def _kind(self, storage: Storage) -> str:
         if self.offsets != "base":
             return self.offsets
         return storage.floats

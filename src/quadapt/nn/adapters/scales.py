@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.nn.adapters.base import ADAPTERS, Begins, LowRank, Param, Params, Source, xavier
-from quadapt.nn.adapters.grid import GridAdapter, Held, base_layout, grown
+from quadapt.nn.adapters.base import ADAPTERS, Begins, LowRank, Param, Params, Source, check_offsets, xavier
+from quadapt.nn.adapters.grid import GridAdapter, base_layout, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
@@ -38,6 +38,8 @@ class Scales(LowRank, GridAdapter):
                 f"init_scale={self.init_scale}: nothing of a {self.kind} adapter without the pooled factors begins "
                 "random. Use init_scale=1"
             )
+        if self.pooled:
+            check_offsets(self.kind, layout)
 
     def params(self, layout: Layout, rank: int, *, started: bool = False) -> dict[str, Param]:
         factors = self.low_rank(layout, layout.groups, rank, xavier) if self.pooled else {}
@@ -48,15 +50,11 @@ class Scales(LowRank, GridAdapter):
 
     def layout_of(self, source: Source) -> Layout:
         base = base_layout(source)
-        kind = self._kind(base.storage)
-        if self.pooled or base.storage.of_offsets.free:
-            return replace(base, format=replace(base.format, zero="float"), storage=Storage(scales=kind, offsets=kind))
-        return replace(base, storage=replace(base.storage, scales=kind))
-
-    def _kind(self, storage: Storage) -> Held:
-        if self.scales != "base":
-            return self.scales
-        return storage.floats
+        free = self.pooled or base.storage.of_offsets.free
+        format = replace(base.format, zero="float") if free else base.format
+        base_like, zero = self.scales == "base", format.zero
+        storage = base.storage.trained(zero) if base_like else Storage.floating(self.scales, zero)
+        return replace(base, format=format, storage=storage)
 
     def how(self, layout: Layout) -> FakeQuant:
         return FakeQuant(format=layout.format, columns=layout.columns, domain="codes", order="round-clamp")

@@ -20,7 +20,10 @@ class Absent(ValueStorage):
     zero: ClassVar[Literal["none"]] = "none"
     for_scales: ClassVar[bool] = False
     suffixes: ClassVar[tuple[str, ...]] = ()
-    local: ClassVar[bool] = True
+
+    @property
+    def together(self) -> int:
+        return 1
 
     @property
     def name(self) -> str:

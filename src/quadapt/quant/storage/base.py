@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from quadapt.registry import Registry
+
+if TYPE_CHECKING:
+    from quadapt.quant.format import Format
 
 STORAGES: Registry[ValueStorage] = Registry("storage", "quadapt.quant.storage")
 """Every way to hold scales or offsets, by its name on disk; entry points of the group `quadapt.storages` add theirs."""
@@ -49,9 +52,12 @@ class ValueStorage(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ("",)
     """The suffixes of the tensors that it makes, in the order in which they are stored."""
 
-    local: ClassVar[bool] = False
-    """Whether each number is stored by itself. Otherwise its stored value depends on the others of the matrix, and a
-    rounding that chooses scales as it goes cannot know it."""
+    signed: ClassVar[bool] = False
+    """Whether scales may be negative, where the levels are symmetric integers: the level that is one more then goes to
+    a group's largest weight, whatever its sign."""
+
+    never_positive: ClassVar[bool] = False
+    """Whether offsets that it holds are zero or below: a group's range then reaches down to zero at least."""
 
     @property
     @abstractmethod
@@ -62,6 +68,20 @@ class ValueStorage(ABC):
     def spelling(self) -> str:
         """How its name is spelled, for messages that list what there is; one for all that differ in settings alone."""
         return self.name
+
+    @property
+    def together(self) -> int | None:
+        """How many neighbouring groups of a row are stored together, on whose numbers a stored one depends.
+
+        1: each by itself. None: all of the matrix, so that a rounding which chooses scales as it goes cannot know what
+        will be stored.
+        """
+        return None
+
+    @property
+    def local(self) -> bool:
+        """Whether each number is stored by itself."""
+        return self.together == 1
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -87,14 +107,30 @@ class ValueStorage(ABC):
         return self.zero == "none"
 
     @property
-    def trained(self) -> Literal["fp16", "fp32"]:
-        """The name of the plain floats that hold these numbers once they train."""
+    def beside(self) -> str | None:
+        """The name of the storage that holds float offsets beside such scales, if nothing else is said; None if none.
+
+        By default its own, if that is for offsets.
+        """
+        return self.name if self.for_offsets else None
+
+    @property
+    def alone(self) -> str:
+        """The name of the storage that holds such offsets beside scales which say nothing of offsets."""
+        return self.name
+
+    @property
+    def trained(self) -> str:
+        """The name of the storage that holds these numbers once they train: plain floats, or this one itself."""
         return "fp32" if self.dtype == torch.float32 else "fp16"
 
     @property
     def widest(self) -> str:
         """The storage that takes its place where it is too narrow: fp32, or itself if it holds no free numbers."""
         return "fp32" if self.free else self.name
+
+    def check(self, format: Format) -> None:  # noqa: B027 - most hold the numbers of any grid
+        """Raise ConfigError if it does not hold the numbers of such a grid."""
 
     @abstractmethod
     def encode(self, values: Tensor, *, centre: bool) -> dict[str, Tensor]:
@@ -130,19 +166,25 @@ class ValueStorage(ABC):
         return self.decode(self.encode(values, centre=centre), (values.shape[0], values.shape[1]))
 
     def rounded(self, values: Tensor) -> Tensor:
-        """Numbers of any shape as they are once stored, in their own dtype; unchanged if storing is not `local`."""
+        """Numbers as they are once stored, in their own dtype; unchanged if all of the matrix is stored `together`.
+
+        Args:
+            values: Of any shape if each number is stored by itself; else `[rows, groups]`, in whole runs of `together`
+                (the last run of a row may be shorter).
+        """
         return values
 
     def above(self, values: Tensor) -> Tensor:
         """The least number that is held and not below each of `values`, which are positive; float32.
 
-        Storages that are not `local` cannot say, and give `values`.
+        Storages that hold all of a matrix `together` cannot say, and give `values`; those that hold super-blocks take
+        `[rows, groups]`.
         """
         return values
 
     def snap(self, values: Tensor) -> Tensor:
         """Round as :meth:`rounded` does, with the gradient of no rounding at all (straight through)."""
-        return _StraightThrough.apply(values, self) if self.local else values
+        return _StraightThrough.apply(values, self) if self.together is not None else values
 
     def fits_scales(self, least: float, most: float) -> bool:
         """Whether scales from `least` to `most` are held well: none over the top, and none changed by over 1/64."""

@@ -27,10 +27,13 @@ class Floats(ValueStorage):
     """Each number as one float. uint8 `[out, groups * itemsize]`."""
 
     summary: ClassVar[str] = "one float for each group"
-    local: ClassVar[bool] = True
 
     kind: str
     """The name of the dtype: fp16 or fp32."""
+
+    @property
+    def together(self) -> int:
+        return 1
 
     @property
     def name(self) -> str:

@@ -19,7 +19,10 @@ class ZeroPoints(ValueStorage):
     summary: ClassVar[str] = "one byte for each group: the zero-point in steps"
     zero: ClassVar[Literal["integer"]] = "integer"
     for_scales: ClassVar[bool] = False
-    local: ClassVar[bool] = True
+
+    @property
+    def together(self) -> int:
+        return 1
 
     @property
     def name(self) -> str:

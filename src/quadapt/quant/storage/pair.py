@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,11 +25,13 @@ class Storage:
     """
 
     scales: str = "fp16"
-    """fp16, fp32, double (8-bit codes of a dynamic map with float32 constants for every 256, as in QLoRA), or
-    linear8-256-fp32 and its like (evenly spaced codes, as in LQ-LoRA: see :class:`Linear`)."""
+    """fp16, fp32, double (8-bit codes of a dynamic map with float32 constants for every 256, as in QLoRA),
+    linear8-256-fp32 and its like (evenly spaced codes, as in LQ-LoRA: see :class:`Linear`), or q4_k and its like (those
+    of llama.cpp's K-quants: see :class:`SuperBlock`)."""
 
     offsets: str = "fp16"
-    """absent, integer (one byte: the zero-point in steps), fp16, fp32, or double (8-bit codes, as for scales)."""
+    """absent, integer (one byte: the zero-point in steps), fp16, fp32, double (8-bit codes, as for scales), or q4_k-min
+    and q2_k-min (those of K-quants)."""
 
     def __post_init__(self) -> None:
         if not _known(self.scales, "for_scales"):
@@ -57,25 +60,44 @@ class Storage:
             raise ConfigError(
                 f"offsets={self.offsets!r} cannot hold zero={format.zero!r}. Use {' or '.join(sorted(wanted))}"
             )
+        self.of_scales.check(format)
+        self.of_offsets.check(format)
+
+    @property
+    def together(self) -> int | None:
+        """How many neighbouring groups of a row are stored together; None for all of the matrix."""
+        runs = self.of_scales.together, self.of_offsets.together
+        return None if None in runs else math.lcm(*(run for run in runs if run is not None))
 
     @property
     def local(self) -> bool:
         """Whether each scale and each offset is stored by itself, whatever the others of the matrix are."""
-        return self.of_scales.local and self.of_offsets.local
+        return self.together == 1
 
     @property
-    def floats(self) -> Literal["fp16", "fp32"]:
-        """The plain floats that hold offsets which are put in the place of these."""
+    def floats(self) -> str:
+        """The storage that holds offsets which are put in the place of these: plain floats, or that of K-quants."""
+        if _trains_itself(self.of_offsets):
+            return self.offsets
+        return self._plain
+
+    @property
+    def _plain(self) -> str:
         return "fp32" if torch.float32 in (self.of_scales.dtype, self.of_offsets.dtype) else "fp16"
+
+    def trained(self, zero: str) -> Storage:
+        """This storage once scales train, and offsets as a format's zero (none, integer or float) demands."""
+        scales = self.scales if _trains_itself(self.of_scales) else self._plain
+        return Storage(scales=scales, offsets={"none": "absent", "integer": "integer", "float": self.floats}[zero])
 
     def with_scales(self, scales: str) -> Storage:
         """Scales held otherwise, and offsets alike, if these may be any and that storage can hold offsets."""
-        alike = self.of_offsets.free and _known(scales, "for_scales") and STORAGES[scales].for_offsets
-        return replace(self, scales=scales, offsets=scales if alike else self.offsets)
+        alike = STORAGES[scales].beside if self.of_offsets.free and _known(scales, "for_scales") else None
+        return replace(self, scales=scales, offsets=alike or self.of_offsets.alone)
 
     def widened(self) -> Storage:
-        """This storage with fp32 for the scales, and for the offsets if these are plain floats."""
-        offsets = self.of_offsets.widest if self.of_offsets.is_float else self.offsets
+        """This storage with fp32 for the scales, and for the offsets unless all of them are held together."""
+        offsets = self.offsets if self.of_offsets.together is None else self.of_offsets.widest
         return replace(self, scales=self.of_scales.widest, offsets=offsets)
 
     def widest(self) -> Storage:
@@ -89,8 +111,14 @@ class Storage:
 
     @staticmethod
     def floating(floats: str, zero: str) -> Storage:
-        """Scales as such floats, and offsets as a format's zero (none, integer or float) demands, alike if it may."""
-        return Storage(scales=floats, offsets={"none": "absent", "integer": "integer", "float": floats}[zero])
+        """Scales held so, and offsets as a format's zero (none, integer or float) demands, alike if it may."""
+        beside = STORAGES[floats].beside or "fp16"
+        return Storage(scales=floats, offsets={"none": "absent", "integer": "integer", "float": beside}[zero])
+
+
+def _trains_itself(storage: ValueStorage) -> bool:
+    """Whether numbers that train stay in a storage which is not one of plain floats."""
+    return not storage.is_float and storage.trained == storage.name
 
 
 def _known(name: object, role: str) -> bool:

@@ -1,0 +1,376 @@
+"""Scales in super-blocks, as GGML's K-quants hold them: against the fixed point of storing, and slow references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from quadapt.errors import ConfigError
+from quadapt.kernels import kernels_for
+from quadapt.nn.adapters import Adapter, Pooled
+from quadapt.nn.adapters.l4q import L4Q
+from quadapt.nn.adapters.lr_qat import LRQAT
+from quadapt.nn.adapters.scales import Scales
+from quadapt.nn.block_ap import BlockAP, BlockAPLinear
+from quadapt.quant.autograd import quant_matmul
+from quadapt.quant.fake_quant import snap
+from quadapt.quant.format import Format, Zero
+from quadapt.quant.gptq import GPTQ
+from quadapt.quant.grids import spanning
+from quadapt.quant.rounding import FixedPoint, Nearest, ScaleUnderflow
+from quadapt.quant.storage import STORAGES, Storage
+from quadapt.quant.weight import Layout, QuantWeight
+
+KINDS: dict[str, tuple[str, int, int, Zero, float]] = {
+    "Q4_K": ("q4_k", 4, 32, "float", 4.5),
+    "Q5_K": ("q4_k", 5, 32, "float", 5.5),
+    "Q2_K": ("q2_k", 2, 16, "float", 2.625),
+    "Q3_K": ("q3_k", 3, 16, "none", 3.4375),
+    "Q6_K": ("q6_k", 6, 16, "none", 6.5625),
+}
+"""GGML's types: the storage of scales, the width of codes, the size of groups, the zero, and the true bits a weight."""
+
+HELD = [name for name, each in STORAGES.items() if each.trained == name and not each.is_float]
+
+
+def layout_of(kind: str, out: int = 12, columns: int = 512) -> Layout:
+    scales, bits, group_size, zero, _ = KINDS[kind]
+    format = Format(bits=bits, group_size=group_size, zero=zero)
+    return Layout(format=format, storage=Storage.floating(scales, zero), out=out, columns=columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_are_those_of_ggmls_blocks(kind: str) -> None:
+    assert layout_of(kind).bits_per_weight == KINDS[kind][-1]
+
+
+# --- what is stored -------------------------------------------------------------------------------------------------
+
+
+def numpy_stored(name: str, values: np.ndarray) -> np.ndarray:
+    """What a storage makes of numbers `[rows, groups]`, number by number in float64."""
+    held, out = STORAGES[name], np.zeros(values.shape)
+    run = held.together
+    for row in range(values.shape[0]):
+        for start in range(0, values.shape[1], run):
+            block = values[row, start : start + run].astype(np.float64)
+            if held.signed:
+                top = 2 ** (held.bits - 1)
+                low, high = min(0.0, block.min()), max(0.0, block.max())
+                unit, sign = max(high, -low) / top, -1 if high > -low else 1
+                bounds = (-top, top - 1)
+            else:
+                block = -block if held.never_positive else block
+                top = 2**held.bits - 1
+                unit, sign, bounds = max(0.0, block.max()) / top, 1, (0 if held.never_positive else 1, top)
+            half = np.float16(unit)
+            half = np.nextafter(half, np.float16(0)) if float(half) > np.float32(unit) else half
+            constant = sign * float(half)
+            for at, value in enumerate(block):
+                code = int(np.clip(np.round(value / constant), *bounds))
+                if held.signed and code == 0:
+                    code = -1 if value / constant < 0 else 1
+                out[row, start + at] = (-1 if held.never_positive else 1) * code * constant
+    return out
+
+
+def numbers(name: str, rows: int = 7, groups: int = 40) -> Tensor:
+    """Numbers of very different sizes, with the sign that the storage takes."""
+    held = STORAGES[name]
+    values = torch.rand(rows, groups) * torch.rand(rows, 1) ** 4 + 1e-3
+    if held.signed:
+        values = values * torch.randn(rows, groups).sign()
+    return -values if held.never_positive else values
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_stores_what_the_slow_reference_does(name: str) -> None:
+    values = numbers(name)
+    found = STORAGES[name].through(values, centre=True)
+    want = numpy_stored(name, values.numpy())
+    # A number within a rounding error of the middle between two codes may go to either.
+    middle = np.isclose(np.abs(found.numpy() - values.numpy()), np.abs(want - values.numpy()), rtol=1e-4)
+    assert (np.isclose(found.numpy(), want, rtol=1e-6) | middle).all()
+    assert np.isclose(found.numpy(), want, rtol=1e-6).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", HELD)
+@given(
+    values=arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 19)),
+        elements=st.one_of(
+            st.floats(-100, 100, width=32),
+            st.floats(-(2.0**-13), 2.0**-13, width=32),
+            st.floats(-(2.0**24), 2.0**24, width=32),
+        ),
+    )
+)
+def test_what_has_been_stored_is_stored_again_as_the_same_bytes(name: str, values: np.ndarray) -> None:
+    """So a merge stores the very numbers that training computed with."""
+    storage, given_ = STORAGES[name], torch.from_numpy(values)
+    kept = storage.encode(given_, centre=True)
+    found = storage.decode(kept, tuple(values.shape))
+    assert torch.equal(storage.rounded(given_), found)
+    assert storage.rounded(given_.double()).dtype == torch.float64
+    again = storage.encode(found, centre=True)
+    assert all(torch.equal(again[suffix], each) for suffix, each in kept.items())
+    assert torch.equal(storage.rounded(found), found)
+    assert bool(torch.isfinite(found).all())
+    assert bool((found <= 0 if storage.never_positive else found != 0).all())
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_numbers_above_are_held_and_not_below(name: str) -> None:
+    storage, values = STORAGES[name], numbers(name)
+    found = storage.above(values)
+    assert torch.equal(storage.rounded(found), found)
+    short = found.abs() < values.abs()
+    if storage.signed:  # of the sign that has one code less, the very largest may be
+        assert bool((found[short].abs() > values[short].abs() * (1 - 1 / storage.top)).all())
+    else:
+        assert not bool(short.any())
+    assert torch.equal(found.sign(), values.sign())
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_rounding_is_straight_through_and_nan_stays(name: str) -> None:
+    values = numbers(name).requires_grad_()
+    (snap(values, name) * torch.arange(40.0)).sum().backward()
+    assert torch.equal(values.grad, torch.arange(40.0).expand(7, 40))
+    broken = numbers(name)
+    broken[2, 3] = torch.nan
+    assert bool(torch.isnan(STORAGES[name].rounded(broken)[2]).any())
+
+
+# --- grids ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q2_K"])
+def test_a_range_above_zero_reaches_down_to_it(kind: str) -> None:
+    layout = layout_of(kind)
+    weight = torch.rand(12, 512) + 1
+    stored = Nearest()(weight, layout)
+    assert bool((stored.offsets <= 0).all())
+    step = stored.scales.repeat_interleave(layout.format.group_size, 1)
+    assert bool(((stored.dequantize() - weight).abs() <= 0.8 * step).all())
+
+
+@pytest.mark.parametrize("kind", ["Q3_K", "Q6_K"])
+def test_the_level_that_is_one_more_goes_to_the_largest_weight(kind: str) -> None:
+    layout = layout_of(kind)
+    low, high = torch.tensor([[-1.0, -0.5]]), torch.tensor([[0.5, 1.0]])
+    scales, offsets = spanning(low, high, layout)
+    half = 2 ** (layout.format.bits - 1)
+    assert offsets is None
+    assert torch.equal(scales, torch.tensor([[1 / half, -1 / half]]))
+    stored = Nearest()(torch.randn(12, 512), layout)
+    assert 0.2 < float((stored.scales < 0).float().mean()) < 0.8
+    want = stored.scales.repeat_interleave(16, 1) * (stored.codes().float() - half)
+    assert torch.equal(stored.dequantize(), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("range_", ["minmax", "mse"])
+def test_nearest_errs_little_more_than_with_a_float_for_each_group(kind: str, range_: str) -> None:
+    layout = layout_of(kind, 48, 1024)
+    weight = torch.randn(48, 1024) * (0.02 * torch.rand(48, 1) + 0.01)
+    zero = layout.format.zero
+    floats = Layout(format=layout.format, storage=Storage.floating("fp16", zero), out=48, columns=1024)
+    found, want = (
+        float((Nearest(range=range_)(weight, each).dequantize() - weight).norm()) for each in (layout, floats)
+    )
+    assert found < 1.03 * want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [512, 400, 80])
+def test_groups_of_zeros_and_short_rows(kind: str, columns: int) -> None:
+    weight = torch.randn(12, columns)
+    weight[3], weight[4, :64], weight[5] = 0, 0, 0.5
+    stored = Nearest()(weight, layout_of(kind, columns=columns))
+    dense = stored.dequantize()
+    assert not bool(dense[3].any())
+    assert bool(torch.isfinite(dense).all())
+    torch.testing.assert_close(dense[5], weight[5], rtol=0.08, atol=0)
+    assert QuantWeight(stored.layout, stored.tensors).digest() == stored.digest()
+
+
+def test_constants_that_fp16_cannot_hold_are_refused() -> None:
+    for size in (1e-6, 1e9):
+        with pytest.raises(ScaleUnderflow, match="do not fit q4_k"):
+            Nearest()(torch.randn(12, 512) * size, layout_of("Q4_K"))
+    widened = layout_of("Q4_K").storage.widened()
+    assert widened == Storage(scales="fp32", offsets="fp32")
+    assert layout_of("Q6_K").storage.widened() == Storage(scales="fp32", offsets="absent")
+
+
+# --- kernels and negative scales ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_kernels_take_negative_scales(bits: int) -> None:
+    """Encoding, its error, and GPTQ's inner loop: `-scale` on the mirrored levels is the same grid."""
+    weight = torch.randn(5, 64)
+    scales = (torch.rand(5, 4) + 0.5) / 2 ** (bits - 1)
+    half = 2 ** (bits - 1)
+    kernel = kernels_for(weight.device)
+    plain = kernel.encode(weight, scales, -scales * half, None, bits, 16)
+    turned = kernel.encode(-weight, -scales, scales * half, None, bits, 16)
+    assert torch.equal(plain, turned)
+    errors = [
+        kernel.group_error(each, by, -by * half, None, bits, 16) for each, by in ((weight, scales), (-weight, -scales))
+    ]
+    assert torch.equal(*errors)
+    upper = torch.eye(16) + torch.triu(torch.rand(16, 16), 1) / 8
+    one, other = weight[:, :16].contiguous(), -weight[:, :16].contiguous()
+    by = scales[:, 0]
+    codes = [kernel.compensate(each, upper, s, -s * half, None, bits) for each, s in ((one, by), (other, -by))]
+    assert torch.equal(*codes)
+    assert torch.equal(one, -other)
+
+
+# --- GPTQ -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gptq_chooses_the_grids_of_a_super_block_at_its_first_column(kind: str) -> None:
+    layout, weight = layout_of(kind), torch.randn(12, 512)
+    inputs = torch.randn(2000, 512) @ (torch.eye(512) + 0.3 * torch.rand(512, 512) / 16)
+    moment = inputs.T @ inputs / 2000
+    found = GPTQ()(weight, layout, {"second_moment": moment})
+    nearest = Nearest()(weight, layout)
+    groups = 256 // layout.format.group_size
+    assert torch.equal(found.scales[:, :groups], nearest.scales[:, :groups])  # nothing had been handed on yet
+    assert not torch.equal(found.scales[:, groups:], nearest.scales[:, groups:])
+    assert found.digest() == GPTQ(block=64)(weight, layout, {"second_moment": moment}).digest()
+
+    def seen(q: QuantWeight) -> float:
+        error = (q.dequantize() - weight).double()
+        return float((error @ moment.double() * error).sum())
+
+    assert seen(found) < 0.9 * seen(nearest)
+
+
+# --- what trains over it --------------------------------------------------------------------------------------------
+
+
+ADAPTERS = {
+    "l4q": (L4Q(), KINDS),
+    "asymmetric": (L4Q(init="asymmetric"), ["Q4_K", "Q5_K", "Q2_K"]),
+    "lr-qat": (LRQAT(), ["Q3_K", "Q6_K"]),
+    "scales": (Scales(), KINDS),
+    "scales-pooled": (Scales(pooled=True), ["Q4_K", "Q5_K", "Q2_K"]),
+    "pooled": (Pooled(), ["Q4_K", "Q5_K", "Q2_K"]),
+}
+CASES = [(name, kind) for name, (_, kinds) in ADAPTERS.items() for kind in kinds]
+
+
+def source_of(adapter: Adapter, layout: Layout, weight: Tensor) -> Tensor | QuantWeight:
+    if adapter.base == "float":
+        return weight
+    if adapter.base == "codes":
+        return Nearest()(weight, layout)
+    fine = replace(layout, format=replace(layout.format, bits=8), storage=Storage(scales="fp32", offsets="absent"))
+    return FixedPoint(bits=layout.format.bits)(weight, fine)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize("columns", [512, 400])
+def test_a_merge_stores_what_was_trained(name: str, kind: str, columns: int) -> None:
+    """Forward and merged matrix are one, after steps that move scales, offsets and codes; all gradients are whole."""
+    layout, weight = layout_of(kind, columns=columns), torch.randn(12, columns)
+    adapter = ADAPTERS[name][0].with_grid(layout.format, layout.storage)
+    source = source_of(adapter, layout, weight)
+    params = {}
+    for each, param in adapter.params(layout, 4).items():
+        params[each] = torch.zeros(param.shape)
+        param.init(params[each], source)
+        if param.trains:
+            params[each] = (params[each] + 0.1 * torch.randn(param.shape)).requires_grad_()
+    x = torch.randn(70, columns)
+    y = adapter.forward(x, source, params, 0.5)
+    merged = adapter.merge(source, params, 0.5)
+    assert (merged.layout.storage, merged.layout.format) == (layout.storage, layout.format)
+    assert torch.equal(y, torch.nn.functional.linear(x, merged.dequantize()))
+    assert torch.equal(adapter.forward(x[:1], source, params, 0.5), quant_matmul(x[:1], merged))
+    again = QuantWeight.build(merged.layout, merged.tensors["weight"], merged.scales, merged.offsets)
+    assert again.digest() == merged.digest()
+    y.square().sum().backward()
+    for each, value in params.items():
+        if value.requires_grad:
+            assert bool(torch.isfinite(value.grad).all()), each
+            assert bool(value.grad.any()), each
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_l4q_begins_near_the_weight(kind: str) -> None:
+    """Neither a group of zeros nor a negative scale spoils its super-block."""
+    layout, weight = layout_of(kind), torch.randn(12, 512) * 0.02
+    weight[2, 32:64] = 0
+    adapter = L4Q().with_grid(layout.format, layout.storage)
+    params = {"rho": torch.zeros(12, layout.groups), "start": adapter.start(weight), "A": torch.zeros(1, 512)}
+    params |= {"shift": torch.zeros(12, layout.groups), "B": torch.zeros(12, 1)}
+    begun, nearest = adapter.merge(weight, params, 1.0), Nearest()(weight, layout)
+    assert not bool(begun.dequantize()[2, 32:64].any())
+    errors = [float((each.dequantize() - weight).norm() / weight.norm()) for each in (begun, nearest)]
+    assert errors[0] < 1.8 * errors[1]  # its first levels are symmetric about zero
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_ap_trains_in_it(kind: str) -> None:
+    torch.manual_seed(3)
+    linear, layout = torch.nn.Linear(512, 12), layout_of(kind)
+    BlockAP().check(layout)
+    layer = BlockAPLinear(linear, layout)
+    x = torch.randn(200, 512)
+    begun = float((layer(x) - linear(x)).detach().norm())
+    optimizer = torch.optim.Adam(layer.trained.values(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (layer(x) - linear(x)).square().sum().backward()
+        optimizer.step()
+    stored = layer.quantized()
+    assert stored.layout == layout
+    assert torch.equal(torch.nn.functional.linear(x, stored.dequantize()) + linear.bias, layer(x))
+    assert float((layer(x) - linear(x)).detach().norm()) < begun
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_refused_for_another_grid() -> None:
+    for name, format in [
+        ("q4_k", Format(bits=3, group_size=32)),
+        ("q4_k", Format(bits=4, group_size=64)),
+        ("q6_k", Format(bits=6, group_size=16)),
+        ("q2_k", Format(levels="nf", bits=2, group_size=16, zero="float")),
+    ]:
+        with pytest.raises(ConfigError, match="Use --scales k-quant"):
+            Nearest().check(Layout(format=format, storage=Storage.floating(name, format.zero), out=1, columns=1))
+    with pytest.raises(ConfigError, match="moves offsets"):
+        Pooled().check(layout_of("Q6_K"), 4, 0.0)
+    with pytest.raises(ConfigError, match="moves offsets"):
+        Scales(pooled=True).check(layout_of("Q3_K"), 4, 0.0)
+    with pytest.raises(ConfigError, match="scales='linear8-256-fp32' is unknown"):
+        L4Q(scales="linear8-256-fp32")
+
+
+def test_pairs_of_storages() -> None:
+    pair = Storage(scales="fp16", offsets="fp16").with_scales("q4_k")
+    assert pair == Storage(scales="q4_k", offsets="q4_k-min")
+    assert (pair.together, pair.local, pair.floats) == (8, False, "q4_k-min")
+    assert pair.trained("float") == pair
+    assert pair.with_scales("fp32") == Storage(scales="fp32", offsets="fp32")
+    assert pair.with_scales("linear8-256-fp32") == Storage(scales="linear8-256-fp32", offsets="fp16")
+    alone = Storage(scales="fp16", offsets="absent").with_scales("q6_k")
+    assert alone == Storage(scales="q6_k", offsets="absent")
+    assert (alone.together, alone.floats, alone.trained("none")) == (16, "fp16", alone)
+    assert Storage(scales="double", offsets="double").together is None
