@@ -63,7 +63,7 @@ def test_a_setting_lands_in_the_piece_that_has_it() -> None:
         ),
         ({"damping": 0.1}, r"damping is a setting of the rounding gptq, and here it is nearest. Use rounding='gptq'"),
         ({"fisher": True}, r"fisher is a setting of the start lq, and here it is zero. Use start='lq'"),
-        ({"keep_targets": True}, r"keep_targets is a setting of the objective rilq"),
+        ({"keep_targets": True}, r"keep_targets is a setting of the objective js or kl or rilq"),
         ({"colour": 3}, r"colour is no setting of a method"),
         ({"rounding": "gtpq"}, r"rounding='gtpq' is unknown. Did you mean gptq\?"),
         ({"range": "icq"}, r"has no free offsets"),

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 from quadapt.data import Collator
 from quadapt.methods import Recipe
-from quadapt.objectives.rilq import RILQ, KeptTeacher, LastHidden, Teacher, real_tokens
+from quadapt.objectives.rilq import RILQ, Hidden, LastHidden
+from quadapt.objectives.teacher import KeptTeacher, Teacher, real_tokens
 from quadapt.quant.format import Format
 from quadapt.train import Run, train
 
@@ -62,7 +63,7 @@ def test_it_is_the_mean_squared_error_of_the_last_block_and_the_loss(
     rows: Callable[[], list[dict[str, list[int]]]], student: Any, tiny_llama: Make
 ) -> None:
     batch, teacher = Collator(0)(rows()), tiny_llama()
-    objective = RILQ(weight=0.3).bind(student, Teacher(teacher))
+    objective = RILQ(weight=0.3).bind(student, Teacher(teacher, Hidden()))
     loss = student(**batch).loss
     found = objective(loss, batch)
     objective.close()
@@ -76,7 +77,7 @@ def test_it_is_the_mean_squared_error_of_the_last_block_and_the_loss(
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_batchs_share_scales_the_error_as_its_loss_already_is(share: float, student: Any, tiny_llama: Make) -> None:
     batch = Collator(0)(sequences())
-    objective = RILQ(weight=0.3).bind(student, Teacher(tiny_llama()))
+    objective = RILQ(weight=0.3).bind(student, Teacher(tiny_llama(), Hidden()))
     loss, found = torch.tensor(2.0), []
     for each in (1.0, share):
         student(**batch)
@@ -95,7 +96,7 @@ def test_shares_of_an_optimizer_step_add_up_to_one(steps: int, want: list[float]
     shares = []
 
     class Spy:
-        def __call__(self, loss: torch.Tensor, batch: Any, *, share: float) -> torch.Tensor:
+        def __call__(self, loss: torch.Tensor, batch: Any, *, share: float, items: Any) -> torch.Tensor:
             shares.append(share)
             return loss
 
@@ -108,11 +109,11 @@ def test_shares_of_an_optimizer_step_add_up_to_one(steps: int, want: list[float]
 
 def test_targets_from_disk_are_the_teachers(tiny_llama: Make, tmp_path: Path) -> None:
     rows, collate = sequences(), Collator(0)
-    teacher, kept = Teacher(tiny_llama()), KeptTeacher(tmp_path)
+    teacher, kept = Teacher(tiny_llama(), Hidden()), KeptTeacher(tmp_path, Hidden())
     kept.fill(teacher, [collate(rows[:3]), collate(rows[3:])])
     batch = collate([rows[5], rows[0], rows[2]])  # in another order, padded to another length
-    real = real_tokens(batch)
-    torch.testing.assert_close(kept(batch)[real], teacher(batch)[real], rtol=1e-4, atol=1e-4)  # of other shapes
+    found, live = kept(batch)["hidden"], teacher(batch)["hidden"]
+    torch.testing.assert_close(found, live, rtol=1e-4, atol=1e-4)  # of other shapes
     assert len(list(tmp_path.iterdir())) == 6
 
 
@@ -120,13 +121,13 @@ def test_what_is_kept_is_not_computed_again(tiny_llama: Make, tmp_path: Path) ->
     rows, collate, calls = sequences(), Collator(0), []
 
     class Counting(Teacher):
-        def __call__(self, batch: Any) -> torch.Tensor:
+        def __call__(self, batch: Any) -> Any:
             calls.append(len(batch["input_ids"]))
             return super().__call__(batch)
 
-    teacher = Counting(tiny_llama())
-    KeptTeacher(tmp_path).fill(teacher, [collate(rows[:3])])
-    KeptTeacher(tmp_path).fill(teacher, [collate(rows[:3]), collate(rows[3:])])
+    teacher = Counting(tiny_llama(), Hidden())
+    KeptTeacher(tmp_path, Hidden()).fill(teacher, [collate(rows[:3])])
+    KeptTeacher(tmp_path, Hidden()).fill(teacher, [collate(rows[:3]), collate(rows[3:])])
     assert calls == [3, 3]
 
 
@@ -143,7 +144,7 @@ def test_training_brings_the_student_closer_to_the_teacher(
         model = get_peft_model(
             model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         )
-        objective = RILQ(weight=0.9).bind(model, Teacher(teacher)) if name == "rilq" else None
+        objective = RILQ(weight=0.9).bind(model, Teacher(teacher, Hidden())) if name == "rilq" else None
         run = Run(recipe=Recipe(learning_rate=5e-3, rank=16), max_steps=30, batch_size=8, gradient_accumulation=2)
         train(model, rows, run, tmp_path / name, collate=Collator(0), objective=objective)
         with torch.no_grad():

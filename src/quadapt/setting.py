@@ -31,6 +31,8 @@ NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 """A part of something that must leave some of it over."""
 Ratio = Annotated[float, Ge(0), Le(1)]
+Inner = Annotated[float, Gt(0), Lt(1)]
+"""A part of something that is neither nothing nor all of it."""
 
 
 @dataclass(frozen=True)

@@ -131,3 +131,44 @@ def test_five_bits_go_all_the_way(tmp_path: Path) -> None:
     dense, ours = load(str(tmp_path / "model.gguf"))[0], quantized_layers(load(merged)[0])
     for name, layer in ours.items():
         assert torch.equal(dense.get_submodule(name).weight, layer.quant_weight.dequantize()), name
+
+
+@pytest.mark.parametrize("objective", ["kl", "js"])
+def test_distillation_from_all_that_is_kept_is_that_with_the_teacher_in_memory(objective: str, tmp_path: Path) -> None:
+    said = ("--objective", objective, "--weight", "0.9", "--temperature", "1.5", "--completion-only")
+    kept = tune("qa-lora", str(tmp_path / "kept"), *said, "--top-tokens", "9999")
+    live = tune("qa-lora", str(tmp_path / "live"), *said, "--no-keep-targets")
+    assert kept["losses"][0]["loss"] == pytest.approx(live["losses"][0]["loss"], rel=2e-3)
+    assert not (tmp_path / "kept" / "targets").exists()
+
+
+def test_a_tuned_model_can_be_the_teacher_and_is_counted(tmp_path: Path) -> None:
+    """One that is nowhere near the dense model; a dry run finds it, its size and its vocabulary."""
+    teacher = str(tmp_path / "teacher")
+    model, tokenizer = load("dense")
+    for parameter in model.parameters():
+        parameter.data *= 1.1
+    model.save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    more = ("--objective", "kl", "--weight", "1.0", "--data", "story.txt", "--bits", "3", "--group-size", "32", *SHORT)
+    without, live, kept = (
+        quadapt("tune", "dense", "--dry-run", *each, *more[4:])["memory"]
+        for each in ((), (*more[:4], "--no-keep-targets"), (*more[:4], "--top-tokens", "8"))
+    )
+    size = sum(each.numel() * each.itemsize for each in model.parameters())
+    assert without["teacher"] == 0
+    assert live["teacher"] > size
+    assert 0 < kept["teacher"] < live["teacher"]
+    assert live["total"] == sum(value for name, value in live.items() if name != "total")
+    losses = [
+        tune("qa-lora", str(tmp_path / name), *more[:4], *about)["losses"][0]["loss"]
+        for name, about in (("own", ()), ("tuned", ("--teacher", teacher)))
+    ]
+    assert losses[1] > 1.05 * losses[0]
+    config = model.config
+    config.vocab_size = 8 + config.vocab_size
+    model.resize_token_embeddings(config.vocab_size)
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    said = give("tune", "dense", "--teacher", tmp_path / "other", "--output", tmp_path / "no", *more, code=2)
+    assert "cannot be compared" in said.error

@@ -96,7 +96,8 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
     """Loss on completions (or the assistant's turns) alone."""
 
     teacher: Annotated[Location | None, Flag((), "Training", reads=True)] = None
-    """rilq: folder or hub name of the full-precision model. Default: the dense model, or what the base was made of."""
+    """Objectives with a teacher (rilq, kl, js): its folder or hub name, the full-precision model or one that was tuned.
+    Default: the dense model, or what the base was made of."""
 
     dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from quadapt.errors import DataError
+from quadapt.nn.objective import NO_LOSS as NO_LOSS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NO_LOSS = -100
-"""Label of a token that bears no loss."""
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:

@@ -14,7 +14,7 @@ from quadapt.errors import CheckpointError, ResourceError, locate
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load_model, read_config
-from quadapt.jobs.source import Place, device_of, skeleton
+from quadapt.jobs.source import Place, device_of, skeleton, teacher_name
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
@@ -53,6 +53,9 @@ class Sketch:
     bytes_on_disk: int
     """The bytes that the quantized checkpoint takes on disk."""
 
+    source: str
+    """The dense model, by name: this one, or what it was made of; empty if nobody knows."""
+
 
 def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sketch:
     """The model that `config` would make of `name`, or the one that lies there, if it is quantized.
@@ -74,14 +77,14 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
     dtype = stored if machine.dtype == "auto" else getattr(torch, machine.dtype)
     if quantized is not None:
         del about.quantization_config
-    model = skeleton(about, dtype=dtype, trust_remote_code=machine.trust_remote_code)
+    model, source = skeleton(about, dtype=dtype, trust_remote_code=machine.trust_remote_code), name
     wider = (
         1.0 if machine.dtype == "float32" else (stored or torch.float32).itemsize / next(model.parameters()).itemsize
     )
     dense, part = (int(wider * size) for size in (memory.parameter_bytes(model), memory.largest_part(model)))
     if quantized is not None:
         kept = QuadaptConfig(**quantized) if isinstance(quantized, dict) else quantized
-        layouts, left = kept.layouts, kept.left
+        layouts, left, source = kept.layouts, kept.left, str(kept.made.get("source") or "")
     else:
         selection, quantization = (
             select(model, target_modules=target_modules, skip=config.skip),
@@ -96,18 +99,23 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
     adapter = config.spec.method.adapter
     if quantized is None and adapter.base == "float":  # quantizes in its forward: the base stays dense
         layouts = {layer: adapter.layout_of(model.get_submodule(layer).get_parameter("weight")) for layer in layouts}
-        return _sketched(model, layouts, left, about, (dense, part))
+        return _sketched(model, layouts, left, about, (dense, part), source)
     for layer, layout in layouts.items():
         bias = model.get_submodule(layer).bias
         model.set_submodule(layer, QuantLinear(layout, bias=bias is not None, device="meta", dtype=dtype))
-    return _sketched(model, layouts, left, about, (dense, part))
+    return _sketched(model, layouts, left, about, (dense, part), source)
 
 
 def _sketched(
-    model: nn.Module, layouts: Mapping[str, Layout], left: Mapping[str, str], about: Any, dense: tuple[int, int]
+    model: nn.Module,
+    layouts: Mapping[str, Layout],
+    left: Mapping[str, str],
+    about: Any,
+    dense: tuple[int, int],
+    source: str,
 ) -> Sketch:
     largest = max(layout.out * layout.columns for layout in layouts.values())
-    return Sketch(model, layouts, left, context_of(about), largest, *dense, memory.parameter_bytes(model))
+    return Sketch(model, layouts, left, context_of(about), largest, *dense, memory.parameter_bytes(model), source)
 
 
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
@@ -176,10 +184,49 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[
     trainable = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
     if config.run.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    step = memory.step_bytes(model, config.run.batch_size, seq_len)
+    teacher, step = _teacher(config, found, seq_len), memory.step_bytes(model, config.run.batch_size, seq_len)
+    extra = 0 if teacher is None else memory.held(teacher.beyond(3 * trainable + step), device)
     return MemoryEstimate(
-        libraries=memory.library_bytes(device), weights=weights, adapters=4 * trainable, step=memory.held(step, device)
+        libraries=memory.library_bytes(device),
+        weights=weights,
+        adapters=4 * trainable,
+        step=memory.held(step, device),
+        teacher=extra,
     )
+
+
+@dataclass(frozen=True)
+class _Teaching:
+    """The bytes that a teacher takes: `asking` while it answers, `using` for what is made of an answer in a step."""
+
+    asking: int
+    using: int
+    kept: bool
+
+    def beyond(self, step: int) -> int:
+        """What it takes beyond a step of training; a teacher whose answers are kept is gone when training begins."""
+        return max(self.using, self.asking - step) if self.kept else self.asking + self.using
+
+
+def _teacher(config: TuneConfig, found: Sketch, length: int) -> _Teaching | None:
+    """Memory that the objective's teacher takes; None if it has none. Uses up no model of the sketch.
+
+    Raises:
+        ConfigError: What it says cannot be compared with what the model says.
+    """
+    objective = config.spec.method.objective
+    targets = objective.targets
+    if targets is None:
+        return None
+    about = read_config(teacher_name(config, found.source), trust_remote_code=config.trust_remote_code)
+    dtype = getattr(about, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
+    model = skeleton(about, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    targets.check(found.model, model)
+    tokens = config.run.batch_size * length
+    using, whole = (targets.step_bytes(model, tokens, kept=kept) for kept in (objective.keep_targets, False))
+    weights = memory.parameter_bytes(model)
+    asking = weights + memory.step_bytes(model, config.run.batch_size, length, trains=False)
+    return _Teaching(asking + objective.keep_targets * whole, using, objective.keep_targets)
 
 
 def check_quantizing(

@@ -132,9 +132,9 @@ def disk_needs(config: TuneConfig, found: Sketch, adapter: int, tokens: int, *, 
     """
     best = config.keeps == "best"
     needs = adapter * (1 + _CHECKPOINTS * (_STATES + best)) + 2 * found.bytes_on_disk * quantizes
-    if config.spec.method.objective.keep_targets:
-        width: Any = found.model.get_input_embeddings()  # type: ignore[operator]
-        needs += tokens * width.weight.shape[1] * width.weight.itemsize
+    objective = config.spec.method.objective
+    if objective.targets is not None and objective.keep_targets:
+        needs += tokens * objective.targets.token_bytes(found.model)
     partial = Path(config.output).with_name(Path(config.output).name + ".partial")
     written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
     return max(0, needs - written)

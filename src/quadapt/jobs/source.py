@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import quadapt
-from quadapt.config import Machine, Walk
+from quadapt.config import Machine, TuneConfig, Walk
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
 from quadapt.hf.checkpoint import auto_class
 from quadapt.hf.folder import Folder, open_folder
@@ -83,6 +83,26 @@ def dense_folder(name: str) -> Folder:
     if folder.kind == "adapter":
         raise CheckpointError(f"{name!r} is an adapter. Merge it first: quadapt merge {name} --output FOLDER")
     return folder
+
+
+def teacher_name(config: TuneConfig, source: str | None) -> str:
+    """Where the teacher is: as was said, or else the full-precision model.
+
+    Args:
+        config: The settings.
+        source: The dense model that is tuned, or that the tuned one was made of; None or empty if nobody knows.
+
+    Raises:
+        CheckpointError: It is no dense model, or not there.
+        ConfigError: Nobody has said, and what the model was made of is not known.
+    """
+    name = config.teacher or source
+    if not name:
+        raise ConfigError(
+            f"objective={config.spec.method.objective.name!r} needs a teacher: the full-precision model, or one that "
+            "was tuned. Say where it is with --teacher"
+        )
+    return dense_folder(name).name
 
 
 def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:

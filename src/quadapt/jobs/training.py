@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
-from quadapt.errors import ConfigError
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, load_model, write_note
 from quadapt.hf.identity import identity_of
@@ -22,11 +19,11 @@ from quadapt.hf.workspace import Workspace
 from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.card import adapter_card
 from quadapt.jobs.continued import Earlier
-from quadapt.jobs.source import dense_folder, device_of, versions
+from quadapt.jobs.source import device_of, teacher_name, versions
 from quadapt.methods import Recipe
 from quadapt.model.trial import check_runs
-from quadapt.nn.objective import Batch
-from quadapt.objectives.rilq import KeptTeacher, Teacher
+from quadapt.nn.objective import Teaching
+from quadapt.objectives.teacher import KeptTeacher, Teacher
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
 
@@ -120,23 +117,21 @@ def _held_out_words(trained: Trained) -> str:
 
 def _teacher(
     config: TuneConfig, space: Workspace, model: Any, dense: str, data: Encoded, collate: Collator, ui: UI
-) -> Callable[[Batch], Tensor] | None:
-    """Gives the full-precision model's last hidden state, from disk or as it goes; None if nobody asks for it."""
+) -> Teaching | None:
+    """Gives what the objective asks of a teacher, from disk or as it goes; None if it asks nothing."""
     objective = config.spec.method.objective
-    if not objective.needs_teacher:
+    targets = objective.targets
+    if targets is None:
         return None
     quantized = getattr(model.config, "quantization_config", None)
-    name = config.teacher or (quantized.made.get("source") if quantized else dense)
-    if not name:
-        raise ConfigError(
-            f"objective={objective.name!r} needs the full-precision model. Say where it is with --teacher"
-        )
-    dense_folder(name)
+    name = teacher_name(config, quantized.made.get("source") if quantized else dense)
     device = device_of(config)
-    teacher = Teacher(load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code))
+    asked = load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    targets.check(model, asked)
+    teacher = Teacher(asked.eval(), targets)
     if not objective.keep_targets:
         return teacher
-    kept, size = KeptTeacher(space.path / "targets"), config.run.batch_size
+    kept, size = KeptTeacher(space.path / "targets", targets), config.run.batch_size
     starts = range(0, len(data.data), size)
     batches = [
         collate([data.data[at] for at in range(start, min(start + size, len(data.data)))])

@@ -40,10 +40,13 @@ class MemoryEstimate:
     step: int
     """The activations, gradients and temporaries at the fullest moment of a step."""
 
+    teacher: int = 0
+    """What is learnt from, where an objective has a teacher: beyond the rest, at the fullest moment."""
+
     @property
     def total(self) -> int:
         """The peak memory in bytes, all parts together."""
-        return self.libraries + self.weights + self.adapters + self.step
+        return self.libraries + self.weights + self.adapters + self.step + self.teacher
 
     def as_dict(self) -> dict[str, int]:
         """The parts and the total in bytes, by name, as they are written to JSON."""

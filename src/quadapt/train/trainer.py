@@ -39,7 +39,10 @@ class AdapterTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.objective is not None and model.training:
             share = 1.0 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
-            loss = self.objective(loss, inputs, share=share)
+            items = num_items_in_batch
+            if items is not None and self.args.average_tokens_across_devices:  # by which `super` has multiplied
+                items = items / self.accelerator.num_processes
+            loss = self.objective(loss, inputs, share=share, items=items)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> Any:
