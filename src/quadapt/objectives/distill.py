@@ -139,7 +139,7 @@ def rows_of(logits: Tensor) -> int:
 
 
 def joined(log_q: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities `[tokens, k + 1]` of the tokens `ids [tokens, k]` and of all others together, if there are some.
+    """Log-probabilities `[tokens, k + 1]` of the tokens `ids [tokens, k]` and of all others as one, if there are some.
 
     Without others there are `k`.
     """
