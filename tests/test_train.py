@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 import quadapt
 from quadapt.data import Collator, check_packing
@@ -101,7 +103,7 @@ def test_the_best_state_is_the_result(tuned: Callable[..., Any]) -> None:
     assert not torch.equal(logits(last), logits(model))
 
 
-@pytest.mark.parametrize(("method", "stops"), [("qlora", (7, 8)), ("l4q", (5,))])
+@pytest.mark.parametrize(("method", "stops"), [("qlora", (7, 8)), ("l4q", (5,)), ("lota-qaf", (5, 8))])
 def test_interrupted_it_keeps_the_same_state(method: str, stops: tuple[int, ...], tuned: Callable[..., Any]) -> None:
     settings = {"method": method, "keep": "best", "recipe": Recipe(**{**vars(RECIPE), "grid_learning_rate": 0.05})}
     model, whole = tuned("whole", **settings)
@@ -111,6 +113,22 @@ def test_interrupted_it_keeps_the_same_state(method: str, stops: tuple[int, ...]
         again, found = tuned(f"stop{stop}", **settings)
         assert (found.kept_step, found.eval_loss, found.steps) == (whole.kept_step, whole.eval_loss, whole.steps), stop
         assert torch.equal(logits(again), logits(model)), stop
+
+
+def test_ternary_factors_stay_ternary_whatever_they_are_saved_as(tuned: Callable[..., Any], tmp_path: Path) -> None:
+    model, found = tuned("ternary", method="lota-qaf")
+    assert found.steps == 8
+    held = {name: tensor for name, tensor in model.named_parameters() if "lora_B" in name}
+    assert all(tensor.any() for tensor in held.values())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        copy.deepcopy(model).to(dtype).save_pretrained(tmp_path / "saved")
+        saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        assert all(set(tensor.unique().tolist()) <= {-1.0, 0.0, 1.0} for tensor in saved.values())
+        for name, tensor in held.items():
+            assert torch.equal(saved[name.replace(".default", "")].float(), tensor)
+    merged, certificate = quadapt.merge(model)
+    assert certificate.verdict == "exact"
+    assert torch.equal(logits(merged), logits(tuned("ternary", method="lota-qaf")[0]))
 
 
 def test_it_stops_early_and_stays_stopped(tuned: Callable[..., Any]) -> None:

@@ -173,9 +173,10 @@ def test_a_fresh_config_gives_a_fresh_adapter(make: Callable[..., Any]) -> None:
     [
         (Elastic(), "cat", "trains more"),
         (method_named("peqa").adapter, "cat", "trains more"),
+        (method_named("lota-qaf").adapter, "cat", "what does not add"),
         (Pooled(), "svd", "Use 'cat' or 'linear'"),
     ],
-    ids=["elastic", "peqa", "pooled"],
+    ids=["elastic", "peqa", "lota", "pooled"],
 )
 def test_adapters_that_do_not_add_up_are_refused(
     adapter: Adapter, how: str, why: str, make: Callable[..., Any]

@@ -126,6 +126,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             tensor = getattr(self, place)[adapter_name] = nn.Parameter(empty, requires_grad=param.trains)
         if tensor.device.type == "meta":
             return
+        if param.group == "ternary" and how is not True:
+            raise ConfigError(f"LoraConfig.init_lora_weights={how!r}: {name} holds -1, 0 and 1 alone. Use True")
         with torch.no_grad():
             if name not in ("A", "B") or how is True:
                 param.init(tensor, self.source)

@@ -118,10 +118,10 @@ def check_weighted(
             f"add_weighted_adapter: {', '.join(adapters)} are of other kinds or settings; they do not add"
         )
     adapter, started = adapter_from(kinds[0]), any(identity_of(config).get("start") for config in configs)
-    if adapter.extra or started:
+    if adapter.extra or started or not adapter.stacks:
         raise ConfigError(
-            f"add_weighted_adapter adds lora_A and lora_B alone, and a {adapter.kind} adapter trains more. "
-            "Merge one of them, and train on over the merged model"
+            f"add_weighted_adapter adds lora_A and lora_B alone, and a {adapter.kind} adapter trains more, or does "
+            "what does not add. Merge one of them, and train on over the merged model"
         )
     if adapter.begins != "factors" and found[0].endswith("svd"):
         raise ConfigError(

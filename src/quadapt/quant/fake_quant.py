@@ -294,6 +294,29 @@ def fake_quant_codes(
     return fake_quant_weight(base, scales, offsets, how=how, dtype=torch.uint8, A=A, B=B, scaling=scaling)
 
 
+@torch.no_grad()
+def fake_quant_sums(
+    base: Tensor, *, how: FakeQuant, A: Tensor | None = None, B: Tensor | None = None, scaling: float = 1.0
+) -> Tensor:
+    """The sum of the codes of each group, over a base of integer codes; float32 `[out, groups]`, whole numbers.
+
+    They are summed tile by tile, as a gradient of the scales is: nothing of a weight's size is made.
+    """
+    group, columns = how.grid.group_size, how.grid.columns
+    unit = torch.ones(len(base), -(-columns // group), device=base.device)
+    how.check(base, unit, unit, A, B)
+    packed, A, B, scales, offsets, levels, grid = _operands(how, scaling, base, unit, unit, A, B)
+    step = max(1, _TILE.get(base.device.type, 1 << 24) // columns)
+    tile, sums = unit.new_empty(min(step, len(base)), columns), torch.empty_like(unit)
+    for start in range(0, len(base), step):
+        rows = slice(start, start + step)
+        G, factor = tile[: len(base) - start].fill_(1), None if B is None else B[rows]
+        sums[rows] = fake_gradients(G, packed[rows], A, factor, scales[rows], offsets[rows], levels, grid, None, None)[
+            0
+        ]
+    return sums
+
+
 def snap(values: Tensor, kind: str) -> Tensor:
     """Round `values` as a storage of that name will hold them, with the gradient of no rounding; their dtype stays."""
     return STORAGES[kind].snap(values)

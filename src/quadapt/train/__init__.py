@@ -2,6 +2,7 @@
 
 from quadapt.methods import Run
 from quadapt.train.loop import Trained, last_checkpoint, train, trainable_parameters
+from quadapt.train.sign_sgd import TernaryAdamW
 from quadapt.train.trainer import AdapterTrainer
 
-__all__ = ["AdapterTrainer", "Run", "Trained", "last_checkpoint", "train", "trainable_parameters"]
+__all__ = ["AdapterTrainer", "Run", "TernaryAdamW", "Trained", "last_checkpoint", "train", "trainable_parameters"]

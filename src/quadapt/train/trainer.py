@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ from transformers import Trainer
 from quadapt.data.collate import NO_LOSS
 from quadapt.errors import ConfigError
 from quadapt.hf.peft_layer import declared_params
+from quadapt.nn.adapters.base import Group
 from quadapt.nn.objective import Bound
+from quadapt.train.sign_sgd import TernaryAdamW
 
 
 class AdapterTrainer(Trainer):
     """`Trainer` that saves adapters alone, as safetensors and JSON (only its own optimizer state is a torch file).
 
-    Scales and offsets, where they train, have a learning rate of their own and no weight decay.
+    Scales and offsets, where they train, have a learning rate of their own and no weight decay. Ternary factors step by
+    t-SignSGD (`sign_sgd.py`), and their gradients are not clipped.
 
     Held-out loss is a mean over tokens, as in :func:`quadapt.evaluate.perplexity`: `Trainer`'s own is a mean over
     batches of their means, so that it depends on the batch size wherever sequences differ in length.
@@ -47,17 +51,43 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         whole: Any = model or self.model
-        own = {id(p) for p, declared in declared_params(whole) if declared.group == "grid"}
         trained = [p for p in whole.parameters() if p.requires_grad]
-        grid, rest = [p for p in trained if id(p) in own], [p for p in trained if id(p) not in own]
-        if not grid or self.optimizer is not None:
+        grid, ternary = self._declared("grid", whole), self._declared("ternary", whole)
+        if not (grid or ternary) or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
         rate = self.grid_learning_rate or self.args.learning_rate
-        groups = [{"params": grid, "lr": rate, "weight_decay": 0.0}]
-        groups += [{"params": rest, "weight_decay": self.args.weight_decay}] if rest else []
-        self.optimizer = kind(groups, **settings)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if id(p) in grid], "lr": rate, "weight_decay": 0.0},
+            {
+                "params": [p for p in trained if id(p) not in grid | ternary],
+                "weight_decay": self.args.weight_decay,
+            },
+        ]
+        if ternary:
+            if kind is not torch.optim.AdamW or self.args.max_steps < 1:
+                raise ConfigError(
+                    f"optim={self.args.optim}, max_steps={self.args.max_steps}: ternary adapters train by t-SignSGD, "
+                    "beside AdamW, and by how many steps there will be. Use optim='adamw_torch' and give max_steps"
+                )
+            groups += [{"params": [p for p in trained if id(p) in ternary], "weight_decay": 0.0, "ternary": True}]
+            kind = partial(TernaryAdamW, steps=self.args.max_steps)
+        self.optimizer = kind([group for group in groups if group["params"]], **settings)
         return self.optimizer
+
+    def _declared(self, group: Group, model: Any = None) -> set[int]:
+        """Ids of the parameters that adapters of a model declare to be of a group of the optimizer's."""
+        return {id(p) for p, declared in declared_params(model or self.model) if declared.group == group}
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients of all but ternary parameters, whose steps go by sizes; the norm of all, from before."""
+        ternary = self._declared("ternary")
+        if not ternary:
+            return super()._clip_grad_norm(model)
+        norm = self._get_grad_norm(model)
+        others = [p for p in model.parameters() if id(p) not in ternary]
+        self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)
+        return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None

@@ -40,7 +40,7 @@ Base = Literal["codes", "float", "fixed-point"]
 
 Begins = Literal["factors", "offsets", "zero"]
 
-Group = Literal["adapter", "grid"]
+Group = Literal["adapter", "grid", "ternary"]
 
 Source = QuantWeight | Tensor
 """What an adapter trains over: a quantized matrix, or the dense one `[out, in]`."""
@@ -95,7 +95,7 @@ class Param:
 
     group: Group = "adapter"
     """How an optimizer treats it: `grid` (scales, offsets) has a learning rate of its own and no weight decay;
-    `adapter` has what is usual."""
+    `ternary` (values -1, 0 and 1) steps by t-SignSGD, without a learning rate; `adapter` has what is usual."""
 
     serves: bool = True
     """Whether the adapted layer computes with it. First factors matter only while the adapter is switched off."""
