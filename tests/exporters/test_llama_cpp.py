@@ -16,12 +16,14 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from quadapt import merge, prepare
 from quadapt.errors import ExportError
 from quadapt.exporters import gguf_tokenizer
 from quadapt.exporters.blocks import cannot_hold
 from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.gguf_lora import export_gguf_lora
 from quadapt.exporters.llama_cpp import LlamaCpp, complete, differences, tokenize
+from quadapt.methods.l4q import l4q
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Elastic, LoRA, Pooled
 from quadapt.quant.format import Format
@@ -115,6 +117,41 @@ def test_stops_where_the_model_stops(tmp_path: Path) -> None:
     assert len(answer) < 400
     assert answer[-1] == 1 != tokenizer.eos_token_id
     assert greedy(model, ids, answer) == answer
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_a_model_that_was_trained_in_super_blocks_answers_alike(bits: int, tokenizer: Any, tmp_path: Path) -> None:
+    """K-quants: L4Q trains scales as they are held there, the merge is exact, and the file holds the merged model."""
+    scales, group_size, zero = {
+        2: ("q2_k", 16, "float"),
+        3: ("q3_k", 16, "none"),
+        4: ("q4_k", 32, "float"),
+        5: ("q4_k", 32, "float"),
+        6: ("q6_k", 16, "none"),
+    }[bits]
+    method = l4q(bits=bits).having(group_size=group_size, zero=zero, scales=scales, rank=4)
+    model = tiny(hidden_size=256, intermediate_size=512, num_hidden_layers=1, initializer_range=0.05)
+    adapted = prepare(model, method=method)
+    ids = torch.randint(2, 300, (100,), generator=torch.Generator().manual_seed(3)).tolist()
+    optimizer = torch.optim.Adam([each for each in adapted.parameters() if each.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(5):
+        loss = adapted.train()(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    want = logits(adapted.eval(), ids)
+    merged, certificate = merge(adapted)
+    assert certificate.verdict == "exact"
+    assert torch.equal(logits(merged, ids), want)
+    report = export_gguf(merged, tokenizer, tmp_path / "model.gguf")
+    assert {row.type for row in report.tensors if row.linear} == {f"Q{bits}_K"}
+    apart = differences(tmp_path / "model.gguf", merged, ids)
+    print(f"Q{bits}_K: log-probabilities differ by at most {apart.max():.3f}, {apart.mean():.4f} on average")
+    assert apart.max() < 0.3
+    assert apart.mean() < 0.04
 
 
 class Rounded(nn.Module):

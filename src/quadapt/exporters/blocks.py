@@ -12,7 +12,7 @@ eight bits are signed bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,6 +43,12 @@ class Block:
     holds: str
     """What it is used for, in plain words, as the subject of "cost .. bits per weight"."""
 
+    weights: int = field(default=BLOCK, kw_only=True)
+    """How many weights of a row a block holds."""
+
+    file_type: str = field(default="", kw_only=True)
+    """What llama.cpp calls a file of such blocks; empty if that is the name of the type."""
+
     @property
     def nbytes(self) -> int:
         """How many bytes one block takes."""
@@ -51,7 +57,7 @@ class Block:
     @property
     def bits_per_weight(self) -> float:
         """Bits per weight, the scale and the offset included."""
-        return 8 * self.nbytes / BLOCK
+        return 8 * self.nbytes / self.weights
 
 
 BLOCKS = (
@@ -62,8 +68,6 @@ BLOCKS = (
     Block("Q8_0", 8, shifted=False, holds="symmetric codes of 6 and 8 bits both"),
 )
 """The types of blocks, smallest first."""
-
-BY_NAME = {block.name: block for block in BLOCKS}
 
 
 def block_for(format: Format) -> Block | None:
@@ -140,7 +144,7 @@ def blocks_of(weight: QuantWeight) -> np.ndarray:
     middle = 0 if block.shifted else 2 ** (block.bits - 1) - 2 ** (layout.format.bits - 1)
     step = rows_per_chunk(layout.columns)
     for packed, part in zip(weight.packed.split(step), result.split(step), strict=True):
-        codes = _codes(packed, weight).add_(middle).unflatten(1, (-1, BLOCK))
+        codes = codes_of(packed, weight).add_(middle).unflatten(1, (-1, BLOCK))
         part[..., head.shape[-1] :] = _laid_out(codes, block.bits)
     return result.flatten(1).numpy()
 
@@ -157,7 +161,7 @@ def _laid_out(codes: Tensor, bits: int) -> Tensor:
     return torch.cat((fifth, bytes_), -1)
 
 
-def _codes(packed: Tensor, weight: QuantWeight) -> Tensor:
+def codes_of(packed: Tensor, weight: QuantWeight) -> Tensor:
     """Codes of some packed rows, uint8 `[rows, in]`: with a scale of one, the fastest way to unpack them."""
     columns, ones = weight.layout.columns, torch.ones(packed.shape[0], 1, device=packed.device)
     return dequantize(packed, ones, None, None, weight.format.bits, columns, columns, torch.float32).to(torch.uint8)

@@ -1,8 +1,8 @@
 """GGUF, the file of llama.cpp and of what is built on it.
 
-Integers go out in blocks that hold their codes bit for bit (`blocks.py`): those of 2 to 5 bits, and symmetric ones of 6
-and 8. What no block holds goes out dense and is listed. The file is written tensor by tensor, so that memory holds
-about one layer.
+Integers go out in blocks that hold their codes bit for bit: plain ones (`blocks.py`) those of 2 to 5 bits, and
+symmetric ones of 6 and 8; super-blocks (`super_blocks.py`) those whose scales are held as theirs. What no block holds
+goes out dense and is listed. The file is written tensor by tensor, so that memory holds about one layer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
-from quadapt.exporters.blocks import BLOCK, BY_NAME, block_for, blocks_of, cannot_hold
 from quadapt.exporters.files import new_file
+from quadapt.exporters.ggml import BY_NAME, bytes_of, type_for, why_not
 from quadapt.exporters.gguf_metadata import family_of, heads_of, namer, rope_factors, write_metadata
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
@@ -52,7 +52,7 @@ class Entry:
 
     def _blocks(self) -> np.ndarray:
         assert isinstance(self.source, QuantWeight)
-        return blocks_of(self.source)
+        return bytes_of(self.source)
 
     def _dense(self) -> np.ndarray:
         dtype = DTYPES[self.row.type]
@@ -136,9 +136,9 @@ def _row(name: str, source: Source, dense: str) -> TensorRow:
             )
         kind = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
         return TensorRow(name=name, type=kind, shape=shape, nbytes=prod(shape) * DTYPES[kind].itemsize)
-    why, block = cannot_hold(source), block_for(source.format)
+    why, block = why_not(source), type_for(source.layout)
     if block is not None and not why:
-        nbytes = prod(shape) // BLOCK * block.nbytes
+        nbytes = prod(shape) // block.weights * block.nbytes
         return TensorRow(name=name, type=block.name, shape=shape, nbytes=nbytes, linear=True)
     nbytes = prod(shape) * DTYPES[dense].itemsize
     return TensorRow(name=name, type=dense, shape=shape, nbytes=nbytes, linear=True, note=why)
@@ -177,7 +177,8 @@ def _file_type(entries: Sequence[Entry]) -> int:
         weights[row.type] += prod(row.shape)
     blocks = Counter({name: count for name, count in weights.items() if name in BY_NAME})
     (most, _), *_ = (blocks or weights).most_common(1)
-    return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"]
+    name = (BY_NAME[most].file_type if most in BY_NAME else "") or most
+    return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{name}"]
 
 
 def _notes(rows: Sequence[TensorRow]) -> list[str]:

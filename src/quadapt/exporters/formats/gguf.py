@@ -34,14 +34,14 @@ class GGUF(Exporter):
         return f"dense {self.dense.upper()}", self.dense == "f32"
 
     def accepts(self, layout: Layout) -> str | None:
-        from quadapt.exporters.blocks import cannot_hold_layout
+        from quadapt.exporters.ggml import why_not_layout
 
-        return cannot_hold_layout(layout) or None
+        return why_not_layout(layout) or None
 
     def holds(self, weight: QuantWeight) -> str | None:
-        from quadapt.exporters.blocks import cannot_hold
+        from quadapt.exporters.ggml import why_not
 
-        return cannot_hold(weight) or None
+        return why_not(weight) or None
 
     def check_model(self, model: Any, tokenizer: Any) -> None:
         from quadapt.exporters.gguf_lora import alpha_of
