@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("here", "shelf")
 
 CALIBRATED = ("--calibration-length", "32")
 EXACT = {"l4q": (), "lr-qat": (), "e2e-qp": (), "qa-lora-scales": CALIBRATED, "ir-qa-lora": CALIBRATED}
-EXACT |= {"lota-qaf": CALIBRATED}
+EXACT |= {"lota-qaf": CALIBRATED, "code-lora": CALIBRATED}
 
 
 def tune(method: str, output: str, *more: str, bits: int = 3) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from quadapt.methods import METHODS, method_named
 
 IDS = torch.arange(2, 50).view(2, 24)
 TEXT = list(torch.randint(3, 96, (16, 32), generator=torch.Generator().manual_seed(5)).split(4))
+MORE: dict[str, dict[str, Any]] = {"code-lora": {"init_scale": 2000.0}}  # no code moves in a step otherwise
 STARTS = [(name, start) for name in ("gptq-lora", "qa-lora", "ir-qlora") for start in ("loftq", "lq", "quailora")]
 
 
@@ -56,6 +57,7 @@ def test_every_method(
     method: str, start: str | None, bits: int, tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = {"rank": 4, "alpha": 4, "dropout": 0.0, "calibration": TEXT, "bits": bits, "start": start}
+    settings |= MORE.get(method, {})
     model = prepare(tiny_llama(initializer_range=0.1), method=method, **settings)
     base = copy.deepcopy(model.eval()).unload()
     adapter, first = method_named(method).adapter, logits(model)

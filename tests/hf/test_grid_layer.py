@@ -24,13 +24,13 @@ from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter
 from quadapt.quant.rounding import Nearest
 
-EXACT = ("qa-lora-scales", "peqa", "e2e-qp", "l4q", "lr-qat", "lota-qaf")
+EXACT = ("qa-lora-scales", "peqa", "e2e-qp", "l4q", "lr-qat", "lota-qaf", "code-lora")
 Make = Callable[..., Any]
 
 
 def at(name: str, bits: int) -> Method:
     """A method on a grid that fits tiny layers."""
-    method = method_named(name)
+    method = method_named(name, init_scale=400.0 if name == "code-lora" else None)  # so that codes move in a few steps
     group = -1 if method.format.group_size == -1 else 32
     return method.with_format(replace(method.format, bits=bits, group_size=group))  # type: ignore[arg-type]
 
@@ -97,7 +97,7 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
     assert all(layer.layout.format.bits == bits for layer in layers.values())
     assert not any("lora" in key for key in merged.state_dict())
     moved = sum(layer.codes_changed for layer in certificate.layers)
-    assert (moved > 0) == (name in ("l4q", "lr-qat", "lota-qaf"))
+    assert (moved > 0) == (name in ("l4q", "lr-qat", "lota-qaf", "code-lora"))
 
 
 @pytest.mark.parametrize("name", [*EXACT, "qat-lora"])
@@ -124,7 +124,8 @@ def test_all_that_should_train_does_and_nothing_else(name: str, tiny_llama: Make
     found = {n.rsplit(".", 3 if "weight" in n else 2)[1] for n, p in model.named_parameters() if p.grad is not None}
     factors = {"lora_A", "lora_B"} if name != "peqa" and name != "e2e-qp" else set()
     shift = {"lora_shift"} if name in ("l4q", "qat-lora") else set()
-    assert found == ({"lora_rho"} if name != "lota-qaf" else set()) | factors | shift
+    rho = {"lora_rho"} if name not in ("lota-qaf", "code-lora") else set()
+    assert found == rho | factors | shift
     assert all(bool(p.grad.any()) for n, p in model.named_parameters() if p.grad is not None and "shift" not in n)
 
 
