@@ -80,7 +80,7 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
 ) -> None:
     method = at(name, bits)
     model = adapted(method.adapter, based(method, tiny_llama(dtype=dtype)))
-    losses = train(model)
+    losses = train(model, rate=5e-2 if name == "lr-qat" else 5e-3)  # a code moves by 1/16 at least before it flips
     assert losses[-1] < losses[0]
     if name == "lota-qaf":  # a share of the entries as after long training
         for layer in adapted_layers(model).values():

@@ -13,9 +13,10 @@ from quadapt.errors import ConfigError
 from quadapt.kernels import kernels_for, reference
 from quadapt.kernels.entropy import group_entropy
 from quadapt.quant import icq
+from quadapt.quant.fixed_point import FixedPoint
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
-from quadapt.quant.rounding import FixedPoint, Nearest, Rounding, find_grid
+from quadapt.quant.rounding import Nearest, Rounding, find_grid
 from quadapt.quant.storage import Storage, dynamic_map
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -241,7 +242,7 @@ def test_gptq_takes_both_ranges(static: bool, range_: str, format: Format) -> No
         (GPTQ(range="icq"), Format(zero="integer"), "Use zero='float', or range='icq-scale'"),
         (Nearest(range="icq-scale"), Format(levels="nf", zero="float"), "Use range='icq' with zero='float'"),
         (GPTQ(range="icq-scale"), Format(levels="nf"), "Use range='icq' with zero='float'"),
-        (FixedPoint(range="icq"), Format(bits=8, zero="none"), "or range='icq-scale'"),
+        (FixedPoint(rounding=Nearest(range="icq")), Format(bits=8, zero="none"), "or range='icq-scale'"),
     ],
 )
 def test_grids_that_a_range_cannot_choose_are_refused(rounding: Rounding, format: Format, advice: str) -> None:

@@ -12,8 +12,9 @@ from quadapt.methods.recipe import Recipe
 from quadapt.nn.adapters import ADAPTERS, Adapter
 from quadapt.nn.objective import OBJECTIVES, CrossEntropy, Objective
 from quadapt.nn.starts import STARTS, Start, Zero
+from quadapt.quant.fixed_point import FixedPoint
 from quadapt.quant.format import Format
-from quadapt.quant.rounding import ROUNDINGS, FixedPoint, Rounding
+from quadapt.quant.rounding import ROUNDINGS, Rounding
 from quadapt.quant.storage import LINEAR, Storage
 from quadapt.quant.weight import Layout
 from quadapt.registry import Registry
@@ -72,11 +73,8 @@ class Method:
         if self.adapter.base != "fixed-point":
             return self.format, self.storage, self.rounding
         fine = replace(self.format, bits=8)
-        return (
-            fine,
-            Storage.default(fine),
-            FixedPoint(bits=self.format.bits, range=getattr(self.rounding, "range", "mse")),
-        )
+        rounding = FixedPoint(bits=self.format.bits, storage=self.storage, rounding=self.rounding)
+        return fine, Storage.default(fine), rounding
 
     def with_format(self, format: Format) -> Method:
         """Take another grid, with storage to match: the method's own where it fits, else the new grid's default."""

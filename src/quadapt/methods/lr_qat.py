@@ -33,7 +33,8 @@ def lr_qat(bits: int = 4, group_size: int = 128, **settings: Any) -> Method:
         3
 
     Source: Bondarenko et al. 2024, arXiv:2406.06385.
-    Differs: the fixed point reaches just below `2**(bits - 1)`, where the authors clip to the last code.
+    Differs: the fixed point reaches just below `2**(bits - 1)`, where the authors clip to the last code; `zero="float"`
+        lets offsets train too, and any rounding may choose the first codes.
     """
     return Method(
         paper="2406.06385",

@@ -16,7 +16,7 @@ from quadapt.nn.starts import Begun, Start, Zero
 from quadapt.nn.starts.fit import objective
 from quadapt.quant.fixed import total
 from quadapt.quant.format import Format
-from quadapt.quant.rounding import Nearest, Rounding, ScaleUnderflow, Statistics
+from quadapt.quant.rounding import Rounding, ScaleUnderflow, Statistics
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -144,7 +144,7 @@ def quantize_layer(
     clock, layout = time.perf_counter(), quantization.layout(name, *weight.shape)
     rounding, start, notes = quantization.rounding, quantization.start, list[str]()
     if not rounding.needs <= statistics.keys():
-        rounding = Nearest()
+        rounding = rounding.without_data()
         notes.append("rounded to nearest: lies outside the blocks")
     if quantization.adapted and not any(matches(name, pattern) for pattern in quantization.adapted):
         start = Zero()

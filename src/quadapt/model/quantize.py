@@ -21,7 +21,6 @@ from quadapt.calibrate import BlockWalk
 from quadapt.errors import ConfigError, locate
 from quadapt.model.layer import LayerRow, Quantization, quantize_layer, row_of, widened
 from quadapt.model.select import find_blocks, matches
-from quadapt.nn.block_ap import BlockAP, BlockAPLinear
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.nn.resident import indexed, moved, resident
 from quadapt.quant.rounding import ScaleUnderflow, Statistics
@@ -108,6 +107,7 @@ def quantize_model(
         worker.unit(unit, names, walk if unit in units else None)
         if walk is not None and unit in units:
             walk.advance(unit, blocks[unit])
+    worker.finish()
     return worker.all
 
 
@@ -141,7 +141,14 @@ class _Worker:
         self.all.rows.extend(done.rows)
         self.all.factors.update(done.factors)
         for name, weight in done.weights.items():
-            self._replace(name, weight)
+            self._replace(name, self.quantization.rounding.product(weight))
+
+    def finish(self) -> None:
+        """Put what is stored in the place of what the walk computed with, where that is something else."""
+        for name, weight in self.all.weights.items():
+            layer = self.model.get_submodule(name)
+            if isinstance(layer, QuantLinear) and layer.layout != weight.layout:
+                self._replace(name, weight)
 
     def _home(self, done: Done) -> Done:
         """A finished unit on the device that holds the model."""
@@ -169,33 +176,32 @@ class _Worker:
                 known = {**statistics, **moved(dict(self.statistics.get(name, {})), self.device)}
                 with locate(name), resident(self.layers[name], self.device):
                     begun, row = quantize_layer(name, self.layers[name].weight.detach(), self.quantization, known)
-                    self._replace(name, begun.weight)
+                    self._replace(name, self.quantization.rounding.product(begun.weight))
                 done.rows.append(row)
                 done.weights[name] = begun.weight
                 if begun.factors is not None:
                     done.factors[name] = begun.factors
         return done
 
-    def _fit(self, unit: str, names: list[str], walk: BlockWalk, rounding: BlockAP) -> Done:
-        """Train a block as a whole."""
-        start, fitted, notes = time.perf_counter(), dict[str, BlockAPLinear](), dict[str, str]()
+    def _fit(self, unit: str, names: list[str], walk: BlockWalk, rounding: Any) -> Done:
+        """Train a block as a whole, by a rounding of that scope."""
+        start, fitted, layouts, notes = time.perf_counter(), dict[str, Any](), dict[str, Layout](), dict[str, str]()
         for name in names:
             linear = self.layers[name]
-            layout = self.quantization.layout(name, *linear.weight.shape)
+            layouts[name], notes[name] = self.quantization.layout(name, *linear.weight.shape), ""
             with locate(name):
-                rounding.check(layout)
+                rounding.check(layouts[name])
                 try:
-                    fitted[name], notes[name] = BlockAPLinear(linear, layout, rounding.range), ""
+                    fitted[name] = rounding.layer(linear, layouts[name])
                 except ScaleUnderflow as error:
-                    fitted[name] = BlockAPLinear(
-                        linear, widened(name, layout, self.quantization, error), rounding.range
-                    )
-                    notes[name] = f"fp32 scales: {error}"
+                    layouts[name] = widened(name, layouts[name], self.quantization, error)
+                    fitted[name], notes[name] = rounding.layer(linear, layouts[name]), f"fp32 scales: {error}"
             self.model.set_submodule(name, fitted[name])
         block = self.model.get_submodule(unit)
         with locate(unit):
             errors = rounding.fit(block, list(fitted.values()), walk.examples(unit, rounding.batch_size))
-        weights, seconds = {name: layer.quantized() for name, layer in fitted.items()}, time.perf_counter() - start
+        weights = {name: rounding.of_layer(layer, layouts[name]) for name, layer in fitted.items()}
+        seconds = time.perf_counter() - start
         rows = [
             row_of(name, weight, self.layers[name].weight.detach(), seconds / len(names), notes[name], errors)
             for name, weight in weights.items()

@@ -16,7 +16,7 @@ from quadapt.nn.quant_linear import autocast
 from quadapt.nn.resident import moved
 from quadapt.quant.fixed import mean, total
 from quadapt.quant.grids import as_float, implied_offsets
-from quadapt.quant.rounding import ROUNDINGS, Nearest, Rounding, Statistics, find_grid
+from quadapt.quant.rounding import ROUNDINGS, Nearest, Rounding, Statistics, find_grid, real_codes
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.setting import Count, setting
 
@@ -97,6 +97,12 @@ class BlockAP(Rounding):
         """The first state: nearest rounding. A block as a whole is quantized by :meth:`fit`."""
         self.check(layout)
         return Nearest(range=self.range)(weight, layout)
+
+    def layer(self, linear: nn.Linear, layout: Layout) -> BlockAPLinear:
+        return BlockAPLinear(linear, layout, self.range)
+
+    def of_layer(self, layer: BlockAPLinear, layout: Layout) -> QuantWeight:
+        return layer.quantized()
 
     def fit(
         self, block: nn.Module, layers: Sequence[BlockAPLinear], examples: Sequence[Example]
@@ -185,6 +191,11 @@ class BlockAPLinear(nn.Module):
     def quantized(self) -> QuantWeight:
         """The quantized weight that forward computes with."""
         return self.adapter.quantized(self.source, self._params(), 1.0)
+
+    @torch.no_grad()
+    def real_codes(self) -> Tensor:
+        """The trained weight in units of the trained grid, float32 `[out, in]`: its roundings are the codes."""
+        return real_codes(self.source.detach(), self.quantized())
 
     def _params(self) -> dict[str, Tensor]:
         """What the quantizer computes from; there is no `A` and `B`."""

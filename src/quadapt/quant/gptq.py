@@ -29,6 +29,7 @@ from quadapt.quant.rounding import (
     check_grid,
     codes_of_zero,
     find_grid,
+    real_codes,
 )
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -81,6 +82,17 @@ class GPTQ(Rounding):
             )
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics) -> QuantWeight:
+        return self._quantized(weight, layout, statistics, None)
+
+    def with_real_codes(self, weight: Tensor, layout: Layout, statistics: Statistics) -> tuple[QuantWeight, Tensor]:
+        compensated = torch.empty_like(as_float(weight))
+        quantized = self._quantized(weight, layout, statistics, compensated)
+        return quantized, real_codes(compensated, quantized)
+
+    def _quantized(
+        self, weight: Tensor, layout: Layout, statistics: Statistics, compensated: Tensor | None
+    ) -> QuantWeight:
+        """The quantized weight; `compensated` is filled with what was rounded, in stored order, if it is given."""
         self.check(layout)
         if "second_moment" not in statistics:
             raise CalibrationError(
@@ -99,10 +111,14 @@ class GPTQ(Rounding):
             order = torch.argsort(moment.diagonal(), descending=True, stable=True)
             work, moment, perm = work[:, order].contiguous(), moment[order][:, order], torch.argsort(order)
         upper = inverse_factor(moment.to(work.dtype), self.damping)
-        return self._round(work, upper, replace(layout, permuted=self.act_order), perm)
+        quantized = self._round(work, upper, replace(layout, permuted=self.act_order), perm)
+        if compensated is not None:  # `work` now holds each column's error over the diagonal
+            dense = quantized.decode(quantized.operand("offsets"), compensated.dtype)
+            torch.addcmul(dense, work, upper.diagonal(), out=compensated)
+        return quantized
 
     def _round(self, work: Tensor, upper: Tensor, layout: Layout, perm: Tensor | None) -> QuantWeight:
-        """Round `work` (changed in place), whose columns are in stored order."""
+        """Round `work`, whose columns are in stored order; on return it holds errors over the diagonal of `upper`."""
         kernel, bits, table = kernels_for(work.device), layout.format.bits, layout.format.table(work)
         grid = _Grid(layout, work, self.range, static=self.static_groups or layout.groups == 1)
         codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quadapt.errors import ConfigError, ShapeError
-from quadapt.kernels import kernels_for
+from quadapt.errors import ShapeError
+from quadapt.kernels import expand, kernels_for
 from quadapt.kernels.reference import rows_per_chunk
 from quadapt.quant.grids import as_float, check_choice, implied_offsets, spanning
 from quadapt.quant.ranges import RANGES
@@ -71,6 +71,42 @@ class Rounding(ABC):
             CalibrationError: Statistics are missing or unusable.
         """
 
+    def with_real_codes(self, weight: Tensor, layout: Layout, statistics: Statistics) -> tuple[QuantWeight, Tensor]:
+        """Quantize `weight`, and give the real numbers whose roundings its codes are.
+
+        Returns:
+            The quantized weight, and its unrounded codes, float32 `[out, in]` in stored order (float64 for float64):
+            those that were rounded, where a rounding changes the weights on its way (GPTQ).
+        """
+        quantized = self(weight, layout, statistics)
+        return quantized, real_codes(quantized.stored_order(as_float(weight.detach())), quantized)
+
+    def product(self, weight: QuantWeight) -> QuantWeight:
+        """What the model computes with before it is trained; by default the quantized weight itself."""
+        return weight
+
+    # --- roundings of block scope ---
+
+    def layer(self, linear: nn.Linear, layout: Layout) -> Any:
+        """A layer that is trained in the place of `linear`, which is not modified."""
+        raise NotImplementedError(f"{self.name}: a rounding of scope 'block' makes the layers that it trains")
+
+    def fit(self, block: nn.Module, layers: Any, examples: Any) -> tuple[float, float]:
+        """Train such layers, which stand in `block`, in place; the relative error of its output before and after."""
+        raise NotImplementedError(f"{self.name}: a rounding of scope 'block' trains a block's layers")
+
+    def of_layer(self, layer: Any, layout: Layout) -> QuantWeight:
+        """The quantized weight of such a layer."""
+        raise NotImplementedError(f"{self.name}: a rounding of scope 'block' quantizes the layers that it trained")
+
+
+def real_codes(weight: Tensor, quantized: QuantWeight) -> Tensor:
+    """Weights `[out, in]`, in stored order, in units of a grid: what its codes would be if they were not rounded."""
+    width, columns = quantized.format.width(quantized.layout.columns), quantized.layout.columns
+    scales, offsets = quantized.scales.to(weight.dtype), quantized.offsets
+    value = weight if offsets is None else weight - expand(offsets.to(weight.dtype), width, columns)
+    return value / expand(scales, width, columns)
+
 
 @ROUNDINGS.register("nearest")
 @dataclass(frozen=True, kw_only=True)
@@ -112,39 +148,6 @@ class Nearest(Rounding):
         packed = torch.cat(
             [_encode(weight[rows], layout, scales[rows], None if shift is None else shift[rows]) for rows in chunks]
         )
-        return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedPoint(Rounding):
-    """Eight bits for a matrix that will have fewer: the range of `bits`-bit codes in `256 / 2**bits` times finer steps.
-
-    LR-QAT's frozen base (arXiv 2406.06385, Q n.(8-n)): its training moves weights between the coarse codes.
-    """
-
-    name: ClassVar[str] = "fixed-point"
-
-    bits: int = 4
-    """Width of a code of the product: 2, 3, 4, 5 or 6."""
-
-    range: str = "mse"
-    """How a group's span is chosen for the coarse codes, as in `Nearest`; what lies beyond it is clipped."""
-
-    def check(self, layout: Layout) -> None:
-        super().check(layout)
-        if layout.format.levels != "int" or layout.format.bits != 8 or layout.format.zero != "none":
-            raise ConfigError(f"{layout.format.name}: a fixed-point base is made of symmetric 8-bit integers")
-        RANGES[self.range]().check(layout.format)
-
-    def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
-        self.check(layout)
-        coarse = replace(layout, format=replace(layout.format, bits=self.bits))
-        chunks = row_chunks(weight)
-        scales = torch.cat([find_grid(weight[rows], coarse, self.range)[0] for rows in chunks]) / 2 ** (8 - self.bits)
-        grid = QuantWeight.build(layout, codes_of_zero(layout, weight), scales, None)
-        shift = implied_offsets(layout, grid.scales, None)
-        assert shift is not None
-        packed = torch.cat([_encode(weight[rows], layout, grid.scales[rows], shift[rows]) for rows in chunks])
         return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
 
 

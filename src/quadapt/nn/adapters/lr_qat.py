@@ -8,10 +8,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.nn.adapters.base import ADAPTERS, Base, Params, Source
-from quadapt.nn.adapters.grid import LowRankGrid, base_layout, grown
+from quadapt.nn.adapters.base import ADAPTERS, Base, Param, Params, Source
+from quadapt.nn.adapters.grid import LowRankGrid, base_layout, grid_param, grown
 from quadapt.quant.fake_quant import FakeQuant, snap
-from quadapt.quant.format import Format
+from quadapt.quant.fixed_point import BITS
+from quadapt.quant.format import Format, Zero
+from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -22,37 +24,61 @@ class LRQAT(LowRankGrid):
     """LR-QAT (Bondarenko et al. 2024, arXiv:2406.06385): `W' = s * clip(round(W_fixed + scaling * B A))`.
 
     The low-rank term lives among the codes; the frozen base is 8-bit fixed point, so that training memory is that of a
-    quantized model.
+    quantized model. Any rounding may have chosen the first codes, scales and offsets (`quant/fixed_point.py`).
 
-    Differs: the fixed point reaches just below `2**(bits - 1)`, where the authors clip to the last code.
+    Differs: the grid may have offsets too, whole zero-points that stay, or floats that train, in units of the first
+        scale.
     """
 
     base: ClassVar[Base] = "fixed-point"
+    extra: ClassVar[tuple[str, ...]] = ("rho", "shift")
 
     bits: int = 4
-    """Width of a code of the product."""
+    """The width of a code of the product."""
+
+    offsets: Zero = "none"
+    """none: symmetric, only scales train. integer: whole zero-points, which stay. float: offsets train too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("offsets", self.offsets, ("none", "integer", "float"))
 
     def with_grid(self, format: Format, storage: Storage) -> LRQAT:
-        if format.levels != "int" or format.zero != "none" or format.bits == 8:
+        if format.levels != "int" or format.bits == BITS:
             raise ConfigError(
-                f"{format.name}: lr-qat trains symmetric integers of 2 to 6 bits. Use --levels int --zero none"
+                f"{format.name}: {self.kind} trains evenly spaced codes of 2 to 6 bits. Use levels='int' and fewer bits"
             )
-        return replace(self, bits=format.bits, scales=storage.of_scales.trained)
+        assert format.zero != "default"  # a format resolves it
+        return replace(self, bits=format.bits, offsets=format.zero, scales=storage.of_scales.trained)
 
     def layout_of(self, source: Source) -> Layout:
         base = base_layout(source)
-        if base.format.bits != 8 or base.format.levels != "int" or base.format.zero != "none":
+        if base.format.bits != BITS or base.format.levels != "int" or base.format.zero != self.offsets:
             raise ConfigError(
-                f"lr-qat trains over 8-bit fixed point, not over {base.format.name}. Give the dense model"
+                f"{self.kind} trains over 8-bit fixed point, not over {base.format.name}. Give the dense model"
             )
         return replace(
-            base, format=replace(base.format, bits=self.bits), storage=Storage.floating(self.floats, base.format.zero)
+            base, format=replace(base.format, bits=self.bits), storage=Storage.floating(self.floats, self.offsets)
         )
 
+    def grid_params(self, layout: Layout) -> dict[str, Param]:
+        """`rho`, and `shift` where offsets train."""
+        return {name: grid_param(layout) for name in (("rho", "shift") if self.offsets == "float" else ("rho",))}
+
     def how(self, layout: Layout) -> FakeQuant:
-        return FakeQuant(format=layout.format, columns=layout.columns, domain="codes", order="round-clamp", base_bits=8)
+        return FakeQuant(
+            format=layout.format, columns=layout.columns, domain="codes", order="round-clamp", base_bits=BITS
+        )
 
     def grid(self, source: Source, params: Params, scaling: float) -> tuple[Tensor, Tensor | None]:
         assert isinstance(source, QuantWeight)
-        first = source.scales * 2 ** (8 - self.bits)
-        return snap(first * grown(params["rho"]), self.layout_of(source).storage.scales), None
+        storage, first = self.layout_of(source).storage, source.scales * 2 ** (BITS - self.bits)
+        scales = snap(first * grown(params["rho"]), storage.scales)
+        if self.offsets == "none":
+            return scales, None
+        assert source.offsets is not None
+        if self.offsets == "integer":
+            return scales, (-source.offsets / first).round()
+        # A scale that grows does so about the middle of its levels, as if it were symmetric.
+        middle = 2 ** (self.bits - 1) * (first - scales)
+        return scales, snap(source.offsets + first * params["shift"].float() + middle, storage.offsets)
