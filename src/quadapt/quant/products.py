@@ -20,8 +20,8 @@ def operand_dtype(like: Tensor, wide: torch.dtype) -> torch.dtype:
 def large_operand_dtype(like: Tensor, wide: torch.dtype) -> torch.dtype:
     """What operands of a product of a weight's size should have, where time counts more than the last bits.
 
-    As :func:`operand_dtype` says, but for CPUs that have instructions for bfloat16 (AVX512-BF16, AMX): these multiply it
-    five times faster than float32. Torch then rounds each product to bfloat16, as in any other backward pass.
+    As :func:`operand_dtype` says, but for CPUs that have instructions for bfloat16 (AVX512-BF16, AMX), these multiply
+    it five times faster than float32. Torch then rounds each product to bfloat16, as in any other backward pass.
     """
     native = like.dtype == torch.bfloat16 and like.device.type == "cpu" and _multiplies_bfloat16()
     return like.dtype if native else operand_dtype(like, wide)
