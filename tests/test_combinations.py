@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from quadapt.quant.rounding import ROUNDINGS
 from quadapt.quant.storage import STORAGES, Storage
 
 IDS = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(0))
-DRAWS = 60
+DRAWS = 72
 LEAST_THAT_WORK = 15
 
 
@@ -41,11 +42,15 @@ def drawn(seed: int) -> Method | str:
             levels=levels, bits=pick.choice([2, 3, 4, 5, 8]), group_size=pick.choice([16, 32, -1]), zero=zero
         )
         plain = pick.random() < 0.8  # the storage that fits, for else nearly all draws are refused for it alone
-        storage = (
-            Storage.default(format)
-            if plain
-            else Storage(scales=pick.choice(list(STORAGES)), offsets=pick.choice(list(STORAGES)))
+        block = next(
+            (each for each in STORAGES.values() if each.for_scales and each.demands and each.serves(format.bits)), None
         )
+        if levels == "int" and block is not None and pick.random() < 0.2:  # the super-blocks for this width
+            format = replace(format, **block.demands)
+            plain, made = True, Storage.floating(block.name, format.zero)
+        else:
+            made = Storage.default(format)
+        storage = made if plain else Storage(scales=pick.choice(list(STORAGES)), offsets=pick.choice(list(STORAGES)))
         kind = ROUNDINGS[pick.choice(list(ROUNDINGS))]
         about: dict[str, Any] = {"range": pick.choice(list(RANGES))} if "range" in kind.__dataclass_fields__ else {}
         if "static_groups" in kind.__dataclass_fields__:
@@ -90,7 +95,8 @@ def test_a_random_method_works_or_is_refused_at_once(seed: int, tiny_llama: Call
         assert any(advice in words for advice in ("Use ", "Leave ", "Give ", "Train ")), words
         return
     assert isinstance(found, Method)
-    model = quadapt.prepare(tiny_llama(), method=found, calibration=[IDS])
+    wide = {"hidden_size": 256, "num_hidden_layers": 1} if found.storage.of_scales.demands else {}  # super-blocks
+    model = quadapt.prepare(tiny_llama(**wide), method=found, calibration=[IDS])
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.02)
     model.train()
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -127,4 +133,5 @@ def _loaded(model: Any, folder: Path) -> Any:
 def test_enough_of_them_work() -> None:
     working = [found for found in map(drawn, range(DRAWS)) if refusal(found) is None]
     assert len(working) >= LEAST_THAT_WORK
+    assert any(isinstance(found, Method) and found.storage.of_scales.demands for found in working)
     assert len({found.adapter.kind for found in working if isinstance(found, Method)}) >= 6

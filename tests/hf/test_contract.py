@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from quadapt import merge, prepare
-from quadapt.errors import MergeError
+from quadapt.errors import ConfigError, MergeError
 from quadapt.methods import METHODS, method_named
 
 IDS = torch.arange(2, 50).view(2, 24)
@@ -52,13 +53,52 @@ CASES = [
 """Integers of 5 and 6 bits too, by turns; there is no NormalFloat of so many."""
 
 
+WIDE = {"hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 1}
+"""Whole super-blocks in all matrices but `down_proj`, which takes the plain block that llama.cpp takes."""
+
+
+ONE_GRID = ("lr-qat", "ir-qlora")
+"""Methods that refuse rows which are no whole super-blocks: one has the same width for all layers, one a range that
+shifts groups."""
+
+
 @pytest.mark.parametrize(("method", "start", "bits"), CASES)
 def test_every_method(
     method: str, start: str | None, bits: int, tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
-    settings = {"rank": 4, "alpha": 4, "dropout": 0.0, "calibration": TEXT, "bits": bits, "start": start}
-    settings |= MORE.get(method, {})
-    model = prepare(tiny_llama(initializer_range=0.1), method=method, **settings)
+    settings = {"bits": bits, "start": start, **MORE.get(method, {})}
+    check(method, settings, tiny_llama(initializer_range=0.1), tmp_path)
+
+
+def in_super_blocks() -> list[tuple[str, int]]:
+    """Methods with the widths at which they train over K-quants, by turns; each at one at least."""
+    found = []
+    for at, name in enumerate(METHODS):
+        levels = {} if method_named(name).format.levels == "int" else {"levels": "int"}
+        fits = []
+        for bits in (4, 6, 2, 3, 5):
+            with suppress(ConfigError):
+                method_named(name, bits=bits, scales="k-quant", **levels).check()
+                fits.append(bits)
+        found += [(name, bits) for bits in fits[at % 2 :: 3]]
+    return found
+
+
+@pytest.mark.parametrize(("method", "bits"), in_super_blocks())
+def test_every_method_over_k_quants(method: str, bits: int, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    integers = {} if method_named(method).format.levels == "int" else {"levels": "int"}
+    settings = {"bits": bits, "scales": "k-quant", **integers}
+    if method in ONE_GRID:
+        with pytest.raises(ConfigError, match=r"down_proj: .*Use "):
+            prepare(tiny_llama(initializer_range=0.05, **WIDE), method=method, calibration=TEXT, **settings)
+    sizes = {**WIDE, "intermediate_size": 512} if method in ONE_GRID else WIDE
+    check(method, settings, tiny_llama(initializer_range=0.05, **sizes), tmp_path)
+
+
+def check(method: str, settings: dict[str, Any], dense: nn.Module, tmp_path: Path) -> None:
+    """Train a step; save and load; merge as exactly as the adapter promises."""
+    settings = {"rank": 4, "alpha": 4, "dropout": 0.0, "calibration": TEXT, **settings}
+    model = prepare(dense, method=method, **settings)
     base = copy.deepcopy(model.eval()).unload()
     adapter, first = method_named(method).adapter, logits(model)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import kernels_for
+from quadapt.methods import method_named
+from quadapt.model.layer import Quantization, quantize_layer
 from quadapt.nn.adapters import Adapter, Pooled
 from quadapt.nn.adapters.l4q import L4Q
 from quadapt.nn.adapters.lr_qat import LRQAT
@@ -21,10 +25,11 @@ from quadapt.nn.adapters.scales import Scales
 from quadapt.nn.block_ap import BlockAP, BlockAPLinear
 from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.fake_quant import snap
+from quadapt.quant.fixed_point import FixedPoint
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.grids import spanning
-from quadapt.quant.rounding import FixedPoint, Nearest, ScaleUnderflow
+from quadapt.quant.rounding import Nearest, ScaleUnderflow
 from quadapt.quant.storage import STORAGES, Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -265,7 +270,7 @@ def test_gptq_chooses_the_grids_of_a_super_block_at_its_first_column(kind: str) 
 ADAPTERS = {
     "l4q": (L4Q(), KINDS),
     "asymmetric": (L4Q(init="asymmetric"), ["Q4_K", "Q5_K", "Q2_K"]),
-    "lr-qat": (LRQAT(), ["Q3_K", "Q6_K"]),
+    "lr-qat": (LRQAT(), KINDS),
     "scales": (Scales(), KINDS),
     "scales-pooled": (Scales(pooled=True), ["Q4_K", "Q5_K", "Q2_K"]),
     "pooled": (Pooled(), ["Q4_K", "Q5_K", "Q2_K"]),
@@ -278,8 +283,9 @@ def source_of(adapter: Adapter, layout: Layout, weight: Tensor) -> Tensor | Quan
         return weight
     if adapter.base == "codes":
         return Nearest()(weight, layout)
-    fine = replace(layout, format=replace(layout.format, bits=8), storage=Storage(scales="fp32", offsets="absent"))
-    return FixedPoint(bits=layout.format.bits)(weight, fine)
+    format = replace(layout.format, bits=8)
+    fine = replace(layout, format=format, storage=Storage.default(format))
+    return FixedPoint(bits=layout.format.bits, storage=layout.storage, rounding=Nearest())(weight, fine)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -353,7 +359,7 @@ def test_it_is_refused_for_another_grid() -> None:
         ("q6_k", Format(bits=6, group_size=16)),
         ("q2_k", Format(levels="nf", bits=2, group_size=16, zero="float")),
     ]:
-        with pytest.raises(ConfigError, match="Use --scales k-quant"):
+        with pytest.raises(ConfigError, match=r"Use --scales k-quant|Use levels='int'"):
             Nearest().check(Layout(format=format, storage=Storage.floating(name, format.zero), out=1, columns=1))
     with pytest.raises(ConfigError, match="moves offsets"):
         Pooled().check(layout_of("Q6_K"), 4, 0.0)
@@ -361,6 +367,71 @@ def test_it_is_refused_for_another_grid() -> None:
         Scales(pooled=True).check(layout_of("Q3_K"), 4, 0.0)
     with pytest.raises(ConfigError, match="scales='linear8-256-fp32' is unknown"):
         L4Q(scales="linear8-256-fp32")
+
+
+FALLBACKS = {"Q4_K": ("int5-sym-g32", 5.5), "Q5_K": ("int5-g32", 6.0), "Q2_K": ("int4-sym-g32", 4.5)} | {
+    "Q3_K": ("int4-sym-g32", 4.5),
+    "Q6_K": ("int8-sym-g32", 8.5),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_no_whole_super_blocks_take_llama_cpps_blocks(kind: str) -> None:
+    wanted = layout_of(kind)
+    format, storage = wanted.format, wanted.storage
+    assert Layout.fitting(format, storage, 12, 512) == wanted
+    assert wanted.name == f"int{format.bits}-{kind.lower().replace('_', '')}"
+    found = Layout.fitting(format, storage, 12, 96)
+    assert (found.name, found.bits_per_weight) == FALLBACKS[kind]
+    assert Layout.fitting(found.format, found.storage, 12, 96) == found
+    assert Layout.fitting(format, storage, 12, 72).storage == storage  # fits no block of llama.cpp either
+
+
+def test_layers_say_what_they_take_instead() -> None:
+    quantization = Quantization(format=layout_of("Q4_K").format, storage=layout_of("Q4_K").storage, rounding=Nearest())
+    _, row = quantize_layer("down", torch.randn(12, 96), quantization, {})
+    assert (row.format, row.bits_per_weight) == ("int5-sym-g32", 5.5)
+    assert row.note == "int5-sym-g32 for int4-q4k, as llama.cpp does: 96 inputs are no whole super-blocks"
+    _, row = quantize_layer("up", torch.randn(12, 256), quantization, {})
+    assert (row.format, row.bits_per_weight, row.note) == ("int4-q4k", 4.5, "")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("name", ["l4q", "qa-lora", "qlora"])
+def test_k_quant_chooses_the_type_for_the_bits(name: str, bits: int) -> None:
+    settings = {"levels": "int"} if name == "qlora" else {}
+    method = method_named(name, bits=bits, scales="k-quant", **settings)
+    kind = next(each for each in KINDS if KINDS[each][1] == bits)
+    wanted = layout_of(kind)
+    assert (method.format, method.storage) == (wanted.format, wanted.storage)
+    assert method.having(bits=4).storage.scales == "q4_k"  # another width stays in the family
+    assert method.having(scales="fp16").storage.scales == "fp16"
+    if name == "qa-lora" and wanted.format.zero == "none":
+        with pytest.raises(ConfigError, match="moves offsets"):
+            method.check()
+    else:
+        method.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"bits": 8}, "are for codes of 2, 3, 4, 5 or 6 bits, not 8. Use fp16"),
+        ({"bits": 4, "group_size": 64}, "have group_size=32 at 4 bits, not 64"),
+        ({"bits": 3, "zero": "float"}, "have zero='none' at 3 bits, not 'float'"),
+        ({"levels": "nf"}, "Use levels='int'"),
+    ],
+)
+def test_k_quant_is_refused_with_advice(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        method_named("qa-lora", scales="k-quant", **settings).check()
+
+
+def test_lr_qat_has_one_grid_for_all_layers() -> None:
+    format, storage, rounding = method_named("lr-qat", scales="k-quant", bits=3).base()
+    rounding.check(Layout(format=format, storage=storage, out=12, columns=512))
+    with pytest.raises(ConfigError, match="no whole super-blocks"):
+        rounding.check(Layout(format=format, storage=storage, out=12, columns=96))
 
 
 def test_pairs_of_storages() -> None:

@@ -23,7 +23,7 @@ from quadapt.methods import METHODS, Method, Recipe, method_named
 from quadapt.quant.format import Format
 from quadapt.quant.ranges import RANGES
 from quadapt.quant.rounding import ROUNDINGS
-from quadapt.quant.storage import LINEAR, STORAGES
+from quadapt.quant.storage import STORAGES
 from quadapt.setting import Count, Flag, Positive, Seed
 
 
@@ -53,15 +53,18 @@ def _merging(exactly: bool) -> str:
     return ", ".join(name for name in METHODS if (method_named(name).adapter.exactness != "none") == exactly)
 
 
-_SCALES = [name for name, each in STORAGES.items() if each.for_scales and each.spelling == name]
-"""Storages of scales that have no settings of their own; those with settings go by the names of their families."""
+_SCALES = [name for name, each in STORAGES.items() if each.for_scales and each.family is None]
+"""Storages of scales that have no settings of their own; the others go by the names of their families."""
+
+_FAMILIES = {each.family: each for each in STORAGES.values() if each.for_scales and each.family and each.serves(4)}
+"""Of each family the one for codes of four bits, by the family's name."""
 
 
 def _summaries() -> str:
     """Each of them in its own words, those of one kind together."""
     alike: dict[str, list[str]] = {}
-    for name in _SCALES:
-        alike.setdefault(STORAGES[name].summary, []).append(name)
+    for name, each in [*((name, STORAGES[name]) for name in _SCALES), *_FAMILIES.items()]:
+        alike.setdefault(each.summary, []).append(str(name))
     return "; ".join(f"{', '.join(names)}: {summary}" for summary, names in alike.items())
 
 
@@ -90,11 +93,11 @@ class Grid(Settings):
     none is given."""
 
     scales: Annotated[
-        Literal[(*_SCALES, "linear")] | None,  # type: ignore[valid-type]
+        Literal[(*_SCALES, *_FAMILIES)] | None,  # type: ignore[valid-type]
         Flag((), "Quantization", of_piece=True),
         Field(
-            description=f"How scales are stored. {_summaries()}; linear: {STORAGES[LINEAR].summary}, here 8 bits and "
-            "256. Default: the method's."
+            description=f"How scales are stored. {_summaries()}. Here linear has 8 bits and 256, and k-quant chooses "
+            "the type, the group size and the zero for the bits: 2 to 6. Default: the method's."
         ),
     ] = None
 

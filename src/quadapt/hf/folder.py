@@ -389,7 +389,7 @@ def write_note(
 
 def _card(config: QuadaptConfig, note: Mapping[str, Any]) -> str:
     about = {key: note[key] for key in ("made", "bits_per_weight") if key in note}
-    formats = ", ".join(sorted({layout.format.name for layout in config.layouts.values()}))
+    formats = ", ".join(sorted({layout.name for layout in config.layouts.values()}))
     return (
         f"---\nlibrary_name: quadapt\ntags: [quantized, quadapt]\n---\n\n# A quantized model ({formats})\n\n"
         "Written by quadapt. Load it with `quadapt.load(folder)`, or with transformers after `import quadapt`; without "

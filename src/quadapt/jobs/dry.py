@@ -282,7 +282,7 @@ def show(found: Sketch, estimate: MemoryEstimate, ui: UI) -> dict[str, Any]:
     parts = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in estimate.as_dict().items() if name != "total")
     ui.show(f"estimated peak memory {estimate.total / 1e6:.0f} MB ({parts})")
     return {
-        "layers": {name: layout.format.name for name, layout in found.layouts.items()},
+        "layers": {name: layout.name for name, layout in found.layouts.items()},
         "left": dict(found.left),
         "bits_per_weight": bits,
         "memory": estimate.as_dict(),

@@ -51,7 +51,7 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
         "bits_per_weight": bits_of(list(layouts.values())),
         "fingerprint": found.fingerprint,
         "made": found.made,
-        "layers": {name: layout.format.name for name, layout in layouts.items()},
+        "layers": {name: layout.name for name, layout in layouts.items()},
         "left": found.left,
         "certificate": folder.note.get("certificate"),
     }

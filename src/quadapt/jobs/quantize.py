@@ -211,7 +211,7 @@ def show_layers(layouts: Mapping[str, Layout], ui: UI, *, rows: Sequence[LayerRo
     measured = {row.name: row for row in rows}
     kinds: dict[tuple[str, ...], list[str]] = {}
     for name, layout in layouts.items():
-        grid = measured[name].format if name in measured else layout.format.name
+        grid = measured[name].format if name in measured else layout.name
         kind = (name if every else name.rpartition(".")[2], f"{layout.out} x {layout.columns}", grid)
         kinds.setdefault((*kind, f"{layout.bits_per_weight:.3f}"), []).append(name)
     table = []

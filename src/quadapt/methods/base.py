@@ -15,7 +15,7 @@ from quadapt.nn.starts import STARTS, Start, Zero
 from quadapt.quant.fixed_point import FixedPoint
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import ROUNDINGS, Rounding
-from quadapt.quant.storage import LINEAR, Storage
+from quadapt.quant.storage import Storage, scales_meant
 from quadapt.quant.weight import Layout
 from quadapt.registry import Registry
 from quadapt.setting import settings_of
@@ -90,18 +90,16 @@ class Method:
 
         Args:
             settings: By name: fields of the grid (`levels`, `bits`, `group_size`, `zero`); `scales`, how scales are
-                stored (fp16, fp32, double, linear); a piece (`rounding`, `start`, `objective`), by its name or itself;
-                fields of the pieces (`range`, `damping`, `pooling`, ..) and of the recipe (`rank`, `learning_rate`,
-                ..). None leaves the method's own.
+                stored (fp16, fp32, double, linear, k-quant); a piece (`rounding`, `start`, `objective`), by its name or
+                itself; fields of the pieces (`range`, `damping`, `pooling`, ..) and of the recipe (`rank`,
+                `learning_rate`, ..). None leaves the method's own.
 
         Raises:
             ConfigError: None of the method's pieces has such a setting; the message says which pieces do.
         """
         left = {name: value for name, value in settings.items() if value is not None}
         grid = {name: left.pop(name) for name in ("levels", "bits", "group_size", "zero") if name in left}
-        found = self.with_format(self._format(**grid)) if grid else self
-        if "scales" in left:
-            found = replace(found, storage=found._storage(left.pop("scales")))
+        found = self._held(left.pop("scales", None), grid)
         for axis, registry in PIECES.items():
             if axis in left:
                 found = replace(found, **{axis: found._piece(axis, registry, left.pop(axis))})
@@ -117,8 +115,26 @@ class Method:
         own = {"levels": self.format.levels, "bits": self.format.bits, "group_size": self.format.group_size}
         return Format(**{**own, "zero": self.format.zero if same else "default", **grid})
 
-    def _storage(self, scales: str) -> Storage:
-        return self.storage.with_scales(LINEAR if scales == "linear" else scales)
+    def _held(self, scales: str | None, grid: dict[str, Any]) -> Method:
+        """With another grid, and scales held otherwise, or in the kind of super-blocks for another width.
+
+        Raises:
+            ConfigError: Such scales determine a field of the grid, and another value is asked for.
+        """
+        own = self.storage.of_scales
+        if scales is None and own.demands and "bits" in grid:
+            scales = own.family
+        if scales is None:
+            return self.with_format(self._format(**grid)) if grid else self
+        meant = scales_meant(scales, grid.get("bits", self.format.bits))
+        for name, value in meant.demands.items():
+            if grid.get(name, value) != value:
+                raise ConfigError(
+                    f"scales={scales!r} have {name}={value!r} at {self._format(**grid).bits} bits, not "
+                    f"{grid[name]!r}. Leave {name} out, or use fp16 scales"
+                )
+        found = self.with_format(self._format(**{**grid, **meant.demands}))
+        return replace(found, storage=found.storage.with_scales(meant.name))
 
     def _piece(self, axis: str, registry: Registry[type[Any]], given: Any) -> Any:
         """A piece by its name, with the settings of the method's own that it has too; or the piece that is given."""

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from quadapt.errors import ConfigError, ShapeError
+from quadapt.errors import ConfigError, ShapeError, locate
 from quadapt.model.select import matches
 from quadapt.nn.starts import Begun, Start, Zero
 from quadapt.nn.starts.fit import objective
@@ -98,7 +98,10 @@ class Quantization:
     missing, and none may get another grid."""
 
     def check(self, layers: Mapping[str, nn.Linear]) -> None:
-        """Raise ConfigError unless a plan by budget was made for these layers."""
+        """Raise ConfigError unless the rounding serves these layers, and a plan by budget was made for them."""
+        for name, linear in layers.items():
+            with locate(name):
+                self.rounding.check(self.layout(name, linear.out_features, linear.in_features))
         found = {name: (linear.out_features, linear.in_features) for name, linear in layers.items()}
         if not self.shapes or found == dict(self.shapes):
             return
@@ -120,7 +123,17 @@ class Quantization:
     def layout(self, name: str, out: int, columns: int) -> Layout:
         """The layout of the layer `name`, of `out` rows and `columns` inputs."""
         format, storage = self.layers.get(name, (self.format, self.storage))
-        return Layout(format=format, storage=storage, out=out, columns=columns)
+        return Layout.fitting(format, storage, out, columns)
+
+    def shortened(self, name: str, layout: Layout) -> str:
+        """A note for the layer `name` if its rows do not fit the storage that was asked for; else an empty string."""
+        format, storage = self.layers.get(name, (self.format, self.storage))
+        if (format, storage) == (layout.format, layout.storage):
+            return ""
+        return (
+            f"{layout.name} for {storage.label(format)}, as llama.cpp does: {layout.columns} inputs are no whole "
+            "super-blocks"
+        )
 
     @property
     def needs_data(self) -> bool:
@@ -143,6 +156,8 @@ def quantize_layer(
     """
     clock, layout = time.perf_counter(), quantization.layout(name, *weight.shape)
     rounding, start, notes = quantization.rounding, quantization.start, list[str]()
+    if quantization.shortened(name, layout):
+        notes.append(quantization.shortened(name, layout))
     if not rounding.needs <= statistics.keys():
         rounding = rounding.without_data()
         notes.append("rounded to nearest: lies outside the blocks")
@@ -208,7 +223,7 @@ def row_of(
         name=name,
         out=layout.out,
         columns=layout.columns,
-        format=layout.format.name,
+        format=layout.name,
         bits_per_weight=layout.bits_per_weight,
         error=relative_error(quantized, weight),
         seconds=seconds,

@@ -193,6 +193,7 @@ class _Worker:
                 rounding.check(layouts[name])
                 try:
                     fitted[name] = rounding.layer(linear, layouts[name])
+                    notes[name] = self.quantization.shortened(name, layouts[name])
                 except ScaleUnderflow as error:
                     layouts[name] = widened(name, layouts[name], self.quantization, error)
                     fitted[name], notes[name] = rounding.layer(linear, layouts[name]), f"fp32 scales: {error}"

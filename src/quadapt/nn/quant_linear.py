@@ -91,7 +91,7 @@ class QuantLinear(nn.Linear):
         """Shape, format and true bits per weight."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.layout.format.name}, bits_per_weight={self.layout.bits_per_weight:.3f}"
+            f"format={self.layout.name}, bits_per_weight={self.layout.bits_per_weight:.3f}"
         )
 
 

@@ -77,7 +77,13 @@ class FixedPoint(Rounding):
         super().check(layout)
         if layout.format.levels != "int" or layout.format.bits != BITS or self.bits >= BITS:
             raise ConfigError(f"{layout.format.name}: a fixed-point base is made of 8-bit integers, for fewer bits")
-        self.rounding.check(self.coarse(layout))
+        coarse = self.coarse(layout)
+        if coarse.storage.fitting(coarse.format, coarse.columns)[0] != coarse.format:
+            raise ConfigError(
+                f"{coarse.columns} inputs are no whole super-blocks, and a fixed-point base has one width for all "
+                "layers. Use --scales fp16, another method (l4q, peqa), or leave the layer out (--skip)"
+            )
+        self.rounding.check(coarse)
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)

@@ -60,6 +60,17 @@ class Layout:
                 f"a weight of {self.out} rows and {self.columns} columns cannot be quantized. Skip the layer"
             )
 
+    @staticmethod
+    def fitting(format: Format, storage: Storage, out: int, columns: int) -> Layout:
+        """The layout of a layer for which such a grid is wanted, or what takes its place (:meth:`Storage.fitting`)."""
+        format, storage = storage.fitting(format, columns)
+        return Layout(format=format, storage=storage, out=out, columns=columns)
+
+    @property
+    def name(self) -> str:
+        """The short name of the grid that reports use: `int4-g32`, `nf4-g64`, `int4-q4k`."""
+        return self.storage.label(self.format)
+
     @property
     def groups(self) -> int:
         """How many groups a row has."""

@@ -19,7 +19,7 @@ def show_plan(plan: BudgetPlan, ui: UI) -> None:
     grids: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, layer in plan.layers.items():
         kinds[name.rpartition(".")[2]].append(name)
-        grids[layer.layout.format.name, layer.layout.storage.scales].append(name)
+        grids[layer.layout.name, layer.layout.storage.scales].append(name)
     rows = []
     for kind, names in kinds.items():
         layouts = [plan.layers[name].layout for name in names]

@@ -40,7 +40,7 @@ class CodesAdapter(Adapter):
     def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         raise MergeError(
             f"{self.kind} adapters change weights within a group, which the codes of "
-            f"{quantized(source).format.name} cannot follow. Serve base + adapter (export --format lora), train with "
+            f"{quantized(source).layout.name} cannot follow. Serve base + adapter (export --format lora), train with "
             "--method qa-lora, or accept the loss and requantize (merge --requantize)"
         )
 

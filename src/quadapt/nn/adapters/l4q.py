@@ -62,7 +62,7 @@ class L4Q(LowRankGrid):
 
     def grid_params(self, layout: Layout) -> dict[str, Param]:
         """`rho`, `shift` where offsets train, and the first scales and shifts, `start [2, out, groups]`, frozen."""
-        names = ("rho",) if self.offsets == "none" else ("rho", "shift")
+        names = ("rho",) if layout.format.zero == "none" else ("rho", "shift")
         start = Param(shape=(2, layout.out, layout.groups), init=self._begin, dtype=torch.float32, trains=False)
         return {**{name: grid_param(layout) for name in names}, "start": start}
 
@@ -83,7 +83,7 @@ class L4Q(LowRankGrid):
     def layout(self, out: int, columns: int) -> Layout:
         """Layout of the product over a dense matrix `[out, columns]`."""
         format = Format(bits=self.bits, group_size=self.group_size, zero=self.offsets)
-        return Layout(format=format, storage=Storage.floating(self.floats, self.offsets), out=out, columns=columns)
+        return Layout.fitting(format, Storage.floating(self.floats, self.offsets), out, columns)
 
     def how(self, layout: Layout) -> FakeQuant:
         return FakeQuant(format=layout.format, columns=layout.columns, order=self.order, tolerance=self.tolerance)
@@ -92,7 +92,8 @@ class L4Q(LowRankGrid):
     def start(self, source: Source) -> Tensor:
         """First scales and shifts over a dense matrix, float32 `[2, out, groups]`."""
         assert isinstance(source, Tensor)
-        layout, half = self.layout_of(source), 2 ** (self.bits - 1)
+        layout = self.layout_of(source)
+        half = 2 ** (layout.format.bits - 1)
         width = layout.format.width(layout.columns)
         low, high = kernels_for(source.device).group_range(source, width)
         if layout.storage.of_offsets.never_positive:
@@ -103,7 +104,7 @@ class L4Q(LowRankGrid):
             sign = 1 - 2 * turned.float()
         else:
             sign = torch.ones_like(low)
-        if self.init == "asymmetric":
+        if self.init == "asymmetric" and layout.format.zero != "none":
             scales = _up((high - low) / (2 * half - 1), layout.storage.of_scales)
             return torch.stack([scales, low + half * scales])
         if self.init == "lsq+":
@@ -122,15 +123,16 @@ class L4Q(LowRankGrid):
         params["start"].copy_(self.start(changed))
 
     def grid(self, source: Source, params: Params, scaling: float) -> tuple[Tensor, Tensor | None]:
-        layout, half = self.layout_of(source), 2 ** (self.bits - 1)
+        layout = self.layout_of(source)
+        half, zero = 2 ** (layout.format.bits - 1), layout.format.zero
         first, shift = params["start"].detach().float()
         scales = snap(first * grown(params["rho"]), layout.storage.scales)
-        if self.offsets == "none":
+        if zero == "none":
             return scales, None
         shift = shift + first * params["shift"].float()
-        if self.offsets == "integer":
-            zero = half - shift / scales
-            return scales, zero + (zero.round().clamp(0, 2 * half - 1) - zero).detach()
+        if zero == "integer":
+            point = half - shift / scales
+            return scales, point + (point.round().clamp(0, 2 * half - 1) - point).detach()
         return scales, snap(shift - half * scales, layout.storage.offsets)
 
 

@@ -15,6 +15,16 @@ from quadapt.quant.storage.base import STORAGES, ValueStorage, register
 from quadapt.quant.storage.double import dynamic_map
 from quadapt.quant.storage.floats import FLOATS
 from quadapt.quant.storage.linear import LINEAR, Linear
-from quadapt.quant.storage.pair import Storage
+from quadapt.quant.storage.pair import Storage, scales_meant
 
-__all__ = ["FLOATS", "LINEAR", "STORAGES", "Linear", "Storage", "ValueStorage", "dynamic_map", "register"]
+__all__ = [
+    "FLOATS",
+    "LINEAR",
+    "STORAGES",
+    "Linear",
+    "Storage",
+    "ValueStorage",
+    "dynamic_map",
+    "register",
+    "scales_meant",
+]

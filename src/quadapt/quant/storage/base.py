@@ -129,6 +129,35 @@ class ValueStorage(ABC):
         """The storage that takes its place where it is too narrow: fp32, or itself if it holds no free numbers."""
         return "fp32" if self.free else self.name
 
+    @property
+    def family(self) -> str | None:
+        """The one word by which settings choose among storages that differ in settings alone, or by the width of codes.
+
+        None where settings have the storage's own name.
+        """
+        return None
+
+    def serves(self, bits: int) -> bool:
+        """Whether it is the one of its family that is meant for codes of `bits` bits."""
+        return True
+
+    @property
+    def demands(self) -> dict[str, Any]:
+        """Fields of a format that such scales determine, by name: `group_size`, `zero`."""
+        return {}
+
+    def shorter(self, format: Format, columns: int) -> tuple[Format, str] | None:
+        """What takes the place of such scales in rows of `columns` inputs that they do not fit.
+
+        Returns:
+            The grid, and the name of the storage of its scales; None if they fit.
+        """
+        return None
+
+    def label(self, format: Format) -> str:
+        """The short name that reports use of a grid whose scales, and offsets if it has any, are held so."""
+        return format.name
+
     def check(self, format: Format) -> None:  # noqa: B027 - most hold the numbers of any grid
         """Raise ConfigError if it does not hold the numbers of such a grid."""
 

@@ -49,6 +49,13 @@ class Linear(ValueStorage):
         return f"linear{self.bits}-{self.block}-{self.constant}"
 
     @property
+    def family(self) -> str:
+        return "linear"
+
+    def serves(self, bits: int) -> bool:
+        return self == Linear()
+
+    @property
     def spelling(self) -> str:
         return "linearB-N-F with B 2, 3, 4 or 8 bits, N 16, 64 or 256 scales to a constant, and F fp16 or fp32"
 

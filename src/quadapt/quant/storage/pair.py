@@ -11,6 +11,7 @@ import torch
 from quadapt.errors import ConfigError
 from quadapt.quant.format import Format
 from quadapt.quant.storage.base import STORAGES, ValueStorage
+from quadapt.widths import INTEGER_WIDTHS, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,19 @@ class Storage:
         self.of_scales.check(format)
         self.of_offsets.check(format)
 
+    def fitting(self, format: Format, columns: int) -> tuple[Format, Storage]:
+        """Grid and storage of rows of `columns` inputs: these, or what takes their place where they do not fit.
+
+        Every layer's layout is made by it.
+        """
+        instead = self.of_scales.shorter(format, columns)
+        return (format, self) if instead is None else (instead[0], Storage.floating(instead[1], instead[0].zero))
+
+    def label(self, format: Format) -> str:
+        """The short name that reports use of a grid that is held so: `int4-g32`, `int4-q4k`."""
+        alike = self.of_offsets.implied or self.offsets == self.of_scales.beside
+        return self.of_scales.label(format) if alike else format.name
+
     @property
     def together(self) -> int | None:
         """How many neighbouring groups of a row are stored together; None for all of the matrix."""
@@ -114,6 +128,22 @@ class Storage:
         """Scales held so, and offsets as a format's zero (none, integer or float) demands, alike if it may."""
         beside = STORAGES[floats].beside or "fp16"
         return Storage(scales=floats, offsets={"none": "absent", "integer": "integer", "float": beside}[zero])
+
+
+def scales_meant(name: str, bits: int) -> ValueStorage:
+    """The storage of scales that settings mean by a name: its own, or that of its family for codes of `bits` bits.
+
+    Raises:
+        ConfigError: The family has none for this width.
+    """
+    family = [each for each in STORAGES.values() if each.for_scales and each.family == name]
+    if not family:
+        return STORAGES[name]
+    for each in family:
+        if each.serves(bits):
+            return each
+    widths = [width for width in INTEGER_WIDTHS if any(each.serves(width) for each in family)]
+    raise ConfigError(f"scales={name!r} are for codes of {listed(tuple(widths))} bits, not {bits}. Use fp16 or fp32")
 
 
 def _trains_itself(storage: ValueStorage) -> bool:

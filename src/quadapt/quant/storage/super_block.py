@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ from quadapt.quant.storage.floats import LARGEST, SMALLEST_SCALE
 
 SUPER_BLOCK = 256
 """How many weights of a row a super-block has."""
+
+_SHORTER: dict[int, tuple[int, Zero]] = {
+    2: (4, "none"),
+    3: (4, "none"),
+    4: (5, "none"),
+    5: (5, "float"),
+    6: (8, "none"),
+}
+"""Width and zero of the plain block that llama.cpp takes instead, by the width of codes in super-blocks."""
 
 _LEAST = 2.0**-24
 """The smallest positive float16: a constant is never smaller, so that nothing divides by zero."""
@@ -69,6 +78,31 @@ class SuperBlock(ValueStorage):
         return self.kind
 
     @property
+    def family(self) -> str:
+        return "k-quant"
+
+    def serves(self, bits: int) -> bool:
+        return bits in self.widths
+
+    @property
+    def demands(self) -> dict[str, Any]:
+        return {"group_size": self.group_size, "zero": self.grid_zero}
+
+    def shorter(self, format: Format, columns: int) -> tuple[Format, str] | None:
+        """What llama.cpp takes where a row is no whole number of super-blocks: blocks of 32, with an fp16 for each.
+
+        Source: llama.cpp, `src/llama-quant.cpp`, its fallbacks for tensors (Q2_K and Q3_K to Q4_0, Q4_K to Q5_0, Q5_K
+        to Q5_1, Q6_K to Q8_0). Rows that are no multiple of 32 fit no block either, and stay as they are.
+        """
+        if columns % SUPER_BLOCK == 0 or columns % 32:
+            return None
+        bits, zero = _SHORTER[format.bits]
+        return Format(bits=bits, group_size=32, zero=zero), "fp16"
+
+    def label(self, format: Format) -> str:
+        return f"int{format.bits}-q{format.bits}k"
+
+    @property
     def together(self) -> int:
         return SUPER_BLOCK // self.group_size
 
@@ -86,7 +120,9 @@ class SuperBlock(ValueStorage):
         return 2**self.bits - 1
 
     def check(self, format: Format) -> None:
-        fits = format.levels == "int" and format.bits in self.widths
+        if format.levels != "int":
+            raise ConfigError(f"{self.kind} is the grid of integers, not of {format.name}. Use levels='int', or fp16")
+        fits = format.bits in self.widths
         if fits and format.group_size == self.group_size and format.zero == self.grid_zero:
             return
         widths = " or ".join(map(str, self.widths))
