@@ -28,7 +28,7 @@ from quadapt.quant.rounding import ROUNDINGS
 from quadapt.quant.storage import STORAGES, Storage
 
 IDS = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(0))
-DRAWS = 72
+DRAWS = 84
 LEAST_THAT_WORK = 15
 
 
@@ -95,7 +95,11 @@ def test_a_random_method_works_or_is_refused_at_once(seed: int, tiny_llama: Call
         assert any(advice in words for advice in ("Use ", "Leave ", "Give ", "Train ")), words
         return
     assert isinstance(found, Method)
-    wide = {"hidden_size": 256, "num_hidden_layers": 1} if found.storage.of_scales.demands else {}  # super-blocks
+    wide = (
+        {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+        if found.storage.of_scales.demands
+        else {}
+    )  # super-blocks
     model = quadapt.prepare(tiny_llama(**wide), method=found, calibration=[IDS])
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.02)
     model.train()

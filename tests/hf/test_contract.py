@@ -87,7 +87,7 @@ def in_super_blocks() -> list[tuple[str, int]]:
 @pytest.mark.parametrize(("method", "bits"), in_super_blocks())
 def test_every_method_over_k_quants(method: str, bits: int, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     integers = {} if method_named(method).format.levels == "int" else {"levels": "int"}
-    settings = {"bits": bits, "scales": "k-quant", **integers}
+    settings = {"bits": bits, "scales": "k-quant", **integers, **MORE.get(method, {})}
     if method in ONE_GRID:
         with pytest.raises(ConfigError, match=r"down_proj: .*Use "):
             prepare(tiny_llama(initializer_range=0.05, **WIDE), method=method, calibration=TEXT, **settings)
