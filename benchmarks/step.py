@@ -2,8 +2,8 @@
 
 Forward and backward of 512 tokens through 4 Llama layers (hidden 1024, intermediate 2816), rank 16 on all linear
 layers. Limits: int4 QA-LoRA and NF4 QLoRA at most 1.10 of PEFT's bf16 LoRA step (goal 1.05), and not slower than PEFT +
-bitsandbytes NF4; L4Q, which has three products where LoRA has two, at most 2.0 (goal 1.7), and at most 0.6 of the same
-model whose layers are written in plain autograd.
+bitsandbytes NF4; L4Q, LoTA-QAF and code-lora, which have three products where LoRA has two, at most 2.0 (goal 1.7), and
+L4Q at most 0.6 of the same model whose layers are written in plain autograd.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ CANDIDATES: dict[str, Callable[[], nn.Module]] = {
     "GPTQ-LoRA int4": lambda: quadapt.prepare(dense(), method="gptq-lora", rounding="nearest", rank=RANK, alpha=RANK),
     "L4Q int4": lambda: quadapt.prepare(dense(), method="l4q", rank=RANK, alpha=RANK),
     "LR-QAT int4": lambda: quadapt.prepare(dense(), method="lr-qat", rank=RANK, alpha=RANK),
+    "LoTA-QAF int4": lambda: quadapt.prepare(dense(), method="lota-qaf", rounding="nearest", rank=RANK),
+    "code-lora int4": lambda: quadapt.prepare(dense(), method="code-lora", rounding="nearest", rank=RANK, alpha=RANK),
     "E2E-QP int4": lambda: quadapt.prepare(dense(), method="e2e-qp"),
     "PEQA int4": lambda: quadapt.prepare(dense(), method="peqa"),
     "PEFT + bitsandbytes nf4": lambda: bitsandbytes(dense(), STOCK, "cpu"),
@@ -118,7 +120,7 @@ def main(rounds: int = 11) -> dict[str, Any]:
     )
     figures = {
         "limit": "int4 QA-LoRA and nf4 QLoRA at most 1.10 of PEFT's bf16 LoRA (goal 1.05), and 1.0 of bitsandbytes; "
-        "L4Q at most 2.0 (goal 1.7), and 0.6 of plain autograd",
+        "L4Q, LoTA-QAF and code-lora at most 2.0 (goal 1.7), and L4Q 0.6 of plain autograd",
         "rows": [
             {
                 "step": name,

@@ -41,7 +41,7 @@ def code_lora(bits: int = 4, group_size: int = 64, **settings: Any) -> Method:
         format=Format(group_size=group_size, zero="integer"),
         storage=Storage(offsets="integer"),
         rounding=GPTQ(),
-        adapter=CodeLoRA(init_scale=8.0),
+        adapter=CodeLoRA(init_scale=32.0),
         recipe=Recipe(
             learning_rate=1e-2,
             grid_learning_rate=1e-3,
@@ -50,6 +50,6 @@ def code_lora(bits: int = 4, group_size: int = 64, **settings: Any) -> Method:
             schedule="linear",
             warmup_ratio=0.1,
             max_grad_norm=1.0,
-            source="ours",
+            source="ours: 60 steps on the embedded model at 4, 3 and 2 bits",
         ),
     ).having(bits=bits, **settings)
