@@ -34,6 +34,9 @@ class Spec:
     target_modules: tuple[str, ...] = ()
     """Layers that get adapters, by name or a part of it; empty for all."""
 
+    also: tuple[str, ...] = ()
+    """What trains beside adapters: norms, biases, embeddings, head."""
+
     @classmethod
     def of(
         cls,
@@ -42,6 +45,7 @@ class Spec:
         planned: BudgetPlan | None = None,
         skip: Sequence[str] = (),
         target_modules: Sequence[str] = (),
+        also: Sequence[str] = (),
     ) -> Spec:
         """Resolve a method into what each layer of a model gets.
 
@@ -50,6 +54,7 @@ class Spec:
             planned: Grids of single layers by an integer program, if there is such a plan.
             skip: Layers to leave unquantized.
             target_modules: Layers that get adapters; empty for all.
+            also: What trains beside adapters.
 
         Raises:
             ConfigError: Two of the choices contradict each other, or the plan.
@@ -57,6 +62,8 @@ class Spec:
         for piece in (method.recipe, method.rounding, method.start, method.adapter, method.objective):
             check_values(piece)
         method.check()
+        if method.recipe.also_learning_rate is not None and not also:
+            raise ConfigError("also_learning_rate is for what train_also names, which is nothing. Leave it out")
         format, storage, rounding = method.base()
         quantization = Quantization(
             format=format,
@@ -77,11 +84,12 @@ class Spec:
                 layers={name: (layout.format, layout.storage) for name, layout in layouts.items()},
                 shapes={name: (layout.out, layout.columns) for name, layout in layouts.items()},
             )
-        return cls(method, quantization, tuple(skip), tuple(target_modules))
+        return cls(method, quantization, tuple(skip), tuple(target_modules), tuple(also))
 
     def without_adapter(self) -> Spec:
         """The spec of a base alone: training does not go on from it at once, so no start is fitted."""
-        return replace(self, quantization=replace(self.quantization, start=Zero(), rank=0, pooled=False, adapted=()))
+        bare = replace(self.quantization, start=Zero(), rank=0, pooled=False, adapted=())
+        return replace(self, quantization=bare, also=())
 
 
 def check_values(piece: Any) -> None:

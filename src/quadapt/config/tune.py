@@ -49,10 +49,20 @@ class Adapting(Grid):
     """Tokens whose rows of embedding and head train too, by name or id: marks of turns that are new, or that no
     training has told apart (repeat the flag for several)."""
 
+    train_also: Annotated[tuple[Literal["norms", "biases", "embeddings", "head"], ...], Flag((), "Adapter")] = ()
+    """What trains beside the adapters, whole, and merges exactly: norms, biases, embeddings, head (comma-separated, or
+    repeat the flag)."""
+
     @cached_property
     def spec(self) -> Spec:
         chosen = self._method()
-        return Spec.of(chosen, planned=self.budget_plan(chosen), skip=self.skip, target_modules=self.target_modules)
+        return Spec.of(
+            chosen,
+            planned=self.budget_plan(chosen),
+            skip=self.skip,
+            target_modules=self.target_modules,
+            also=tuple(dict.fromkeys(self.train_also)),
+        )
 
 
 _RUN = fields_of(Run, own_defaults=True)

@@ -32,7 +32,7 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
 
     layers, path = adapted(model, adapter_name), Path(path)
     base: Any = model.get_base_model()  # type: ignore[operator]
-    refuse_parts(model, _ADVICE)
+    refuse_parts(model, _ADVICE, with_base=True)
     alpha, family = alpha_of(model, adapter_name), family_of(base)
     entries = _entries(layers, adapter_name, base)
     with new_file(path) as partial:

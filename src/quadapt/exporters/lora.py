@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
         for name, tensor in get_peft_model_state_dict(
             model, adapter_name=adapter_name, save_embedding_layers=False
         ).items()
-        if not name.startswith(ours) or name.endswith(".lora_B.bias")
+        if not name.startswith(ours) or name.endswith((".lora_B.bias", ".base_layer.bias"))
+        if not {"original_module", "modules_to_save"}.intersection(name.split("."))  # biases of theirs: once is enough
     }
     for name in layers:
         A, B = as_lora(name, layers, adapter_name)
@@ -57,7 +59,18 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
         )
         for name, tensor in tensors.items()
     ]
-    return adapter_report("lora", path, rows, layers, adapter_name)
+    report = adapter_report("lora", path, rows, layers, adapter_name)
+    return replace(report, notes=(*report.notes, *_besides(model)))
+
+
+def _besides(model: nn.Module) -> list[str]:
+    """What is to be said of whole modules and biases in an adapter."""
+    from quadapt.hf.trained import listed, parts_of
+
+    parts = [part for part in parts_of(model) if part.exact]
+    if not parts:
+        return []
+    return [f"it holds, besides factors, {listed(parts)}: PEFT loads these, and servers that know LoRA alone do not"]
 
 
 def check_lora(model: Any, adapter_name: str = "default") -> Layers:
@@ -118,12 +131,18 @@ def merges(model: nn.Module) -> bool:
     return all(layer.adapters[name].exactness != "none" for layer in layers for name in layer.active())
 
 
-def refuse_parts(model: nn.Module, advice: str) -> None:
-    """Raise ExportError if more has trained than adapters over quantized layers, which is all that a form holds."""
+def refuse_parts(model: nn.Module, advice: str, *, with_base: bool) -> None:
+    """Raise ExportError if more has trained than adapters over quantized layers, which is all that a form holds.
+
+    Args:
+        model: A PEFT model.
+        advice: What to do instead.
+        with_base: Whether the base goes out too, and with it what has trained in its place.
+    """
     from quadapt.hf.trained import parts_of
 
     for part in parts_of(model):
-        if part.kind != "a parameter of the base":  # (that goes out with the base)
+        if not (with_base and part.kind == "a parameter of the base"):
             raise ExportError(f"{part.name}: has {part.kind} trained, {advice}")
 
 

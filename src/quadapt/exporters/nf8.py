@@ -62,7 +62,7 @@ def check_nf8(model: nn.Module, adapter_name: str = "default") -> Layers:
         ExportError: There are none, or their adapters merge, or more has trained than the format can hold.
     """
     layers = adapted(model, adapter_name)
-    refuse_parts(model, "which nf8 cannot hold. Use --format lora")
+    refuse_parts(model, "which nf8 cannot hold. Use --format lora", with_base=False)
     for name, layer in layers.items():
         if layer.lora_bias[adapter_name]:
             raise ExportError(f"{name}: its lora_B has a bias (lora_bias), which nf8 cannot hold. Use --format lora")

@@ -28,6 +28,7 @@ from quadapt.hf.trained import (
     adapters_off,
     changed_besides,
     check_state,
+    listed,
     merge_parts,
     parts_of,
     settle_ties,
@@ -104,7 +105,7 @@ class Certificate:
     def __str__(self) -> str:
         worst = max((layer.difference for layer in self.layers), default=0.0)
         lost = "logits bit-equal" if self.logits_equal else f"{self.effect_lost:.2%} of the effect lost"
-        besides = "; ".join(f"{part.name} ({part.kind}{', untied' if part.untied else ''})" for part in self.besides)
+        besides = listed(self.besides)
         return (
             f"{self.verdict}: {lost} in {self.dtype} on {self.probe}; largest weight difference {worst:.2g} "
             f"steps, {sum(layer.codes_changed for layer in self.layers)} codes changed, KL {self.kl:.1e}"

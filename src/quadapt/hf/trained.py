@@ -21,12 +21,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from quadapt.errors import MergeError
+from quadapt.hf.also import settle
 from quadapt.hf.peft_layer import QuantLoraLinear
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import hash_tensor
 
 MOST_ROWS = 128
 """Rows of an embedding that trained as a whole whose tokens are added to a probe: those that moved most."""
+
+MOST_NAMED = 4
+"""Parts of one kind that are named one by one."""
 
 Adapting = BaseTunerLayer | AuxiliaryTrainingWrapper
 """Whatever of PEFT's stands in the place of a layer."""
@@ -47,6 +51,20 @@ class Part:
 
     untied: bool = False
     """Whether the merge has given it a weight of its own where there was one for two layers."""
+
+
+def listed(parts: Sequence[Part]) -> str:
+    """Parts in words: of many of one kind the first few, and how many there are."""
+    kinds: dict[tuple[str, bool], list[str]] = {}
+    for part in parts:
+        kinds.setdefault((part.kind, part.untied), []).append(part.name)
+    words = []
+    for (kind, untied), names in kinds.items():
+        what = f"{kind}{', untied' if untied else ''}"
+        few = len(names) <= MOST_NAMED
+        more = f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more, each {what}"
+        words += [f"{name} ({what})" for name in names] if few else [more]
+    return "; ".join(words)
 
 
 def adapting(model: nn.Module) -> dict[str, Adapting]:
@@ -126,8 +144,10 @@ def _in_place(model: Any) -> list[str]:
     for name, parameter in model.named_parameters():
         if inside and name.startswith(inside):
             continue
-        bias = name.endswith(".bias") and (
-            "all" in how or ("lora_only" in how and bool(adapted) and name.startswith(adapted))
+        bias = (
+            name.endswith(".bias")
+            and ".original_module." not in name
+            and ("all" in how or ("lora_only" in how and bool(adapted) and name.startswith(adapted)))
         )
         if parameter.requires_grad or bias:
             found.append(name)
@@ -214,7 +234,10 @@ def _unwrap(model: Any) -> None:
             continue
         how = getattr(module, "unload_and_optionally_merge_module", None)
         inner = module.get_base_layer() if how is None else how(merge=False, safe_merge=False, adapter_names=None)
+        if isinstance(module, ModulesToSaveWrapper) and isinstance(inner, nn.Linear):
+            inner.out_features, inner.in_features = inner.weight.shape  # which PEFT swaps in tied heads
         model.set_submodule(name, inner)
+    settle(model)
 
 
 def _refuse_ties(model: Any, layers: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from quadapt.errors import ConfigError, locate
+from quadapt.hf.also import settle
 from quadapt.hf.identity import admit, identity_of, settings_of
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.quantizer import adopt, base_config, disown
@@ -70,6 +71,7 @@ def unload(stock: Callable[..., Any], self: Any, merge: bool = True, *args: Any,
             merge_parts(self.model)
     changed = any(layer.merged for layer in layers) or (merge and any(layer.active() for layer in layers))
     model = stock(self, merge, *args, **kwargs)
+    settle(model)
     if merge:
         settle_ties(model, [])
         if changed or parts:

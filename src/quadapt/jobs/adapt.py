@@ -10,6 +10,7 @@ from torch import nn
 
 from quadapt.config.spec import Spec
 from quadapt.errors import ConfigError, QuadaptError
+from quadapt.hf.also import also, widen
 from quadapt.hf.peft_layer import adapted_layers, declared_params, lora_config
 from quadapt.hf.vocabulary import token_layers
 from quadapt.model.quantize import bits_of, quantized_layers
@@ -58,6 +59,8 @@ def adapt(model: nn.Module, spec: Spec, *, tokens: Sequence[int] = (), on_meta: 
         target_modules=names,
         start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
     )
+    besides = also(model, spec.also, tokens)
+    besides.configure(settings)
     try:
         settings.trainable_token_indices = token_layers(model, tokens)
         adapted = get_peft_model(model, settings, low_cpu_mem_usage=on_meta)
@@ -70,6 +73,7 @@ def adapt(model: nn.Module, spec: Spec, *, tokens: Sequence[int] = (), on_meta: 
     for name, parameter in adapted.named_parameters():  # in half precision small steps would be lost
         if "trainable_tokens_delta" in name:
             parameter.data = parameter.data.float()
+    widen(adapted, besides)
     return adapted
 
 

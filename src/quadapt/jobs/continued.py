@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from quadapt.config import TuneConfig, checked
 from quadapt.config.grid import Grid
 from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.also import also, widen
 from quadapt.hf.compressed import attach
 from quadapt.hf.folder import Folder, find_base, open_folder
 from quadapt.hf.peft_layer import adapter_of
 from quadapt.hf.reading import reading
 from quadapt.methods import METHODS, method_named
 
-_OF_ADAPTER = ("target_modules", "rank", "alpha", "pooling", "init", "form", "start", "fisher", "train_tokens")
+_BESIDES = ("train_tokens", "train_also")
+_OF_ADAPTER = ("target_modules", "rank", "alpha", "pooling", "init", "form", "start", "fisher", *_BESIDES)
 _OF_BASE = ("plan", "offload", *(name for name in Grid.model_fields if name.startswith("calibration")))
 """Settings of quantizing alone; here they have no meaning."""
 
@@ -40,13 +44,26 @@ class Earlier:
         steps = int(self.folder.note.get("steps") or 0) + int(before.get("steps") or 0)
         return {"adapter": str(self.folder.path.resolve()), "steps": steps}
 
-    def attach(self, model: nn.Module, dropout: float) -> Any:
+    def attach(self, model: nn.Module, dropout: float, kinds: Sequence[str] = ()) -> Any:
         """The PEFT model with the adapter as it was left, ready to train on.
+
+        Args:
+            model: The base.
+            dropout: The share of the adapter's inputs that is dropped in training.
+            kinds: What trains beside it (:data:`quadapt.hf.also.KINDS`).
 
         Raises:
             CheckpointError: The base is another one, or the adapter's files are damaged.
         """
-        return reading(self.folder.name, attach, model, self.folder.path, dropout=dropout)
+        from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+        besides = also(model, kinds)
+        adapted = reading(self.folder.name, attach, model, self.folder.path, dropout=dropout)
+        if kinds:
+            widen(adapted, besides)
+            with torch.no_grad():  # again, now that there is room for all of its bits
+                set_peft_model_state_dict(adapted, reading(self.folder.name, load_peft_weights, str(self.folder.path)))
+        return adapted
 
 
 def going_on(config: TuneConfig, folder: Folder) -> tuple[TuneConfig, Earlier]:
@@ -97,7 +114,7 @@ def _refuse_others(config: TuneConfig, old: TuneConfig) -> None:
 
 def _same(old: TuneConfig, name: str, value: Any) -> bool:
     """Whether the value only says what is the case anyway: the default, say."""
-    if name in ("target_modules", "skip", "train_tokens"):
+    if name in ("target_modules", "skip", *_BESIDES):
         return False
     try:
         one, other = (each.spec.method for each in (old, old.model_copy(update={name: value})))

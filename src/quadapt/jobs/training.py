@@ -51,7 +51,7 @@ def fit(
     check_runs(quantized)
     set_seed(config.run.seed)
     if earlier is not None:
-        model = earlier.attach(quantized, chosen.recipe.dropout)
+        model = earlier.attach(quantized, chosen.recipe.dropout, config.spec.also)
         ui.say(f"going on from {earlier.folder.name}")
     else:
         model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, tokenizer))

@@ -46,6 +46,9 @@ class Recipe:
     grid_learning_rate: Positive | None = setting("--scale-lr", panel="Training", default=None)
     """Peak learning rate of scales and offsets, where these train; relative to the scale, without weight decay."""
 
+    also_learning_rate: Positive | None = setting(panel="Training", default=None)
+    """Peak learning rate of what --train-also names. Default: the adapters'."""
+
     dense_steps: Whole = setting(panel="Adapter", default=0)
     """First steps that train a low-rank change of the dense matrix, before anything is quantized (L4Q's first version).
     """

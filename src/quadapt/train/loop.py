@@ -169,6 +169,7 @@ def train(
         trainer.add_callback(_DenseSteps(layers, run.recipe.dense_steps))
     trainer.objective = objective
     trainer.grid_learning_rate = run.recipe.grid_learning_rate
+    trainer.also_learning_rate = run.recipe.also_learning_rate
     trainer.remove_callback(PrinterCallback)  # results alone go to stdout
     set_seed(run.seed)
     seconds = _optimize(trainer, best, last_checkpoint(folder), steps)

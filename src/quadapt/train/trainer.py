@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from quadapt.data.collate import NO_LOSS
 from quadapt.errors import ConfigError
+from quadapt.hf.also import optimized
 from quadapt.hf.peft_layer import declared_params
 from quadapt.nn.adapters.base import Group
 from quadapt.nn.objective import Bound
@@ -24,13 +25,15 @@ class AdapterTrainer(Trainer):
     """`Trainer` that saves adapters alone, as safetensors and JSON (only its own optimizer state is a torch file).
 
     Scales and offsets, where they train, have a learning rate of their own and no weight decay. Ternary factors step by
-    t-SignSGD (`sign_sgd.py`), and their gradients are not clipped.
+    t-SignSGD (`sign_sgd.py`), and their gradients are not clipped. Whole modules and biases that train beside adapters
+    have a learning rate of their own, and norms and biases no weight decay.
 
     Held-out loss is a mean over tokens, as in :func:`quadapt.evaluate.perplexity`: `Trainer`'s own is a mean over
     batches of their means, so that it depends on the batch size wherever sequences differ in length.
     """
 
     grid_learning_rate: float | None = None
+    also_learning_rate: float | None = None
     objective: Bound | None = None
 
     def compute_loss(
@@ -53,16 +56,18 @@ class AdapterTrainer(Trainer):
         whole: Any = model or self.model
         trained = [p for p in whole.parameters() if p.requires_grad]
         grid, ternary = self._declared("grid", whole), self._declared("ternary", whole)
-        if not (grid or ternary) or self.optimizer is not None:
+        also = optimized(whole)
+        if not (grid or ternary or also) or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
         rate = self.grid_learning_rate or self.args.learning_rate
+        also_rate = self.also_learning_rate or self.args.learning_rate
+        decay = self.args.weight_decay
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if id(p) in grid], "lr": rate, "weight_decay": 0.0},
-            {
-                "params": [p for p in trained if id(p) not in grid | ternary],
-                "weight_decay": self.args.weight_decay,
-            },
+            {"params": [p for p in trained if id(p) not in grid | ternary | also.keys()], "weight_decay": decay},
+            {"params": [p for p in trained if also.get(id(p)) is False], "lr": also_rate, "weight_decay": 0.0},
+            {"params": [p for p in trained if also.get(id(p))], "lr": also_rate, "weight_decay": decay},
         ]
         if ternary:
             if kind is not torch.optim.AdamW or self.args.max_steps < 1:

@@ -1,0 +1,243 @@
+"""What can train beside adapters because it is stored as floats: norms, biases, embeddings and the head.
+
+All of it is trained in float32, and computed with in the dtype that the model is stored in: each forward rounds, and
+the gradient goes straight through. So a merge, which stores the rounded numbers, is exact. PEFT holds whole modules
+under `modules_to_save`, and biases where they are (`bias="all"`); its files, loaders and merges serve both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from quadapt.errors import ConfigError
+from quadapt.model.select import language_model
+from quadapt.nn.quant_linear import QuantLinear
+
+log = logging.getLogger("quadapt")
+
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes in which small steps would be lost."""
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes: it holds parameters, and its class is called so (RMSNorm, LayerNorm, ..)."""
+    own, name = list(module.parameters()), type(module).__name__
+    if not own or any(module.children()) or "Norm" not in name:
+        return False
+    return name.endswith("Norm") or all(parameter.ndim == 1 for parameter in own)
+
+
+def _modules(model: Any) -> dict[str, nn.Module]:
+    """The modules of the part of a model that reads and writes text, with its head, by name."""
+    text = {id(module) for module in language_model(model).modules()}
+    head = _head(model)
+    return {name: module for name, module in model.named_modules() if id(module) in text or module is head}
+
+
+def _head(model: Any) -> nn.Module | None:
+    found = model.get_output_embeddings()
+    return found if isinstance(found, nn.Module) else None
+
+
+def _norms(model: Any) -> list[str]:
+    return [name for name, module in _modules(model).items() if is_norm(module)]
+
+
+def _biases(model: Any) -> list[str]:
+    return [
+        f"{name}.{own}"
+        for name, module in _modules(model).items()
+        for own, _ in module.named_parameters(recurse=False)
+        if own == "bias"
+    ]
+
+
+def _embeddings(model: Any) -> list[str]:
+    module = model.get_input_embeddings()
+    return [name for name, each in model.named_modules() if each is module]
+
+
+def _heads(model: Any) -> list[str]:
+    module = _head(model)
+    return [name for name, each in model.named_modules() if each is module]
+
+
+KINDS: dict[str, Callable[[Any], list[str]]] = {
+    "norms": _norms,
+    "biases": _biases,
+    "embeddings": _embeddings,
+    "head": _heads,
+}
+"""What can be asked for: the names of the modules (for biases, of the parameters) that train then."""
+
+
+@dataclass(frozen=True)
+class Also:
+    """What trains beside an adapter, in PEFT's words."""
+
+    modules: tuple[str, ...] = ()
+    """Modules that train whole, by their full names."""
+
+    biases: tuple[nn.Parameter, ...] = ()
+    """Biases that train where they are."""
+
+    tied: bool = False
+    """Whether embedding and head are one matrix, and trains as one."""
+
+    def configure(self, settings: Any) -> None:
+        """Ask PEFT for it, in the config of an adapter."""
+        if not (self.modules or self.biases):
+            return
+        settings.modules_to_save = list(self.modules) or None
+        settings.bias = "all" if self.biases else "none"
+        settings.ensure_weight_tying = self.tied
+        if self.tied:
+            settings.modules_to_tie = settings.target_modules_to_tie = None
+
+
+def also(model: Any, kinds: Sequence[str], tokens: Sequence[int] = ()) -> Also:
+    """Find what is to train beside the adapters.
+
+    Args:
+        model: The base, without adapters.
+        kinds: Of :data:`KINDS`.
+        tokens: Tokens whose rows are to train singly.
+
+    Raises:
+        ConfigError: The model has nothing of a kind, or holds it in codes, or two wishes contradict each other.
+    """
+    found = {kind: KINDS[kind](model) for kind in kinds}
+    for kind, names in found.items():
+        if not names:
+            there = ", ".join(each for each, names_of in KINDS.items() if names_of(model))
+            raise ConfigError(
+                f"train_also={kind!r}: {type(model).__name__} has no {kind}. It has {there}. Leave {kind} out"
+            )
+    ends = [name for kind in ("embeddings", "head") for name in found.get(kind, ())]
+    if ends and tokens:
+        raise ConfigError(
+            "train_tokens trains single rows of embedding and head, and train_also all of them. Leave one out"
+        )
+    for name in ends:
+        if isinstance(model.get_submodule(name), QuantLinear) or not _floats(model.get_submodule(name)):
+            raise ConfigError(f"train_also: {name} is quantized, and codes do not train. Leave it out of train_also")
+    tied = bool(ends) and _are_tied(model)
+    if tied:
+        ends = _embeddings(model)
+        log.warning("embedding and head are one matrix (tied), and train as one")
+        known = {name.rpartition(".")[2] for name in (*ends, *_heads(model))}
+        if not known <= set(EMBEDDING_LAYER_NAMES):
+            raise ConfigError(
+                f"train_also: {', '.join(sorted(known))} are one matrix (tied), and PEFT does not keep layers of these "
+                "names tied while they train. Leave embeddings and head out"
+            )
+    modules = dict.fromkeys([*found.get("norms", ()), *ends])
+    biases = [model.get_parameter(name) for name in found.get("biases", ())]
+    return Also(tuple(modules), tuple(biases), tied)
+
+
+def _floats(module: nn.Module) -> bool:
+    return all(parameter.is_floating_point() for parameter in module.parameters())
+
+
+def _are_tied(model: Any) -> bool:
+    head = _head(model)
+    return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
+
+
+# --- training in float32 what is stored in less -----------------------------------------------------------------------
+
+
+class Rounding:
+    """Mixed into the class of a module: parameters that train in float32 are rounded to their stored dtype in forward.
+
+    The gradient of a rounding is that of the cast: it goes straight through, and reaches the parameter in float32.
+    """
+
+    stored: dict[str, torch.dtype]
+    """The dtype of each such parameter in the model, by its name in the module."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes with the rounded parameters."""
+        held: dict[str, Any] = self._parameters  # type: ignore[attr-defined] # of the module
+        before = {name: held[name] for name in self.stored}
+        try:
+            held.update({name: wide.to(self.stored[name]) for name, wide in before.items()})
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            held.update(before)
+
+
+@cache
+def _rounding(kind: type) -> type:
+    return type(f"Rounding{kind.__name__}", (Rounding, kind), {})
+
+
+def stored_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    """The dtype in which a parameter of a module is stored, if that is not the one in which it trains."""
+    return module.stored.get(name) if isinstance(module, Rounding) else None
+
+
+def besides(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """What trains in whole modules of PEFT's, and biases that train where they are: owner, own name and parameter."""
+    for where, parameter in model.named_parameters(remove_duplicate=False):
+        parts = where.split(".")
+        if not parameter.requires_grad or any(part.startswith("lora_") for part in parts):
+            continue
+        if "modules_to_save" in parts or parts[-1] == "bias":
+            yield model.get_submodule(".".join(parts[:-1])), parts[-1], parameter
+
+
+def optimized(model: nn.Module) -> dict[int, bool]:
+    """Whether weight decay acts on what trains beside adapters, by the id of the parameter: not on norms and biases."""
+    return {id(parameter): not (name == "bias" or is_norm(owner)) for owner, name, parameter in besides(model)}
+
+
+def widen(model: nn.Module, found: Also) -> None:
+    """Let train in float32 what trains beside adapters, and freeze biases that PEFT has unfrozen elsewhere.
+
+    Args:
+        model: A PEFT model.
+        found: What was asked for, as it was found in the base.
+    """
+    asked, wide = {id(parameter) for parameter in found.biases}, dict[int, nn.Parameter]()
+    for owner, name, parameter in list(besides(model)):
+        if id(parameter) not in asked and not _saved(model, owner):
+            parameter.requires_grad_(False)
+        elif parameter.dtype in HALF:
+            if not isinstance(owner, Rounding):
+                owner.stored, owner.__class__ = {}, _rounding(type(owner))  # type: ignore[assignment]
+            owner.stored[name] = parameter.dtype  # type: ignore[operator, index]
+            owner._parameters[name] = wide.setdefault(id(parameter), nn.Parameter(parameter.detach().float()))
+
+
+def _saved(model: nn.Module, owner: nn.Module) -> bool:
+    """Whether a module is one of those that PEFT trains and saves whole."""
+    wrappers = (each.modules_to_save for each in model.modules() if isinstance(each, ModulesToSaveWrapper))
+    return any(owner is inner for copies in wrappers for inner in copies.modules())
+
+
+def settle(model: nn.Module) -> None:
+    """Store what has trained in float32 in the dtype of the model again; tied parameters stay tied."""
+    narrow: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if not isinstance(module, Rounding):
+            continue
+        for name, dtype in module.stored.items():
+            wide: Any = module._parameters[name]
+            kept = nn.Parameter(wide.detach().to(dtype), requires_grad=wide.requires_grad)
+            module._parameters[name] = narrow.setdefault(id(wide), kept)
+        del module.stored
+        module.__class__ = type(module).__mro__[2]
