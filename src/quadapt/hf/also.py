@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
 from quadapt.model.select import language_model
@@ -181,13 +181,22 @@ class Rounding:
 
 
 @cache
-def _rounding(kind: type) -> type:
+def _rounding(kind: Any) -> type:
     return type(f"Rounding{kind.__name__}", (Rounding, kind), {})
 
 
-def stored_dtype(module: nn.Module, name: str) -> torch.dtype | None:
-    """The dtype in which a parameter of a module is stored, if that is not the one in which it trains."""
-    return module.stored.get(name) if isinstance(module, Rounding) else None
+def _round(module: Any) -> Any:
+    """Make a module one that rounds, if it is not."""
+    if not isinstance(module, Rounding):
+        module.stored, module.__class__ = {}, _rounding(type(module))  # type: ignore[arg-type] # a class
+    return module
+
+
+def stored_bias(layer: Any) -> Tensor | None:
+    """The bias of a linear layer as it is stored, whatever it trains in; None if there is none."""
+    bias: Tensor | None = layer.bias
+    stored = layer.stored.get("bias") if isinstance(layer, Rounding) else None
+    return bias if bias is None or stored is None else bias.to(stored)
 
 
 def besides(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -217,9 +226,7 @@ def widen(model: nn.Module, found: Also) -> None:
         if id(parameter) not in asked and not _saved(model, owner):
             parameter.requires_grad_(False)
         elif parameter.dtype in HALF:
-            if not isinstance(owner, Rounding):
-                owner.stored, owner.__class__ = {}, _rounding(type(owner))  # type: ignore[assignment]
-            owner.stored[name] = parameter.dtype  # type: ignore[operator, index]
+            _round(owner).stored[name] = parameter.dtype
             owner._parameters[name] = wide.setdefault(id(parameter), nn.Parameter(parameter.detach().float()))
 
 

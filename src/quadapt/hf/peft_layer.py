@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
-from quadapt.hf.also import stored_dtype
+from quadapt.hf.also import stored_bias
 from quadapt.hf.identity import STOCK, identity_of
 from quadapt.hf.identity import adapter_of as adapter_of
 from quadapt.hf.identity import lora_config as lora_config
@@ -274,10 +274,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         Raises:
             MergeError: An adapter has a bias where the layer, as its model defines it, has none.
         """
-        layer = self.get_base_layer()
-        bias: Any = layer.bias
-        stored = None if bias is None else stored_dtype(layer, "bias")
-        bias = bias if stored is None else bias.to(stored)
+        bias: Any = stored_bias(self.get_base_layer())
         for name in self.active() if names is None else names:
             if self.lora_bias[name]:
                 if bias is None:

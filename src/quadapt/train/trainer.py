@@ -82,7 +82,8 @@ class AdapterTrainer(Trainer):
 
     def _declared(self, group: Group, model: Any = None) -> set[int]:
         """Ids of the parameters that adapters of a model declare to be of a group of the optimizer's."""
-        return {id(p) for p, declared in declared_params(model or self.model) if declared.group == group}
+        whole: Any = model or self.model
+        return {id(p) for p, declared in declared_params(whole) if declared.group == group}
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients of all but ternary parameters, whose steps go by sizes; the norm of all, from before."""
