@@ -144,6 +144,7 @@ def test_without_it_the_name_is_unknown() -> None:
 def numbers(storage: ValueStorage, out: int, groups: int) -> Tensor:
     """Numbers that the storage can hold."""
     values = torch.rand(out, groups).mul(15).round() if storage.zero == "integer" else torch.rand(out, groups) + 0.01
+    values = values.repeat_interleave(storage.shared, 1)[:, :groups]
     return -values if storage.never_positive else values
 
 
@@ -186,7 +187,8 @@ def test_rounding_is_straight_through(name: str) -> None:
     snapped = storage.snap(values)
     assert torch.equal(snapped, storage.rounded(values))
     (snapped * 2).sum().backward()
-    assert torch.equal(values.grad, torch.full_like(values, 2))
+    sharing = [min(storage.shared, 6 - at // storage.shared * storage.shared) for at in range(6)]  # each counts for all
+    assert torch.equal(values.grad, 2 * torch.tensor(sharing).expand(4, 6).float())
 
 
 @pytest.mark.parametrize("name", STORAGES)

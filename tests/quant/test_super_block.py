@@ -26,6 +26,7 @@ from quadapt.quant.gptq import GPTQ
 from quadapt.quant.grids import spanning
 from quadapt.quant.rounding import Nearest, ScaleUnderflow
 from quadapt.quant.storage import STORAGES, Storage
+from quadapt.quant.storage.super_block import SuperBlock
 from quadapt.quant.weight import Layout, QuantWeight
 
 KINDS: dict[str, tuple[str, int, int, Zero, float]] = {
@@ -37,7 +38,7 @@ KINDS: dict[str, tuple[str, int, int, Zero, float]] = {
 }
 """GGML's types: the storage of scales, the width of codes, the size of groups, the zero, and the true bits a weight."""
 
-HELD = [name for name, each in STORAGES.items() if each.trained == name and not each.is_float]
+HELD = [name for name, each in STORAGES.items() if isinstance(each, SuperBlock)]
 
 
 def layout_of(kind: str, out: int = 12, columns: int = 512) -> Layout:

@@ -26,6 +26,15 @@ def where(
     return torch.where(better, scales, kept), kept_offsets
 
 
+def by_scale(values: Tensor, layout: Layout) -> Tensor:
+    """Numbers `[rows, groups]` summed over the groups that share a scale, for each of these; as they are if none do."""
+    run, groups = layout.storage.of_scales.shared, values.shape[1]
+    if run == 1:
+        return values
+    sums = torch.nn.functional.pad(values, (0, -groups % run)).unflatten(1, (-1, run)).sum(-1)
+    return sums.repeat_interleave(run, 1)[:, :groups]
+
+
 def squared_error(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
     """Squared error of each group, `[rows, groups]`, if its weights go to the nearest level of a grid."""
     format, shift = layout.format, implied_offsets(layout, scales, offsets)
@@ -44,7 +53,8 @@ def spanning(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor 
     if zero == "integer":  # GPTQ's form: the range contains zero, and zero is a level
         low, high = low.clamp(max=0), high.clamp(min=0)
         scales = _positive((high - low) / (2**bits - 1))
-        return scales, (-low / scales).round().clamp(0, 2**bits - 1)
+        held = layout.storage.of_scales.rounded(scales) if layout.storage.of_scales.shared > 1 else scales
+        return scales, (-low / held).round().clamp(0, 2**bits - 1)
     half = 2 ** (bits - 1)  # levels -half .. half - 1 about zero; neither tail is clipped
     if not layout.storage.of_scales.signed:
         return _positive(torch.maximum(-low / half, high / (half - 1))), None

@@ -29,7 +29,7 @@ from quadapt.errors import ConfigError
 from quadapt.kernels.entropy import entropy_shift, group_crowding
 from quadapt.kernels.reference import midpoints
 from quadapt.quant.format import DELTA, Format
-from quadapt.quant.grids import implied_offsets, snap, spanning, squared_error, where
+from quadapt.quant.grids import by_scale, implied_offsets, snap, spanning, squared_error, where
 from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.weight import Layout
 
@@ -111,11 +111,12 @@ class ICQScale(Range):
     def __call__(self, weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         kept, kept_offsets = snap(layout.storage, *spanning(low, high, layout))
         best = _crowding(weight, layout, kept, kept_offsets)
-        bound = GUARD * squared_error(weight, layout, kept, kept_offsets)
+        bound = GUARD * by_scale(squared_error(weight, layout, kept, kept_offsets), layout)
         for factor in FACTORS:
             tried, tried_offsets = snap(layout.storage, *spanning(low * factor, high * factor, layout))
             crowding = _crowding(weight, layout, tried, tried_offsets)
-            better = (crowding < best) & (squared_error(weight, layout, tried, tried_offsets) <= bound)
+            error = by_scale(squared_error(weight, layout, tried, tried_offsets), layout)
+            better = (crowding < best) & (error <= bound)
             best = torch.where(better, crowding, best)
             kept, kept_offsets = where(better, tried, tried_offsets, kept, kept_offsets)
         return kept, kept_offsets
@@ -123,4 +124,5 @@ class ICQScale(Range):
 
 def _crowding(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
     format, shift = layout.format, implied_offsets(layout, scales, offsets)
-    return group_crowding(weight, scales, shift, format.bits, format.width(weight.shape[1]))
+    found = group_crowding(weight, scales, shift, format.bits, format.width(weight.shape[1]))
+    return by_scale(found, layout)

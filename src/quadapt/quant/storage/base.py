@@ -79,6 +79,11 @@ class ValueStorage(ABC):
         return None
 
     @property
+    def shared(self) -> int:
+        """How many neighbouring groups of a row have one and the same number, which is chosen for all of them."""
+        return 1
+
+    @property
     def local(self) -> bool:
         """Whether each number is stored by itself."""
         return self.together == 1
