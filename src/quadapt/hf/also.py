@@ -2,7 +2,8 @@
 
 All of it is trained in float32, and computed with in the dtype that the model is stored in: each forward rounds, and
 the gradient goes straight through. So a merge, which stores the rounded numbers, is exact. PEFT holds whole modules
-under `modules_to_save`, and biases where they are (`bias="all"`); its files, loaders and merges serve both.
+under `modules_to_save`, and biases where they are (`bias="all"`, so that they stay as trained while adapters are
+off); its files, loaders and merges serve both.
 """
 
 from __future__ import annotations
@@ -166,18 +167,24 @@ class Rounding:
     The gradient of a rounding is that of the cast: it goes straight through, and reaches the parameter in float32.
     """
 
-    stored: dict[str, torch.dtype]
-    """The dtype of each such parameter in the model, by its name in the module."""
+    stored: dict[str, tuple[torch.dtype, torch.dtype]]
+    """The dtype in which each such parameter is stored, and that in which it is computed with, by its own name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with the rounded parameters."""
         held: dict[str, Any] = self._parameters  # type: ignore[attr-defined] # of the module
         before = {name: held[name] for name in self.stored}
         try:
-            held.update({name: wide.to(self.stored[name]) for name, wide in before.items()})
+            held.update({name: rounded(wide, self.stored[name]) for name, wide in before.items()})
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             held.update(before)
+
+
+def rounded(wide: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
+    """A parameter as it is stored, in the dtype of the computation."""
+    stored, computed = dtypes
+    return wide.to(stored).to(computed)
 
 
 @cache
@@ -196,7 +203,7 @@ def stored_bias(layer: Any) -> Tensor | None:
     """The bias of a linear layer as it is stored, whatever it trains in; None if there is none."""
     bias: Tensor | None = layer.bias
     stored = layer.stored.get("bias") if isinstance(layer, Rounding) else None
-    return bias if bias is None or stored is None else bias.to(stored)
+    return bias if bias is None or stored is None else rounded(bias, stored)
 
 
 def besides(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -214,19 +221,20 @@ def optimized(model: nn.Module) -> dict[int, bool]:
     return {id(parameter): not (name == "bias" or is_norm(owner)) for owner, name, parameter in besides(model)}
 
 
-def widen(model: nn.Module, found: Also) -> None:
+def widen(model: nn.Module, found: Also, stored: torch.dtype | None = None) -> None:
     """Let train in float32 what trains beside adapters, and freeze biases that PEFT has unfrozen elsewhere.
 
     Args:
         model: A PEFT model.
         found: What was asked for, as it was found in the base.
+        stored: The dtype of the base on disk; by default that of the base in memory.
     """
     asked, wide = {id(parameter) for parameter in found.biases}, dict[int, nn.Parameter]()
     for owner, name, parameter in list(besides(model)):
         if id(parameter) not in asked and not _saved(model, owner):
             parameter.requires_grad_(False)
-        elif parameter.dtype in HALF:
-            _round(owner).stored[name] = parameter.dtype
+        elif (stored or parameter.dtype) in HALF:
+            _round(owner).stored[name] = (stored or parameter.dtype, parameter.dtype)
             owner._parameters[name] = wide.setdefault(id(parameter), nn.Parameter(parameter.detach().float()))
 
 
@@ -242,9 +250,9 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, Rounding):
             continue
-        for name, dtype in module.stored.items():
+        for name, dtypes in module.stored.items():
             wide: Any = module._parameters[name]
-            kept = nn.Parameter(wide.detach().to(dtype), requires_grad=wide.requires_grad)
+            kept = nn.Parameter(rounded(wide.detach(), dtypes), requires_grad=wide.requires_grad)
             module._parameters[name] = narrow.setdefault(id(wide), kept)
         del module.stored
         module.__class__ = type(module).__mro__[2]

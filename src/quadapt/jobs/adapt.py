@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("quadapt")
 
 
-def adapt(model: nn.Module, spec: Spec, *, tokens: Sequence[int] = (), on_meta: bool = False) -> PeftModel:
+def adapt(
+    model: nn.Module, spec: Spec, *, tokens: Sequence[int] = (), on_meta: bool = False, stored: Any = None
+) -> PeftModel:
     """A PEFT model with a fresh adapter over the layers that `target_modules` names.
 
     Args:
@@ -32,6 +34,7 @@ def adapt(model: nn.Module, spec: Spec, *, tokens: Sequence[int] = (), on_meta: 
         spec: The method; its rank, alpha and dropout hold.
         tokens: Ids of tokens whose rows of embedding and head train too.
         on_meta: Shapes alone, for estimates.
+        stored: The dtype of the base on disk; by default that of the base in memory.
 
     Raises:
         ConfigError: A name matches no layer, or the adapter cannot train over the format.
@@ -73,7 +76,7 @@ def adapt(model: nn.Module, spec: Spec, *, tokens: Sequence[int] = (), on_meta: 
     for name, parameter in adapted.named_parameters():  # in half precision small steps would be lost
         if "trainable_tokens_delta" in name:
             parameter.data = parameter.data.float()
-    widen(adapted, besides)
+    widen(adapted, besides, stored)
     return adapted
 
 

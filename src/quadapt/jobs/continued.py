@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from quadapt.config import TuneConfig, checked
@@ -44,25 +43,22 @@ class Earlier:
         steps = int(self.folder.note.get("steps") or 0) + int(before.get("steps") or 0)
         return {"adapter": str(self.folder.path.resolve()), "steps": steps}
 
-    def attach(self, model: nn.Module, dropout: float, kinds: Sequence[str] = ()) -> Any:
+    def attach(self, model: nn.Module, dropout: float, kinds: Sequence[str] = (), stored: Any = None) -> Any:
         """The PEFT model with the adapter as it was left, ready to train on.
 
         Args:
             model: The base.
             dropout: The share of the adapter's inputs that is dropped in training.
             kinds: What trains beside it (:data:`quadapt.hf.also.KINDS`).
+            stored: The dtype of the base on disk.
 
         Raises:
             CheckpointError: The base is another one, or the adapter's files are damaged.
         """
-        from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-
         besides = also(model, kinds)
         adapted = reading(self.folder.name, attach, model, self.folder.path, dropout=dropout)
         if kinds:
-            widen(adapted, besides)
-            with torch.no_grad():  # again, now that there is room for all of its bits
-                set_peft_model_state_dict(adapted, reading(self.folder.name, load_peft_weights, str(self.folder.path)))
+            widen(adapted, besides, stored)
         return adapted
 
 

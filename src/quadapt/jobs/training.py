@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
+from quadapt.hf.also import settle
 from quadapt.hf.ending import set_ends
-from quadapt.hf.folder import Folder, load_model, write_note
+from quadapt.hf.folder import Folder, load_model, read_config, write_note
 from quadapt.hf.identity import identity_of
 from quadapt.hf.start import START, read_start, set_start
 from quadapt.hf.vocabulary import embedding_rows, token_ids
@@ -50,11 +51,12 @@ def fit(
     quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     check_runs(quantized)
     set_seed(config.run.seed)
+    stored = stored_dtype(config, base)
     if earlier is not None:
-        model = earlier.attach(quantized, chosen.recipe.dropout, config.spec.also)
+        model = earlier.attach(quantized, chosen.recipe.dropout, config.spec.also, stored)
         ui.say(f"going on from {earlier.folder.name}")
     else:
-        model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, tokenizer))
+        model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, tokenizer), stored=stored)
     collate = Collator(pad_token_id(tokenizer, embedding_rows(quantized)))
     if (space.path / START).exists():
         set_start(model, read_start(space.path / START))
@@ -141,6 +143,13 @@ def _teacher(
     return kept
 
 
+def stored_dtype(config: TuneConfig, base: Path) -> Any:
+    """The dtype in which a merge will store floats: the base's own; None if a merge takes that of the computation."""
+    if config.spec.method.adapter.base == "float":
+        return None  # over another dtype the adapter would not load
+    return getattr(read_config(str(base), trust_remote_code=config.trust_remote_code), "dtype", None)
+
+
 def _written(
     space: Workspace, model: Any, tokenizer: Any, base: Path, folder: Folder, summary: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -155,6 +164,7 @@ def _written(
     model.peft_config["default"] = replace(config, base_model_name_or_path=named)
     inside = model.get_base_model()
     inside.name_or_path = inside.config._name_or_path = named  # by which PEFT's model card names the base
+    settle(model)  # the adapter is what was computed with, in whatever dtype it is loaded
     model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)
     set_ends(model.get_base_model(), tokenizer)
