@@ -69,7 +69,9 @@ def prepare(
     from quadapt.hf.start import set_start
     from quadapt.hf.vocabulary import token_ids
     from quadapt.jobs.adapt import adapt
+    from quadapt.jobs.embeddings import rounded_embeddings
     from quadapt.model.quantize import quantized_layers
+    from quadapt.model.select import select
     from quadapt.nn.starts import Zero
 
     named = {"skip": tuple(skip), "target_modules": tuple(target_modules), "device": device, "dtype": dtype}
@@ -83,6 +85,13 @@ def prepare(
             f"start={chosen.start.name!r} fits what quantization changes, and the model is quantized already. Give the "
             "dense model, or start='zero'"
         )
+    if quantized and config.embeddings != "float":
+        raise ConfigError(
+            f"embeddings={config.embeddings!r} are rounded before a model is quantized, and this one is. Leave it out, "
+            "or give the dense model"
+        )
+    if not quantized and chosen.adapter.base == "float":
+        rounded_embeddings(model, config, select(model, skip=config.skip).chosen)
     if not quantized and chosen.adapter.base != "float":
         factors = _quantized(model, config, calibration, name, there)
     set_seed(seed)
@@ -102,6 +111,7 @@ def _quantized(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Quantize a model in place; the factors that its adapter starts from, by layer."""
     from quadapt.hf.quantizer import adopt
+    from quadapt.jobs.embeddings import rounded_embeddings
     from quadapt.model.quantize import quantize_model
     from quadapt.model.select import select
     from quadapt.model.trial import check_reads, check_runs
@@ -111,13 +121,15 @@ def _quantized(
     batches = _batches(calibration, name, model, config) if quantization.needs_text else []
     selection = select(model, skip=config.skip)
     check_reads(model, selection.chosen)
+    rounded = rounded_embeddings(model, config, selection.chosen)
     with TemporaryDirectory(prefix="quadapt-") as folder:
         statistics = StatisticsFiles(Path(folder), quantization.start.needs)
         gather(quantization.start.needs, model.eval(), selection.chosen, batches, statistics, device=device)
         factors = quantize_model(
             model, selection.chosen, quantization, batches=batches, statistics=statistics, device=device
         ).factors
-    adopt(model, left=selection.left, made={"method": config.spec.method.name})
+    made = {"method": config.spec.method.name, **rounded.made}
+    adopt(model, left=selection.left, made=made, besides=rounded.digest)
     check_runs(model)
     return factors
 

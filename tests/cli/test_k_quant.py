@@ -11,6 +11,7 @@ import torch
 from commands import SHORT, byte_tokenizer, give, logits, quadapt, write_data
 
 from quadapt import load
+from quadapt.model.embeddings import held_as
 from quadapt.model.quantize import quantized_layers
 
 
@@ -67,3 +68,51 @@ def test_reports_name_the_grid_and_what_takes_its_place() -> None:
     ]:
         said = give("quantize", "dense", "--output", "no", "--scales", "k-quant", *arguments, code=2)
         assert told in said.error
+
+
+@pytest.mark.parametrize(("method", "kind"), [("qa-lora", "q8_0"), ("l4q", "q6_k")])
+def test_embeddings_go_out_as_they_were_trained_with(method: str, kind: str) -> None:
+    """Rounded first: what trains over them, merges and serves is the same model; the file is as much smaller."""
+    grid = ("--method", method, "--bits", "4", "--scales", "k-quant", "--embeddings", kind)
+    grid += ("--calibration-length", "32") if method == "qa-lora" else ()
+    quadapt("tune", "dense", "--data", "story.txt", "--output", "adapter", "--max-steps", "4", *grid, *SHORT)
+    assert quadapt("merge", "adapter", "--output", "merged")["certificate"]["verdict"] == "exact"
+    model = load("merged")[0]
+    assert torch.equal(logits(load("adapter")[0]), logits(model))
+    dense = load("dense")[0]
+    for name in ("model.embed_tokens", "lm_head"):
+        ours, before = (each.get_submodule(name).weight for each in (model, dense))
+        assert held_as(ours, kind) is not None
+        assert 0 < float((ours - before).norm() / before.norm()) < 0.03
+    said = quadapt("export", "merged", "--output", "model.gguf")["reports"][0]
+    types = {row["name"]: row["type"] for row in said["tensors"]}
+    assert types["token_embd.weight"] == types["output.weight"] == kind.upper()
+    assert any("its values are those of" in note for note in said["notes"])
+    read = load("model.gguf")[0]
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(read.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_a_base_with_rounded_embeddings_is_another_base(tmp_path: Path) -> None:
+    bits = ("--bits", "4", "--rounding", "nearest")
+    said = quadapt("quantize", "dense", "--output", "rounded", *bits, "--embeddings", "q8_0")
+    noted = {"kind": "q8_0", "layers": ["model.embed_tokens", "lm_head"], "bits_per_weight": 8.5}
+    assert said["made"]["embeddings"] == noted
+    assert quadapt("inspect", "rounded", "--verify")["verified"] is True
+    quadapt("quantize", "dense", "--output", "plain", *bits)
+    quadapt("tune", "rounded", "--data", "story.txt", "--output", "adapter", "--max-steps", "1", *SHORT)
+    give("merge", "adapter", "--base", "plain", "--output", tmp_path / "no", code=2)
+    said = give("tune", "rounded", "--data", "story.txt", "--output", "no", "--embeddings", "q8_0", *SHORT, code=2)
+    assert "embeddings has no meaning here" in said.error
+    said = give("quantize", "dense", "--output", "no", *bits, "--embeddings", "q6_k", "--dtype", "bfloat16", code=2)
+    assert "bfloat16 does not hold the values of q6_k" in said.error
+
+
+def test_rows_that_trained_leave_the_grid_and_the_report_says_so() -> None:
+    grid = ("--bits", "4", "--scales", "k-quant", "--embeddings", "q8_0", "--rounding", "nearest")
+    tokens = ("--train-tokens", "101", "--max-steps", "2")
+    quadapt("tune", "dense", "--data", "story.txt", "--output", "adapter", *tokens, *grid, *SHORT)
+    quadapt("merge", "adapter", "--output", "merged")
+    said = quadapt("export", "merged", "--output", "model.gguf")["reports"][0]
+    types = {row["name"]: (row["type"], row["note"]) for row in said["tensors"]}
+    assert types["token_embd.weight"] == ("F32", "was rounded to q8_0 once, and no longer has such values: left as F32")

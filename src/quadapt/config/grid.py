@@ -20,6 +20,7 @@ from quadapt.config.spec import Spec
 from quadapt.config.values import Location, Sources
 from quadapt.errors import ConfigError, locate
 from quadapt.methods import METHODS, Method, Recipe, method_named
+from quadapt.model.embeddings import TYPES
 from quadapt.quant.format import Format
 from quadapt.quant.ranges import RANGES
 from quadapt.quant.rounding import ROUNDINGS
@@ -103,6 +104,16 @@ class Grid(Settings):
 
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
+
+    embeddings: Annotated[
+        Literal[("float", *TYPES)],  # type: ignore[valid-type]
+        Flag((), "Quantization"),
+        Field(
+            description="Round the input embedding, and a head that is not quantized, to the values of a type of "
+            "llama.cpp's before all else. They stay floats here; a GGUF file holds them exactly, in 8.5 (q8_0) or "
+            "6.5625 (q6_k) bits a weight. float: they stay as they are."
+        ),
+    ] = "float"
 
     calibration_data: Annotated[Sources, Flag((), "Quantization", reads=True)] = ()
     """Text to calibrate gptq and block-ap on: files, folders or hub names, read as --data is. Default for tune: the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ from quadapt.exporters.gguf_metadata import family_of, heads_of, namer, rope_fac
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
+from quadapt.model.embeddings import TYPES as EMBEDDINGS
+from quadapt.model.embeddings import held_as
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight
 
@@ -51,8 +53,9 @@ class Entry:
         return interleave(rows, self.heads) if self.heads else rows
 
     def _blocks(self) -> np.ndarray:
-        assert isinstance(self.source, QuantWeight)
-        return bytes_of(self.source)
+        source = self.source if isinstance(self.source, QuantWeight) else held_as(self.source, self.row.type.lower())
+        assert source is not None
+        return bytes_of(source)
 
     def _dense(self) -> np.ndarray:
         dtype = DTYPES[self.row.type]
@@ -117,10 +120,15 @@ def _entries(model: nn.Module, dense: str) -> list[Entry]:
     config: Any = model.config
     family = family_of(model)
     name_of = namer(family, config.num_hidden_layers)
-    entries = [
-        Entry(_row(name_of(name), source, dense), source, heads_of(name, family, config))
-        for name, source in tensors_of(model)
-    ]
+    ends = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}  # type: ignore[operator]
+    of_ends = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in ends}
+    wished = _rounded_to(config)
+    entries = []
+    for name, source in tensors_of(model):
+        row = _row(name_of(name), source, dense)
+        if name in of_ends and isinstance(source, Tensor):
+            row = _embedding_row(row, source, wished.get(name.rpartition(".")[0], ""))
+        entries.append(Entry(row, source, heads_of(name, family, config)))
     factors = rope_factors(config)
     if factors is not None:
         entries.append(Entry(_row("rope_freqs.weight", factors, dense), factors))
@@ -142,6 +150,24 @@ def _row(name: str, source: Source, dense: str) -> TensorRow:
         return TensorRow(name=name, type=block.name, shape=shape, nbytes=nbytes, linear=True)
     nbytes = prod(shape) * DTYPES[dense].itemsize
     return TensorRow(name=name, type=dense, shape=shape, nbytes=nbytes, linear=True, note=why)
+
+
+def _rounded_to(config: Any) -> dict[str, str]:
+    """The type that embeddings were rounded to before the model was quantized, by layer, as its config notes it."""
+    about = getattr(getattr(config, "quantization_config", None), "made", None) or {}
+    noted = about.get("embeddings") or {}
+    return dict.fromkeys(noted.get("layers", ()), noted.get("kind", ""))
+
+
+def _embedding_row(row: TensorRow, source: Tensor, wished: str) -> TensorRow:
+    """The row of an embedding or a head: of a type of blocks if one holds its very values."""
+    for kind in EMBEDDINGS:
+        held = held_as(source, kind)
+        if held is not None:
+            return replace(row, type=kind.upper(), nbytes=held.layout.bits // 8)
+    if not wished:
+        return row
+    return replace(row, note=f"was rounded to {wished} once, and no longer has such values: left as {row.type}")
 
 
 def write_tensors(writer: GGUFWriter, entries: Sequence[Entry], progress: Progress = iter) -> None:
@@ -175,15 +201,19 @@ def _file_type(entries: Sequence[Entry]) -> int:
     weights = Counter[str]()
     for row in (entry.row for entry in entries):
         weights[row.type] += prod(row.shape)
-    blocks = Counter({name: count for name, count in weights.items() if name in BY_NAME})
+    layers = {entry.row.type for entry in entries if entry.row.linear}
+    blocks = Counter({name: count for name, count in weights.items() if name in BY_NAME and name in layers})
     (most, _), *_ = (blocks or weights).most_common(1)
     name = (BY_NAME[most].file_type if most in BY_NAME else "") or most
     return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{name}"]
 
 
 def _notes(rows: Sequence[TensorRow]) -> list[str]:
-    used = [block for block in BY_NAME.values() if any(row.type == block.name for row in rows)]
+    used = [block for block in BY_NAME.values() if any(row.type == block.name and row.linear for row in rows)]
     notes = [f"{block.holds} cost {block.bits_per_weight} bits per weight in {block.name} blocks" for block in used]
+    ends = [row for row in rows if row.type in BY_NAME and not row.linear]
+    notes += [f"{row.name}: its values are those of {row.type}, and held as such" for row in ends]
+    notes += [f"{row.name}: {row.note}" for row in rows if row.note and not row.linear]
     left = [row for row in rows if row.linear and row.type not in BY_NAME]
     for why in dict.fromkeys(row.note for row in left):
         names = [row.name for row in left if row.note == why]

@@ -22,6 +22,7 @@ from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.start import START, write_start
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
+from quadapt.jobs.embeddings import rounded_embeddings
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.ready import check_length
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
@@ -122,6 +123,7 @@ def quantize_into(
     tokenizer = load_tokenizer(name, trust_remote_code=code)
     selection = select(model, target_modules=target_modules, skip=config.skip)
     check_reads(model, selection.chosen)
+    rounded = rounded_embeddings(model, config, selection.chosen, ui)
     calibration = None
     if quantization.needs_text:
         assert calibration_rows is not None
@@ -149,6 +151,7 @@ def quantize_into(
     made = {
         "method": config.method,
         **({"plan": config.plan} if config.plan else {}),
+        **rounded.made,
         "rounding": _described(quantization),
         "source": str(Path(name).resolve()) if Path(name).exists() else name,
     }
@@ -163,7 +166,7 @@ def quantize_into(
         made["start"] = {"kind": quantization.start.name, **asdict(quantization.start), "rank": quantization.rank}
     if done.factors:
         write_start(path / START, done.factors)
-    adopt(model, left=selection.left, made=made)
+    adopt(model, left=selection.left, made=made, besides=rounded.digest)
     check_runs(model)
     return write_model(model, tokenizer, path, done.rows, made, ui)
 

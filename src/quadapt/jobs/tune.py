@@ -16,6 +16,7 @@ from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace, check_output, remove
 from quadapt.jobs import dry
 from quadapt.jobs.continued import going_on
+from quadapt.jobs.embeddings import dense_base
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.quantize import quantize_into
 from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
@@ -41,12 +42,13 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         _check(config, folder)
     _check_run(config)
     device, chosen = device_of(config), config.spec.method
-    makes_base = folder.kind == "model" and chosen.adapter.base != "float"
+    quantizes = folder.kind == "model" and chosen.adapter.base != "float"
+    makes_base = quantizes or (folder.kind == "model" and config.embeddings != "float")
     about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
     found = dry.sketch(folder.name, config)
     check_length(found.model, seq_len, "seq_len", ui)
-    if makes_base and config.calibration_length:
+    if quantizes and config.calibration_length:
         check_length(found.model, config.calibration_length, "calibration_length", ui)
     if config.dry_run:
         return dry.tune(config, folder.name, ui, seq_len=seq_len)
@@ -60,12 +62,13 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     calibration = read(config.calibration_data, max_bad_rows=config.most_bad_rows) if config.calibration_data else rows
     look_over(config, found, folder.name, tokenizer, data, ui)
     place = Place(device, device)
-    if makes_base:
+    if quantizes:
         place = dry.place_of(config, folder.name, device, ui, most_length=seq_len)
         dry.check_quantizing(config, folder.name, place, ui, most_length=seq_len)
     tokens = token_ids(config.train_tokens, tokenizer)
     estimate = dry.tuning(config, found, seq_len=seq_len, tokens=tokens)
-    needs = disk_needs(config, found, estimate.adapters // 4, data[0].report.tokens, quantizes=makes_base)
+    needs = disk_needs(config, found, estimate.adapters // 4, data[0].report.tokens, quantizes=quantizes)
+    needs += found.dense * (makes_base and not quantizes)
     dry.check_fits(estimate, device, ui)
     about_base = {} if earlier is None else {"base": folder.name}
     job = job_of("tune", config, earlier_job(output), **about_base)
@@ -150,11 +153,18 @@ def _encoded(
 
 
 def _make_base(path: Path, config: TuneConfig, ui: UI, place: Place, calibration: Rows, seq_len: int) -> Path:
-    """The quantized base, made inside the output folder unless an interrupted run has made it."""
+    """The base, made inside the output folder unless an interrupted run has made it.
+
+    It is quantized; for a method that trains over the dense matrices it is the dense model with rounded embeddings.
+    """
     base = path / "base"
     if not base.exists():
         making = path / "base.partial"
         making.mkdir(exist_ok=True)
+        if config.spec.method.adapter.base == "float":
+            dense_base(making, config, ui)
+            os.rename(making, base)
+            return base
         quantize_into(
             making,
             config,
