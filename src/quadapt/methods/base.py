@@ -98,7 +98,9 @@ class Method:
             ConfigError: None of the method's pieces has such a setting; the message says which pieces do.
         """
         left = {name: value for name, value in settings.items() if value is not None}
-        grid = {name: left.pop(name) for name in ("levels", "bits", "group_size", "zero") if name in left}
+        grid: dict[str, Any] = {
+            name: left.pop(name) for name in ("levels", "bits", "group_size", "zero") if name in left
+        }
         found = self._held(left.pop("scales", None), grid)
         for axis, registry in PIECES.items():
             if axis in left:
