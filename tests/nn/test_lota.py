@@ -76,6 +76,22 @@ def test_forward_and_gradients_are_the_papers(bits: int, rest: bool) -> None:
     np.testing.assert_allclose(x.grad.double().numpy(), dy.double().numpy() @ want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("rest", [True, False])
+def test_nothing_of_the_size_of_the_matrix_or_of_a_factor_is_kept(rest: bool) -> None:
+    weight, params = base(4), {name: each.requires_grad_() for name, each in factors(8).items()}
+    x, sizes = torch.randn(7, IN, requires_grad=True), []
+    known = {each.untyped_storage().data_ptr() for each in (x, *params.values(), *weight.tensors.values())}
+
+    def kept(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        LoTA(shift_offsets=rest).forward(x, weight, params, 1.0)
+    assert max(sizes) <= OUT * weight.layout.groups
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     bits=st.sampled_from([2, 3, 4, 5, 6, 8]),

@@ -23,7 +23,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
-from quadapt.kernels import pool
+from quadapt.kernels import expand, pool
 from quadapt.nn.adapters.base import ADAPTERS, Dropout, Param, Params, Source, same, zeros
 from quadapt.nn.adapters.codes_grid import CodesGrid, check_integers
 from quadapt.quant.fake_quant import FakeQuant, fake_quant_sums
@@ -123,9 +123,26 @@ class LoTA(CodesGrid):
         width = layout.format.width(layout.columns)
         moved = fake_quant_sums(source.packed, how=how, A=A, B=B, scaling=self.unit(params))
         marks = (moved - fake_quant_sums(source.packed, how=how)).double()
-        sums = B.double() @ pool(A.double(), width)
+        sums = _Sums.apply(A, B, width)
         counts = pool(torch.ones(layout.columns, dtype=torch.float64, device=A.device), width)
         return ((sums - omega * marks) / (omega * counts)).float()
+
+
+class _Sums(torch.autograd.Function):
+    """Sums of `B @ A` over groups, float64 `[out, groups]`; for backward it keeps the factors as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, width: int) -> Tensor:
+        ctx.width = width
+        ctx.save_for_backward(A, B)
+        return B.double() @ pool(A.double(), width)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        A, B = ctx.saved_tensors
+        dA = expand(B.double().T @ gradient, ctx.width, A.shape[1]).to(A.dtype) if ctx.needs_input_grad[0] else None
+        dB = (gradient @ pool(A.double(), ctx.width).T).to(B.dtype) if ctx.needs_input_grad[1] else None
+        return dA, dB, None
 
 
 class _Grown(torch.autograd.Function):
