@@ -85,6 +85,9 @@ def test_an_adapter_is_refused_for_what_it_would_merge_to(monkeypatch: pytest.Mo
         ("lr-qat", (), {"compressed-tensors", "gguf", "hf"}),
         ("peqa", (), {"gguf", "hf"}),
         ("qa-lora-scales", (), {"gguf", "hf"}),
+        ("lota-qaf", ("--rounding", "nearest"), {"gguf", "hf"}),
+        ("lota-qaf", ("--rounding", "nearest", "--no-shift-offsets"), {"compressed-tensors", "gguf", "hf"}),
+        ("code-lora", ("--rounding", "nearest", "--train-offsets"), {"compressed-tensors", "gguf", "hf"}),
         ("qat-lora", (), set()),
     ],
 )
