@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from quadapt.errors import ConfigError
 from quadapt.nn.objective import NO_LOSS, OBJECTIVES, Answer, Batch, Items, Objective, Teaching
@@ -31,12 +30,12 @@ from quadapt.setting import Count, Inner, Positive, Ratio, setting
 CHUNK = 2**24
 """How many logits are held in float32 at once, in each of a few temporaries: 64 MB."""
 
-_TEMPORARIES = 8
-"""Temporaries of such a size that are alive together, in forward and backward of the longer formula."""
+_TEMPORARIES = 5
+"""Temporaries of such a size that are alive together in the longer formula."""
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
-"""A function of log-probabilities `[tokens, outcomes]`, the teacher's and the student's, that gives `[tokens]` in nats.
-"""
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A function of log-probabilities `[tokens, outcomes]`, the teacher's and the student's: it gives the divergence
+`[tokens]` in nats, and its derivatives by the student's `[tokens, outcomes]`."""
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -45,10 +44,9 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p * (log_p.masked_fill(p == 0, 0) - log_q)).sum(-1)
 
 
-def js(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """`beta * KL(P || M) + (1 - beta) * KL(Q || M)` with `M = beta * P + (1 - beta) * Q`, `[tokens]`."""
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+def mixed(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The logarithm of `beta * P + (1 - beta) * Q`, `[tokens, outcomes]`."""
+    return torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Predictions:
 
     def _kept(self, logits: Tensor) -> dict[str, Tensor]:
         vocabulary = logits.shape[-1]
-        every = (wide(logits) / self.temperature).log_softmax(-1)
+        every = _log_softmax(logits, self.temperature)
         top, ids = every.topk(min(self.top, vocabulary), sorted=True)
         rest = every.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)  # not 1 - sum, which cancels
         return {
@@ -116,12 +114,12 @@ class Predictions:
         return top * (2 if vocabulary <= 2**16 else 4) + 2 * (top + 1)
 
     def step_bytes(self, model: nn.Module, tokens: int, *, kept: bool) -> int:
-        """The answer about a batch, the gradient of the student's logits, and the chunk that is computed in float32."""
+        """The answer about a batch, the gradient of logits before and after it is scaled, and a chunk in float32."""
         vocabulary = _vocabulary(model)
         width = next(each.itemsize for each in model.parameters() if each.is_floating_point())
         answer = self.token_bytes(model) if kept else vocabulary * width
         chunk = _TEMPORARIES * 4 * min(tokens * vocabulary, max(vocabulary, CHUNK))
-        return tokens * (answer + vocabulary * width) + chunk
+        return tokens * (answer + 2 * vocabulary * width) + chunk
 
 
 def _vocabulary(model: Any) -> int:
@@ -155,8 +153,8 @@ def summed(
 ) -> Tensor:
     """The divergences of all tokens that are asked about, added up, with a gradient for `logits`.
 
-    A few rows at a time are computed in float32, and again in backward: nothing of the size of all logits is held but
-    the logits and their gradient, in their own dtype.
+    A few rows at a time are computed in float32, and their gradient at once: nothing of the size of all logits is held
+    but the logits and their gradient, in their own dtype.
 
     Args:
         logits: The student's, `[batch, tokens, vocabulary]`.
@@ -169,26 +167,74 @@ def summed(
     Returns:
         A number in nats, in float32, or in float64 for such logits; zero if nothing is asked.
     """
-    flat, size = logits.flatten(0, 1), rows or rows_of(logits)
-    masks = asked.flatten().to(logits.device).split(size)
-    counts = torch.stack([mask.sum() for mask in masks]).tolist()  # waits for the device once
-    total = wide(logits.new_zeros(()))
+    found: Tensor = _Summed.apply(logits, asked, answer, divergence, temperature, rows or rows_of(logits))
+    return found
 
-    def part(chunk: Tensor, mask: Tensor, theirs: Answer) -> Tensor:
-        log_q = (wide(chunk[mask]) / temperature).log_softmax(-1)
-        if "ids" in theirs:
-            log_q = joined(log_q, theirs["ids"].long())
-            log_p = wide(theirs["log_probabilities"])[:, : log_q.shape[-1]]
-            log_p = log_p - log_p.logsumexp(-1, keepdim=True)
-        else:
-            log_p = (wide(theirs["logits"]) / temperature).log_softmax(-1)
-        return divergence(log_p.to(log_q.dtype), log_q).sum()
 
-    parts = zip(flat.split(size), masks, counts, _rows(answer, counts, logits.device), strict=True)
-    for chunk, mask, count, theirs in parts:
-        if count:
-            total = total + checkpoint(part, chunk, mask, theirs, use_reentrant=False, preserve_rng_state=False)
-    return total
+class _Summed(torch.autograd.Function):
+    """What :func:`summed` does; kept for backward is the gradient itself, up to what the sum is multiplied by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        asked: Tensor,
+        answer: Answer,
+        divergence: Divergence,
+        temperature: float,
+        size: int,
+    ) -> Tensor:
+        flat = logits.flatten(0, 1)
+        masks = asked.flatten().to(logits.device).split(size)
+        counts = torch.stack([mask.sum() for mask in masks]).tolist()  # waits for the device once
+        total, gradient = wide(flat.new_zeros(())), torch.zeros_like(flat)
+        parts = zip(
+            flat.split(size), gradient.split(size), masks, counts, _rows(answer, counts, logits.device), strict=True
+        )
+        for chunk, slopes, mask, count, theirs in parts:
+            if count:
+                whole = count == len(mask)
+                value, slope = _part(chunk if whole else chunk[mask], theirs, divergence, temperature)
+                total += value
+                slopes[... if whole else mask] = slope.to(slopes.dtype)
+        ctx.save_for_backward(gradient)
+        ctx.shape = logits.shape
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outputs[0].to(gradient.dtype)).view(ctx.shape), None, None, None, None, None
+
+
+def _part(ours: Tensor, theirs: Answer, divergence: Divergence, temperature: float) -> tuple[Tensor, Tensor]:
+    """The sum for some rows of logits, and its gradient `[rows, vocabulary]` by them.
+
+    With outcomes `j` of the log-probabilities `l_j` that are functions of the logits `z`, and slopes `g_j = dD / dl_j`,
+    the gradient is `sum_j g_j dl_j / dz`: `dl_j / dz_v = [v = j] - q_v` for a token, and `q_v / q_rest - q_v` or `-q_v`
+    for all others as one, if `v` is among these or not.
+    """
+    log_q = _log_softmax(ours, temperature)
+    if "ids" not in theirs:
+        values, slopes = divergence(_log_softmax(theirs["logits"], temperature).to(log_q.dtype), log_q)
+        gradient = slopes - log_q.exp() * slopes.sum(-1, keepdim=True)
+        return values.sum(), gradient / temperature
+    ids = theirs["ids"].long()
+    outcomes = joined(log_q, ids)
+    log_p = theirs["log_probabilities"][:, : outcomes.shape[-1]].to(log_q.dtype)
+    values, slopes = divergence(log_p - log_p.logsumexp(-1, keepdim=True), outcomes)
+    gradient = log_q.exp() * -slopes.sum(-1, keepdim=True)
+    if outcomes.shape[-1] > ids.shape[-1]:
+        others = (log_q - outcomes[:, -1:]).exp().mul_(slopes[:, -1:])
+        gradient += others.scatter_(-1, ids, 0)
+    gradient.scatter_add_(-1, ids, slopes[:, : ids.shape[-1]])
+    return values.sum(), gradient / temperature
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities in float32, or in float64 for such logits."""
+    wider = wide(logits)
+    return (wider if temperature == 1 else wider / temperature).log_softmax(-1)
 
 
 def _rows(answer: Answer, counts: list[int], device: torch.device) -> Iterator[Answer]:
@@ -254,8 +300,8 @@ class Distillation(Objective):
     def targets(self) -> Predictions:
         return Predictions(float(self.temperature), self.top_tokens)
 
-    def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """The distance of two distributions that are given by log-probabilities `[tokens, outcomes]`, `[tokens]`."""
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """The distance of two distributions, and its derivatives by the second: see :data:`Divergence`."""
         raise NotImplementedError
 
     def bind(self, student: nn.Module, teacher: Teaching | None) -> Distance:
@@ -280,8 +326,8 @@ class KL(Distillation):
 
     summary: ClassVar[str] = "the Kullback-Leibler divergence of predictions from a teacher's"
 
-    def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return kl(log_p, log_q)
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return kl(log_p, log_q), -log_p.exp()
 
 
 @OBJECTIVES.register("js")
@@ -308,5 +354,7 @@ class JS(Distillation):
     beta: Inner = setting(panel="Training", default=0.5)
     """The teacher's share in the mixture that both models are compared with, between 0 and 1."""
 
-    def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return js(log_p, log_q, self.beta)
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        log_m = mixed(log_p, log_q, self.beta)
+        slopes = (1 - self.beta) * log_q.exp() * (log_q - log_m)  # what M does to both divergences cancels
+        return self.beta * kl(log_p, log_m) + slopes.sum(-1), slopes
