@@ -41,8 +41,8 @@ class LoTA(CodesGrid):
 
     Gradients are those of the authors' code: that of `D` is that of `m` (straight through, also where the code is at
     its end) plus that of `mu`, in which `m` is constant. The factors train by t-SignSGD (`quadapt.train.sign_sgd`), and
-    stay ternary by it alone; a merge is exact whatever they hold. A mark that has no room stays in the rest, which is `D`
-    there. The scaling alpha / rank has no meaning here.
+    stay ternary by it alone; a merge is exact whatever they hold. A mark that has no room stays in the rest, which is
+    `D` there. The scaling alpha / rank has no meaning here.
 
     Differs: the authors compute the adapted matrix anew in their forward and keep it for backward; here it is quantized
         tile by tile. Their offsets are floats of the compute dtype, not rounded as they will be stored.
