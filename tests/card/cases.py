@@ -85,6 +85,10 @@ ROUNDINGS: dict[str, Any] = {
     "gptq": plan(GPTQ()),
     "gptq-zero-points": plan(GPTQ(), format=Format(bits=4, zero="integer"), storage=Storage(offsets="integer")),
     "gptq-act-order": plan(GPTQ(act_order=True)),
+    "gptq-q4k": plan(GPTQ(), format=Format(bits=4), storage=Storage(scales="q4_k", offsets="q4_k-min")),
+    "q3k": plan(
+        Nearest(), format=Format(bits=3, group_size=16, zero="none"), storage=Storage(scales="q3_k", offsets="absent")
+    ),
     "gptq-static": plan(GPTQ(static_groups=True), **NF4),
     "gptq-at-once": plan(GPTQ(true_sequential=False)),
     "block-ap": plan(BlockAP(epochs=1, batch_size=1)),

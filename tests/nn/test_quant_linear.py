@@ -31,6 +31,8 @@ KINDS: dict[str, tuple[Format, Storage]] = {
     "int3-zp": (Format(bits=3, zero="integer"), Storage(offsets="integer")),
     "nf4-double": (Format(levels="nf", bits=4, group_size=64), Storage(scales="double", offsets="absent")),
     "int8-fp32": (Format(bits=8), Storage(scales="fp32", offsets="fp32")),
+    "int4-q4k": (Format(bits=4), Storage(scales="q4_k", offsets="q4_k-min")),
+    "int6-q6k": (Format(bits=6, group_size=16, zero="none"), Storage(scales="q6_k", offsets="absent")),
     "nf8-fp32": (Format(levels="nf", bits=8), Storage(scales="fp32", offsets="absent")),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -209,7 +211,7 @@ def assert_compiled_equals_eager(module: nn.Module, backend: str, dtype: torch.d
         torch.testing.assert_close(fast, eager)
 
 
-@pytest.mark.parametrize("kind", ["int4", "nf4-double", "int8-fp32"])
+@pytest.mark.parametrize("kind", ["int4", "nf4-double", "int8-fp32", "int4-q4k", "int6-q6k"])
 def test_it_traces_as_one_graph_forward_and_backward(kind: str) -> None:
     torch.compiler.reset()
     assert_compiled_equals_eager(layer_of(kind), "aot_eager", torch.bfloat16)

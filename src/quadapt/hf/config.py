@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import NoneType
 from typing import Any
 
@@ -13,7 +13,7 @@ from quadapt.errors import CheckpointError, ConfigError
 from quadapt.model.layer import Quantization
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
-from quadapt.quant.storage import Storage
+from quadapt.quant.storage import Storage, scales_meant
 from quadapt.quant.weight import Layout, from_fields
 
 VERSION = 1
@@ -28,7 +28,8 @@ class QuadaptConfig(QuantizationConfigMixin):
         group_size: Wish: how many inputs share a scale; -1 for whole rows.
         levels: Wish: the kind of levels, int, nf or nf-sym.
         zero: Wish: what the offset may be: none, integer or float. By default it is float for int, and none for nf.
-        scales: Wish: how scales are stored: fp16, fp32, double, or linear8-256-fp32 and its like.
+        scales: Wish: how scales are stored: fp16, fp32, double, linear8-256-fp32 and its like, or k-quant, which
+            chooses the group size and the zero as well.
         range: Wish: what the levels of a group span: minmax, mse, icq or icq-scale.
         skip: Wish: the layers to leave as they are.
         schemes: Content: formats and storages, each with the layers (and their shapes) that have it.
@@ -78,7 +79,9 @@ class QuadaptConfig(QuantizationConfigMixin):
         format = Format(levels=self.levels, bits=self.bits, group_size=self.group_size, zero=self.zero)  # type: ignore[arg-type]
         storage = Storage.default(format)
         if self.scales:
-            storage = storage.with_scales(self.scales)
+            meant = scales_meant(self.scales, self.bits)
+            format = replace(format, **meant.demands)
+            storage = Storage.default(format).with_scales(meant.name)
         rounding = Nearest(range=self.range)
         return Quantization(format=format, storage=storage, rounding=rounding)
 

@@ -1,6 +1,7 @@
 """Ranges: which span of a group of weights its levels cover. A wide span clips nothing, a narrow one has finer steps.
 
-`MinMax` and `MSE` are here, the two of IR-QLoRA in `icq.py`. A rounding names its range: `GPTQ(range="mse")`.
+`MinMax` and `MSE` are here, the two of IR-QLoRA in `icq.py`, a fit in `least_squares.py`. A rounding names its range:
+`GPTQ(range="mse")`.
 """
 
 from __future__ import annotations
