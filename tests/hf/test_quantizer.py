@@ -179,7 +179,6 @@ def test_adapters_may_train_over_a_loaded_model(saved: Path) -> None:
             Storage(scales="double", offsets="absent"),
         ),
         ({"bits": 4, "scales": "k-quant"}, Format(bits=4), Storage(scales="q4_k", offsets="q4_k-min")),
-        ({"bits": 4, "scales": "fp32"}, Format(bits=4), Storage(scales="fp32", offsets="fp32")),
     ],
     ids=str,
 )
