@@ -178,6 +178,28 @@ def test_biases_alone_train_without_the_weights_beside_them(kind: str, tmp_path:
     assert torch.equal(logits(merged), wanted)
 
 
+def test_the_tower_for_pictures_stays_as_it_is() -> None:
+    """Its biases and norms too, which PEFT would train with the others."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=96, attention_bias=True, initializer_range=0.2)
+    sight = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=sight, image_token_index=95)
+    ).eval()
+    adapted = prepared(model)
+    trained = [name for name, each in adapted.named_parameters() if each.requires_grad]
+    assert {"vision", "projector"}.isdisjoint(part for name in trained for part in name.replace("_", ".").split("."))
+    assert any(name.endswith("language_model.norm.modules_to_save.default.weight") for name in trained)
+    assert any(name.endswith("layers.0.self_attn.q_proj.base_layer.bias") for name in trained)
+    wanted = logits(moved(adapted))
+    merged, certificate = quadapt.merge(adapted, probe=IDS)
+    assert certificate.verdict == "exact"
+    assert torch.equal(logits(merged), wanted)
+
+
 def test_a_norm_is_told_by_its_class_and_what_it_holds() -> None:
     class Odd(nn.Module):
         def __init__(self, *shape: int) -> None:

@@ -145,6 +145,9 @@ def also(model: Any, kinds: Sequence[str], tokens: Sequence[int] = ()) -> Also:
                 "names tied while they train. Leave embeddings and head out"
             )
     modules = dict.fromkeys([*found.get("norms", ()), *ends])
+    for name, _ in model.named_modules():
+        if modules and name not in modules and name.endswith(tuple(modules)):
+            raise ConfigError(f"train_also: PEFT tells modules by how their names end, and would train {name} too")
     biases = [model.get_parameter(name) for name in found.get("biases", ())]
     return Also(tuple(modules), tuple(biases), tied)
 
