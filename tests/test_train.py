@@ -38,9 +38,16 @@ def tuned(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     """`tuned(folder, method=, stop=, **run)`: a fresh model, trained; interrupted after the step `stop`."""
 
     def work(
-        folder: str = "run", *, method: str = "qlora", stop: int = 0, recipe: Recipe = RECIPE, **about: Any
+        folder: str = "run",
+        *,
+        method: str = "qlora",
+        stop: int = 0,
+        recipe: Recipe = RECIPE,
+        also: tuple[str, ...] = (),
+        **about: Any,
     ) -> Any:
-        model = quadapt.prepare(tiny_llama(), method=method, rounding="nearest", rank=4, alpha=8, group_size=32)
+        grid: dict[str, Any] = {"rounding": "nearest", "rank": 4, "alpha": 8, "group_size": 32}
+        model = quadapt.prepare(tiny_llama(), method=method, train_also=also, **grid)
 
         def tick(step: int, *_: Any) -> None:
             if step == stop:
@@ -113,6 +120,23 @@ def test_interrupted_it_keeps_the_same_state(method: str, stops: tuple[int, ...]
         again, found = tuned(f"stop{stop}", **settings)
         assert (found.kept_step, found.eval_loss, found.steps) == (whole.kept_step, whole.eval_loss, whole.steps), stop
         assert torch.equal(logits(again), logits(model)), stop
+
+
+def test_signs_and_adamw_are_gone_on_with_together(tuned: Callable[..., Any]) -> None:
+    """Ternary factors and the norms beside them: every number that trains, bit for bit."""
+    settings = {"method": "lota-qaf", "also": ("norms",), "save_steps": 1}
+    model, _ = tuned("whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        tuned("halves", stop=5, **settings)
+    again, found = tuned("halves", **settings)
+    assert found.steps == 8
+    before = dict(tuned("none", method="lota-qaf", also=("norms",), max_steps=1)[0].named_parameters())
+    moved = set()
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+        if one.requires_grad and not torch.equal(one, before[name]):
+            moved |= {part for part in ("lora_A", "lora_B", "norm") if part in name}
+    assert moved == {"lora_A", "lora_B", "norm"}
 
 
 def test_ternary_factors_stay_ternary_whatever_they_are_saved_as(tuned: Callable[..., Any], tmp_path: Path) -> None:
