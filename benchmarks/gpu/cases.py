@@ -116,9 +116,10 @@ def _levels(bits: int) -> dict[str, Tensor | None]:
 
 
 def _grid(rows: int, columns: int, group: int) -> tuple[Tensor, Tensor]:
-    """Scales and offsets, some of them small and some large."""
+    """Scales and offsets, some of them small and some large, some of the scales negative."""
     shape = (rows, -(-columns // group))
-    return torch.rand(shape).mul(0.3).add(0.01) * 4.0 ** torch.randint(-3, 3, shape), torch.randn(shape)
+    sign = torch.where(torch.rand(shape) < 0.25, -1, 1)
+    return sign * torch.rand(shape).mul(0.3).add(0.01) * 4.0 ** torch.randint(-3, 3, shape), torch.randn(shape)
 
 
 def _packed(rows: int, columns: int, bits: int) -> Tensor:

@@ -16,7 +16,9 @@ from gguf.quants import dequantize
 
 from quadapt.exporters.ggml import BY_NAME, bytes_of, type_for, why_not, why_not_layout
 from quadapt.exporters.gguf import export_gguf, interleave
+from quadapt.exporters.llama_cpp import differences
 from quadapt.exporters.super_blocks import SUPER_BLOCKS
+from quadapt.model.embeddings import round_embeddings
 from quadapt.model.quantize import quantized_layers
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.rounding import Nearest
@@ -147,3 +149,28 @@ def test_a_file_holds_the_model(kind: str, tokenizer: Any, tmp_path: Path) -> No
     down = found["blk.0.ffn_down.weight"]
     np.testing.assert_array_equal(dequantize(down.data, down.tensor_type), layer.dequantize().numpy())
     assert sum(row.nbytes for row in linear) * 8 == sum(each.layout.bits for each in quantized_layers(model).values())
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_llama_cpp_serves_rounded_embeddings(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """All else is left as F32: what differs is llama.cpp's rounding of the head's inputs to 8 bits."""
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp (pip install 'quadapt[demo]')")
+    model = tiny(hidden_size=256, intermediate_size=256, num_hidden_layers=1, tie_word_embeddings=tied)
+    layouts = round_embeddings(model, kind, {})
+    model = quantized(model, Format(levels="nf", bits=4))
+    path = tmp_path / "model.gguf"
+    ids = torch.randint(2, 300, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    report = export_gguf(model, tokenizer, path)
+    types = {row.name: row.type for row in report.tensors}
+    ends = ["token_embd.weight", *([] if tied else ["output.weight"])]
+    assert [types[name] for name in ends] == [kind.upper()] * len(ends)
+    reader = {each.name: each for each in gguf.GGUFReader(path).tensors}
+    for name, held in zip(ends, ("model.embed_tokens", "lm_head"), strict=False):
+        read = dequantize(reader[name].data, reader[name].tensor_type)
+        np.testing.assert_array_equal(read, model.get_submodule(held).weight.detach().numpy())
+        assert reader[name].n_bytes * 8 == layouts[held].bits
+    apart = differences(path, model, ids)
+    print(f"{kind}: log-probabilities differ by at most {apart.max():.3f}, {apart.mean():.4f} on average")
+    assert apart.max() < 0.5
+    assert apart.mean() < 0.1

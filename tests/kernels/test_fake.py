@@ -31,9 +31,9 @@ def same_bits(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def grid_of(rows: int, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and offsets under which weights of deviation 1 are partly clamped, at both ends."""
+    """Scales and offsets under which weights of deviation 1 are partly clamped, at both ends; some are negative."""
     shape = (rows, -(-grid.columns // grid.group_size))
-    scales = (torch.rand(shape) + 0.5) * 3 / 2**grid.bits
+    scales = (torch.rand(shape) + 0.5) * 3 / 2**grid.bits * torch.where(torch.rand(shape) < 0.25, -1, 1)
     return scales, -scales * 2 ** (grid.bits - 1) + 0.1 * torch.randn(shape)
 
 
