@@ -257,7 +257,7 @@ def test_what_an_earlier_version_wrote_still_loads(folder: Path, base: Any) -> N
 def test_tensors_do_not_go_into_an_adapter_of_another_kind(saved: Path, base: Any) -> None:
     model = PeftModel.from_pretrained(copy.deepcopy(base), saved / "pooled", is_trainable=True)
     model.load_adapter(saved / "pooled", "default", is_trainable=True)  # as Trainer resumes
-    with pytest.raises(ConfigError, match="holds another adapter, kind=scales"):
+    with pytest.raises(ConfigError, match=r"holds another adapter, .*kind=scales"):
         model.load_adapter(saved / "scales", "default")
 
 
