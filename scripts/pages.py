@@ -174,10 +174,10 @@ def merged_by_format() -> str:
     layouts = {}
     for name in METHODS:
         method = method_named(name)
-        format, storage, _ = method.base()
+        format, storage, rounding = method.base()
         if method.adapter.exactness == "exact":
-            base = Layout(format=format, storage=storage, out=256, columns=256)
-            layouts[name] = merged_layout(method.adapter, base)
+            wanted = Layout(format=format, storage=storage, out=256, columns=256)
+            layouts[name] = merged_layout(method.adapter, rounding.stored(wanted))
     return formats_page(layouts)
 
 

@@ -77,6 +77,11 @@ def prepare(
     named = {"skip": tuple(skip), "target_modules": tuple(target_modules), "device": device, "dtype": dtype}
     config = checked(PrepareConfig, {"method": method, "seed": seed, **named, **settings})
     chosen, name = config.spec.method, model if isinstance(model, str) else ""
+    if chosen.tune_first.tunes:
+        raise ConfigError(
+            f"method={chosen.name!r} tunes the dense model before it is quantized, on data that prepare does not have. "
+            "Use quadapt tune, or tune the model yourself, and prepare it with tune_first='none'"
+        )
     model, there = _placed(model, config)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     quantized = bool(quantized_layers(model))

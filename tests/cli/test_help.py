@@ -18,6 +18,7 @@ from quadapt.cli.commands import settings_of
 from quadapt.config import ExportConfig, Flag, Settings, TuneConfig, checked, fields, grid, tune
 from quadapt.errors import ConfigError
 from quadapt.methods import Recipe, Run
+from quadapt.methods.first import FIRSTS
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
 from quadapt.nn.starts import STARTS
@@ -90,6 +91,7 @@ def test_version() -> None:
 def test_no_setting_is_typed_twice() -> None:
     """What a piece declares comes from there alone, with its words, its type and its default."""
     pieces = [Format, Recipe, Run, *ROUNDINGS.values(), *STARTS.values(), *ADAPTERS.values(), *OBJECTIVES.values()]
+    pieces += FIRSTS.values()
     declared = {name for piece in pieces for name in declared_settings(piece)}
     assert declared >= {"bits", "rank", "pooling", "init", "fisher", "keep_targets", "calibration_epochs", "batch_size"}
     typed: set[str] = set()
@@ -100,7 +102,7 @@ def test_no_setting_is_typed_twice() -> None:
             assert not own & declared, (node.name, own & declared)
             assert not typed & own - {"output"}, (node.name, typed & own)  # with a default of its own for tune
             typed |= own
-    assert declared | typed | {"rounding", "range", "start", "objective"} == set(TuneConfig.model_fields)
+    assert declared | typed | {"rounding", "range", "start", "objective", "tune_first"} == set(TuneConfig.model_fields)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -30,7 +30,6 @@ from quadapt.methods import METHODS, method_named
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import LoRA, Pooled
 from quadapt.quant.format import Format
-from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout
 
@@ -250,11 +249,12 @@ def test_the_layout_of_a_merge_is_known_before_it(name: str) -> None:
     """From the layout of the base alone; against real merges of whole matrices by adapters that do something."""
     method = method_named(name)
     format, storage, rounding = method.base()
-    base = Layout(format=format, storage=storage, out=24, columns=128)
+    wanted = Layout(format=format, storage=storage, out=24, columns=128)
+    base = rounding.stored(wanted)
     torch.manual_seed(0)
     dense = torch.randn(24, 128)
     over_dense = method.adapter.base == "float"
-    source = dense if over_dense else (rounding if format.bits == 8 else Nearest())(dense, base, {})
+    source = dense if over_dense else rounding.without_data()(dense, wanted, {})
     params = {}
     for key, param in method.adapter.params(method.adapter.layout_of(source), 2).items():
         params[key] = torch.zeros(param.shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -52,9 +50,7 @@ def source_of(adapter: Adapter, layout: Layout, weight: Tensor) -> Tensor | Quan
         return weight
     if adapter.base == "codes":
         return Nearest()(weight, layout)
-    format = replace(layout.format, bits=8)
-    fine = replace(layout, format=format, storage=Storage.default(format))
-    return FixedPoint(bits=layout.format.bits, storage=layout.storage, rounding=Nearest())(weight, fine)
+    return FixedPoint(rounding=Nearest())(weight, layout)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,6 @@ def layout(bits: int, zero: str, out: int = 12, columns: int = 80) -> Layout:
     return Layout(format=format, storage=Storage.floating("fp16", zero), out=out, columns=columns)
 
 
-def fine(coarse: Layout) -> Layout:
-    format = replace(coarse.format, bits=8)
-    return replace(coarse, format=format, storage=Storage.default(format))
-
-
 def moment(columns: int) -> dict[str, torch.Tensor]:
     inputs = torch.randn(400, columns) @ torch.randn(columns, columns)
     return {"second_moment": inputs.T @ inputs / 400}
@@ -66,7 +60,7 @@ def test_training_begins_with_the_model_of_the_rounding(name: str, bits: int, ze
     coarse, rounding = layout(bits, zero), ROUNDINGS[name]
     weight, statistics = torch.randn(12, 80), moment(80)
     want = rounding(weight, coarse, statistics)
-    base = FixedPoint(bits=bits, storage=coarse.storage, rounding=rounding)(weight, fine(coarse), statistics)
+    base = FixedPoint(rounding=rounding)(weight, coarse, statistics)
     found = at_first(base, coarse)
     assert found.layout == want.layout
     assert all(torch.equal(found.tensors[each], want.tensors[each]) for each in want.tensors)
@@ -79,7 +73,7 @@ def test_the_base_is_what_was_rounded_to_half_a_step_of_its_own(bits: int, seed:
     coarse = layout(bits, "float", out=6)
     weight = spread * torch.randn(6, 80, generator=torch.Generator().manual_seed(seed))
     rounding = Nearest(range="mse")
-    base = FixedPoint(bits=bits, storage=coarse.storage, rounding=rounding)(weight, fine(coarse))
+    base = FixedPoint(rounding=rounding)(weight, coarse)
     grid = rounding(weight, coarse)
     scales, offsets = (np.repeat(each.double().numpy(), 32, 1)[:, :80] for each in (grid.scales, grid.offsets))
     real = (weight.double().numpy() - offsets) / scales
@@ -127,18 +121,36 @@ def test_block_ap_hands_on_the_weights_that_it_trained(tiny_llama: Make) -> None
 
 @pytest.mark.parametrize("rounding", [Nearest(), GPTQ(), BlockAP()], ids=lambda each: each.name)
 def test_it_needs_what_the_rounding_inside_needs(rounding: Rounding) -> None:
-    outside = FixedPoint(bits=4, rounding=rounding)
+    outside = FixedPoint(rounding=rounding)
     assert (outside.needs, outside.scope) == (rounding.needs, rounding.scope)
     assert outside.least_sequences == rounding.least_sequences
 
 
 def test_a_base_of_another_kind_is_refused() -> None:
-    for format in (Format(bits=4, zero="none"), Format(levels="nf", bits=8)):
-        with pytest.raises(ConfigError, match="a fixed-point base is made of 8-bit integers"):
-            FixedPoint().check(Layout(format=format, storage=Storage.default(format), out=4, columns=64))
-    base = Nearest()(torch.randn(4, 64), fine(layout(4, "integer", 4, 64)))
-    with pytest.raises(ConfigError, match="trains over 8-bit fixed point"):
-        LRQAT(offsets="float").layout_of(base)
+    format = Format(levels="nf", bits=4)
+    with pytest.raises(ConfigError, match="a fixed-point base is made of integers"):
+        FixedPoint().check(Layout(format=format, storage=Storage.default(format), out=4, columns=64))
+    base = FixedPoint()(torch.randn(4, 64), layout(4, "integer", 4, 64))
+    for adapter in (LRQAT(offsets="float"), LRQAT(offsets="integer", group_size=64)):
+        with pytest.raises(ConfigError, match="trains over 8-bit fixed point of"):
+            adapter.layout_of(base)
+
+
+@pytest.mark.parametrize(("bits", "name"), [(2, "q2_k"), (3, "q3_k"), (4, "q4_k"), (5, "q4_k"), (6, "q6_k")])
+@pytest.mark.parametrize("columns", [256, 288, 96])
+def test_k_quants_and_the_blocks_that_take_their_place(bits: int, name: str, columns: int) -> None:
+    """Rows that are no whole super-blocks have a width of their own: up to eight bits, which leave no fraction."""
+    method = method_named("lr-qat", bits=bits, scales="k-quant")
+    assert method.storage.scales == name
+    wanted = Layout.fitting(method.format, method.storage, 8, columns)
+    assert ((wanted.format, wanted.storage) == (method.format, method.storage)) == (columns == 256)
+    weight = torch.randn(8, columns)
+    base = FixedPoint(rounding=Nearest())(weight, wanted)
+    adapter, want = method.adapter, Nearest()(weight, wanted)
+    params = {each: torch.zeros(param.shape) for each, param in adapter.params(adapter.layout_of(base), 2).items()}
+    found = adapter.untrained(base, params, 1.0)
+    assert found.layout == want.layout
+    assert all(torch.equal(found.tensors[each], want.tensors[each]) for each in want.tensors)
 
 
 def test_a_module_is_not_needed_for_a_rounding_of_layers() -> None:

@@ -338,13 +338,6 @@ def test_k_quant_is_refused_with_advice(settings: dict[str, Any], why: str) -> N
         method_named("qa-lora", scales="k-quant", **settings).check()
 
 
-def test_lr_qat_has_one_grid_for_all_layers() -> None:
-    format, storage, rounding = method_named("lr-qat", scales="k-quant", bits=3).base()
-    rounding.check(Layout(format=format, storage=storage, out=12, columns=512))
-    with pytest.raises(ConfigError, match="no whole super-blocks"):
-        rounding.check(Layout(format=format, storage=storage, out=12, columns=96))
-
-
 def test_pairs_of_storages() -> None:
     pair = Storage(scales="fp16", offsets="fp16").with_scales("q4_k")
     assert pair == Storage(scales="q4_k", offsets="q4_k-min")

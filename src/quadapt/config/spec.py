@@ -59,7 +59,8 @@ class Spec:
         Raises:
             ConfigError: Two of the choices contradict each other, or the plan.
         """
-        for piece in (method.recipe, method.rounding, method.start, method.adapter, method.objective):
+        pieces = (method.rounding, method.start, method.adapter, method.objective, method.tune_first)
+        for piece in (method.recipe, *pieces):
             check_values(piece)
         method.check()
         if method.recipe.also_learning_rate is not None and not also:

@@ -16,6 +16,7 @@ from quadapt.config.grid import Grid, with_planned_method
 from quadapt.config.spec import Spec
 from quadapt.config.values import Location, Sources
 from quadapt.methods import METHODS, Recipe, Run, method_named
+from quadapt.methods.first import FIRSTS
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
 from quadapt.nn.starts import STARTS
@@ -34,9 +35,11 @@ def _methods_of(adapter: str) -> list[str]:
         **fields_of(Recipe),
         **choice("start", STARTS, "Where the adapter starts; pooled ones fold it into the offsets.", _PANEL),
         **choice("objective", OBJECTIVES, "What training lowers.", Flag(panel="Training")),
+        **choice("tune_first", FIRSTS, "What becomes of the dense model before that.", Flag(panel="Training")),
         **of_pieces(STARTS),
         **of_pieces(ADAPTERS, _methods_of),
         **of_pieces(OBJECTIVES),
+        **of_pieces(FIRSTS),
     }
 )
 class Adapting(Grid):

@@ -94,8 +94,8 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
         left, layouts = selection.left, {}
         for layer, linear in selection.chosen.items():
             with locate(layer):
-                layouts[layer] = quantization.layout(layer, linear.out_features, linear.in_features)
-                quantization.rounding.check(layouts[layer])
+                wanted = quantization.layout(layer, linear.out_features, linear.in_features)
+                layouts[layer] = quantization.rounding.stored(wanted)
     adapter = config.spec.method.adapter
     if quantized is None and adapter.base == "float":  # quantizes in its forward: the base stays dense
         layouts = {layer: adapter.layout_of(model.get_submodule(layer).get_parameter("weight")) for layer in layouts}
@@ -172,7 +172,27 @@ def quantizing(
 def tune(config: TuneConfig, name: str, ui: UI, *, seq_len: int) -> dict[str, Any]:
     """Say what `quadapt tune` would train and how much memory it needs, without any weights."""
     found = sketch(name, config)
+    first = tuning_first(config, name, seq_len=seq_len)
+    if first is not None:
+        ui.show(f"estimated peak memory {first.total / 1e6:.0f} MB while the dense model is tuned, and then:")
     return show(found, tuning(config, found, seq_len=seq_len), ui)
+
+
+def tuning_first(config: TuneConfig, name: str, *, seq_len: int) -> MemoryEstimate | None:
+    """Memory that tuning the dense model takes, before it is quantized; None if it is not tuned."""
+    from quadapt.jobs.first import trainable
+
+    if not config.spec.method.tune_first.tunes:
+        return None
+    device, about = device_of(config), read_config(name, trust_remote_code=config.trust_remote_code)
+    dtype = getattr(about, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
+    dense = skeleton(about, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    weights, model = memory.parameter_bytes(dense), trainable(dense, config, on_meta=True)
+    trains = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
+    if config.run.gradient_checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    step = memory.held(memory.step_bytes(model, config.run.batch_size, seq_len), device)
+    return MemoryEstimate(libraries=memory.library_bytes(device), weights=weights, adapters=4 * trains, step=step)
 
 
 def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[int] = ()) -> MemoryEstimate:

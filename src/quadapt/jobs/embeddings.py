@@ -58,10 +58,17 @@ def rounded_embeddings(model: Any, config: Grid, chosen: Mapping[str, nn.Linear]
     return Rounded({"embeddings": made}, state.hexdigest())
 
 
-def dense_base(path: Path, config: Any, ui: UI) -> None:
-    """Write a dense model whose embeddings are rounded: the base of a method that trains over the dense matrices."""
+def dense_base(path: Path, config: Any, ui: UI, *, source: Path | None = None) -> None:
+    """Write a dense model whose embeddings are rounded: the base of a method that trains over the dense matrices.
+
+    Args:
+        path: The folder that is filled.
+        config: The settings, of which the model, `embeddings`, `skip` and `dtype` count.
+        ui: Where it is said.
+        source: What is taken in the place of the settings' model: that model, tuned first.
+    """
     kept = "float32" if config.dtype == "float32" else "auto"
-    model: Any = load_model(config.model, dtype=kept, trust_remote_code=config.trust_remote_code)
+    model: Any = load_model(str(source or config.model), dtype=kept, trust_remote_code=config.trust_remote_code)
     rounded_embeddings(model, config, select(model, skip=config.skip).chosen, ui)
     model.save_pretrained(path, max_shard_size="4GB")
     load_tokenizer(config.model, trust_remote_code=config.trust_remote_code).save_pretrained(path)

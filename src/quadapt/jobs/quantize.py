@@ -51,6 +51,8 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     own = config.spec.method.start.name
     if own != "zero":
         ui.say(f"{config.method} starts its adapter by {own}: tune does so; here the base is made alone")
+    if config.spec.method.tune_first.tunes:
+        ui.say(f"{config.method} tunes the dense model first: tune does so; here it is quantized as it is")
     if config.dry_run:
         return dry.quantize(config, ui)
     output = Path(config.output)
@@ -79,7 +81,6 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
             target_modules=config.target_modules,
             calibration_rows=rows,
             place=place,
-            seed=config.seed,
         )
         summary["peak_memory"] = peak()
         result = {"output": config.output, **summary}
@@ -96,8 +97,8 @@ def quantize_into(
     target_modules: Sequence[str],
     calibration_rows: Rows | None,
     place: Place,
-    seed: int,
     most_length: int = MOST_CONTEXT,
+    source: Path | None = None,
 ) -> dict[str, Any]:
     """Quantize `config.model` into a folder that exists, going on from the blocks that are finished in it.
 
@@ -108,13 +109,14 @@ def quantize_into(
         target_modules: Quantize these layers alone.
         calibration_rows: Text, if the rounding needs some.
         place: The devices to calibrate and quantize on.
-        seed: The seed of the choice of text.
         most_length: Longest default calibration sequence.
+        source: What is quantized in the place of `config.model`: that model, tuned first.
 
     Returns:
         The summary that is also written into `quadapt.json`.
     """
-    name, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
+    original, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
+    name, seed = original if source is None else str(source), config.seed  # type: ignore[attr-defined]
     quantization, dtype = config.spec.quantization, config.dtype  # type: ignore[attr-defined]
     # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
     kept = "float32" if dtype == "float32" else "auto"
@@ -153,7 +155,8 @@ def quantize_into(
         **({"plan": config.plan} if config.plan else {}),
         **rounded.made,
         "rounding": _described(quantization),
-        "source": str(Path(name).resolve()) if Path(name).exists() else name,
+        **({} if source is None else {"tuned_first": config.spec.method.tune_first.name}),
+        "source": str(Path(original).resolve()) if Path(original).exists() else original,
     }
     if calibration:
         made["calibration"] = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
+from quadapt.errors import ConfigError
 from quadapt.hf.also import settle
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, load_model, read_config, write_note
@@ -21,7 +22,7 @@ from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.card import adapter_card
 from quadapt.jobs.continued import Earlier
 from quadapt.jobs.source import device_of, teacher_name, versions
-from quadapt.methods import Recipe
+from quadapt.methods import Recipe, Run
 from quadapt.model.trial import check_runs
 from quadapt.nn.objective import Teaching
 from quadapt.objectives.teacher import KeptTeacher, Teacher
@@ -32,26 +33,49 @@ if TYPE_CHECKING:
     from quadapt.train import Trained
 
 
+@dataclass(frozen=True, kw_only=True)
+class Over:
+    """What an adapter is trained over, and for how long."""
+
+    folder: Folder
+    """The model that was given."""
+
+    base: Path
+    """The folder of the base: that model, or what was made of it."""
+
+    run: Run
+    """The steps that the adapter trains."""
+
+    earlier: Earlier | None = None
+    """An adapter to go on from."""
+
+    tuned: Path | None = None
+    """The dense model that was tuned first, if one was: the teacher, unless another is given."""
+
+    first: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured while the dense model was tuned; empty if it was not."""
+
+
 def fit(
     config: TuneConfig,
     space: Workspace,
-    base: Path,
-    folder: Folder,
+    over: Over,
     tokenizer: Any,
     data: tuple[Encoded, Encoded | None],
     ui: UI,
-    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Train an adapter, fresh or an earlier one, over a base, and write it; what `quadapt.json` says about it."""
     from transformers.trainer_utils import set_seed
 
     from quadapt.train import train, trainable_parameters
 
-    device, chosen = device_of(config), config.spec.method
-    quantized = load_model(str(base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    device, chosen, earlier = device_of(config), config.spec.method, over.earlier
+    quantized = load_model(
+        str(over.base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code
+    )
     check_runs(quantized)
     set_seed(config.run.seed)
-    stored = stored_dtype(config, base)
+    stored = stored_dtype(config, over.base)
     if earlier is not None:
         model = earlier.attach(quantized, chosen.recipe.dropout, config.spec.also, stored)
         ui.say(f"going on from {earlier.folder.name}")
@@ -61,10 +85,12 @@ def fit(
     if (space.path / START).exists():
         set_start(model, read_start(space.path / START))
     _say_recipe(chosen.recipe, ui)
-    over: Any = model.peft_config["default"]
-    ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(over)['base_fingerprint'][:12]}")
-    objective = chosen.objective.bind(model, _teacher(config, space, model, folder.name, data[0], collate, ui))
-    run = replace(config.run, device=device)
+    about: Any = model.peft_config["default"]
+    ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(about)['base_fingerprint'][:12]}")
+    objective = chosen.objective.bind(
+        model, _teacher(config, space, model, over.tuned or over.folder.name, data[0], collate, ui)
+    )
+    run = replace(over.run, device=device)
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
             model,
@@ -86,6 +112,7 @@ def fit(
         "data": {**asdict(data[0].report), "example": None},
         **({} if earlier is None else {"from": earlier.about()}),
         "prompt": data[0].form.as_dict(),
+        **({"tuned_first": dict(over.first)} if over.first else {}),
         "steps": trained.steps,
         "final_loss": trained.final_loss,
         "eval_loss": trained.eval_loss,
@@ -97,7 +124,7 @@ def fit(
         "versions": versions(),
         "settings": config.model_dump(mode="json"),
     }
-    summary = _written(space, model, tokenizer, base, folder, summary)
+    summary = _written(space, model, tokenizer, over.base, over.folder, summary)
     ui.show(
         f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
         + _held_out_words(trained)
@@ -118,15 +145,24 @@ def _held_out_words(trained: Trained) -> str:
 
 
 def _teacher(
-    config: TuneConfig, space: Workspace, model: Any, dense: str, data: Encoded, collate: Collator, ui: UI
+    config: TuneConfig, space: Workspace, model: Any, dense: str | Path, data: Encoded, collate: Collator, ui: UI
 ) -> Teaching | None:
-    """Gives what the objective asks of a teacher, from disk or as it goes; None if it asks nothing."""
+    """Gives what the objective asks of a teacher, from disk or as it goes; None if it asks nothing.
+
+    The teacher is the one that was given, the dense model that was tuned first (a path), or the full-precision model.
+    """
     objective = config.spec.method.objective
     targets = objective.targets
     if targets is None:
         return None
     quantized = getattr(model.config, "quantization_config", None)
-    name = teacher_name(config, quantized.made.get("source") if quantized else dense)
+    if quantized and quantized.made.get("tuned_first") and isinstance(dense, str) and not config.teacher:
+        raise ConfigError(
+            f"objective={objective.name!r} needs a teacher, and the dense model that was tuned before it was quantized "
+            "is not kept. Say where one is with --teacher, or use --objective cross-entropy"
+        )
+    made_of = quantized.made.get("source") if quantized and isinstance(dense, str) else str(dense)
+    name = teacher_name(config, made_of)
     device = device_of(config)
     asked = load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     targets.check(model, asked)

@@ -17,11 +17,12 @@ from quadapt.hf.workspace import Workspace, check_output, remove
 from quadapt.jobs import dry
 from quadapt.jobs.continued import going_on
 from quadapt.jobs.embeddings import dense_base
+from quadapt.jobs.first import CHECKPOINTS, TUNED, Stages, tuned_first
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.quantize import quantize_into
 from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
 from quadapt.jobs.source import Place, device_of
-from quadapt.jobs.training import fit
+from quadapt.jobs.training import Over, fit
 from quadapt.report.ui import UI
 
 MOST_LENGTH = 1024
@@ -70,19 +71,30 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     needs = disk_needs(config, found, estimate.adapters // 4, data[0].report.tokens, quantizes=quantizes)
     needs += found.dense * (makes_base and not quantizes)
     dry.check_fits(estimate, device, ui)
+    first = None if earlier is not None else dry.tuning_first(config, folder.name, seq_len=seq_len)
+    if first is not None:
+        dry.check_fits(first, device, ui, advice="Use a smaller --batch-size or --seq-len, or --tune-first none")
+        needs += found.dense
     about_base = {} if earlier is None else {"base": folder.name}
+    stages = None if earlier is not None else Stages.of(config, len(data[0].data))
     job = job_of("tune", config, earlier_job(output), **about_base)
     with Workspace(output, job, overwrite=config.overwrite, needs=needs) as space:
         if space.finished is not None:
             return space.finished
         if space.resumed:
             ui.say(f"going on with {space.path}")
-        base = folder.path
+        base, tuned, about = folder.path, None, dict[str, Any]()
+        if stages is not None:
+            name = TUNED if makes_base else "base"
+            tuned, about = tuned_first(config, space, folder, tokenizer, data, stages.first, ui, name=name)
+            base = tuned
         if makes_base:
-            base = _make_base(space.path, config, ui, place, calibration, seq_len)
-        summary = fit(config, space, base, folder, tokenizer, data, ui, earlier)
+            base = _make_base(space.path, config, ui, place, calibration, seq_len, tuned)
+        run = config.run if stages is None else stages.then
+        over = Over(folder=folder, base=base, run=run, earlier=earlier, tuned=tuned, first=about)
+        summary = fit(config, space, over, tokenizer, data, ui)
         result = {"output": config.output, **summary}
-        space.commit("checkpoints", "targets", START, result=result)
+        space.commit("checkpoints", CHECKPOINTS, "targets", START, TUNED, result=result)
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return result
@@ -109,6 +121,11 @@ def _check(config: TuneConfig, folder: Folder) -> None:
         raise ConfigError(
             f"method={config.method!r} starts from the dense model, and {config.model!r} is quantized. Give the dense "
             "one"
+        )
+    if folder.kind == "quantized" and chosen.tune_first.tunes:
+        raise ConfigError(
+            f"tune_first={chosen.tune_first.name!r} tunes the dense model, and {config.model!r} is quantized already. "
+            "Give the dense model, or use --tune-first none"
         )
     if folder.kind == "quantized" and chosen.start.name != "zero":
         raise ConfigError(
@@ -152,17 +169,20 @@ def _encoded(
     return data, kept
 
 
-def _make_base(path: Path, config: TuneConfig, ui: UI, place: Place, calibration: Rows, seq_len: int) -> Path:
+def _make_base(
+    path: Path, config: TuneConfig, ui: UI, place: Place, calibration: Rows, seq_len: int, tuned: Path | None
+) -> Path:
     """The base, made inside the output folder unless an interrupted run has made it.
 
     It is quantized; for a method that trains over the dense matrices it is the dense model with rounded embeddings.
+    `tuned` is what is quantized in the place of `config.model`: that model, tuned first.
     """
     base = path / "base"
     if not base.exists():
         making = path / "base.partial"
         making.mkdir(exist_ok=True)
         if config.spec.method.adapter.base == "float":
-            dense_base(making, config, ui)
+            dense_base(making, config, ui, source=tuned)
             os.rename(making, base)
             return base
         quantize_into(
@@ -172,8 +192,8 @@ def _make_base(path: Path, config: TuneConfig, ui: UI, place: Place, calibration
             target_modules=(),
             calibration_rows=calibration,
             place=place,
-            seed=config.run.seed,
             most_length=min(2048, seq_len),
+            source=tuned,
         )
         remove(making / "blocks")
         if (making / START).exists():

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from quadapt.errors import ConfigError
+from quadapt.methods.first import FIRSTS, First, Untuned
 from quadapt.methods.recipe import Recipe
 from quadapt.nn.adapters import ADAPTERS, Adapter
 from quadapt.nn.objective import OBJECTIVES, CrossEntropy, Objective
@@ -65,16 +66,16 @@ class Method:
     recipe: Recipe
     """The learning rate, the rank and the schedule with which the paper trains."""
 
+    tune_first: First = field(default_factory=Untuned)
+    """What becomes of the dense model before it is quantized."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapter", self.adapter.with_grid(self.format, self.storage))
 
     def base(self) -> tuple[Format, Storage, Rounding]:
-        """Grid, storage and rounding of the quantized base that the adapter trains over."""
-        if self.adapter.base != "fixed-point":
-            return self.format, self.storage, self.rounding
-        fine = replace(self.format, bits=8)
-        rounding = FixedPoint(bits=self.format.bits, storage=self.storage, rounding=self.rounding)
-        return fine, Storage.default(fine), rounding
+        """Grid and storage of the product, and the rounding that makes what the adapter trains over."""
+        fine = self.adapter.base == "fixed-point"
+        return self.format, self.storage, FixedPoint(rounding=self.rounding) if fine else self.rounding
 
     def with_format(self, format: Format) -> Method:
         """Take another grid, with storage to match: the method's own where it fits, else the new grid's default."""
@@ -90,9 +91,9 @@ class Method:
 
         Args:
             settings: By name: fields of the grid (`levels`, `bits`, `group_size`, `zero`); `scales`, how scales are
-                stored (fp16, fp32, double, linear, k-quant); a piece (`rounding`, `start`, `objective`), by its name or
-                itself; fields of the pieces (`range`, `damping`, `pooling`, ..) and of the recipe (`rank`,
-                `learning_rate`, ..). None leaves the method's own.
+                stored (fp16, fp32, double, linear, k-quant); a piece (`rounding`, `start`, `objective`, `tune_first`),
+                by its name or itself; fields of the pieces (`range`, `damping`, `pooling`, ..) and of the recipe
+                (`rank`, `learning_rate`, ..). None leaves the method's own.
 
         Raises:
             ConfigError: None of the method's pieces has such a setting; the message says which pieces do.
@@ -151,7 +152,7 @@ class Method:
 
     def _owner(self, name: str) -> tuple[str, str]:
         """The axis, and the field of its piece, that are set by a name."""
-        for axis in ("rounding", "start", "adapter", "objective"):
+        for axis in ("rounding", "start", "adapter", "objective", "tune_first"):
             own = names_of(type(getattr(self, axis)))
             if name in own:
                 return axis, own[name]
@@ -204,7 +205,12 @@ class Method:
         return words.strip().partition("\n")[0]
 
 
-PIECES: Mapping[str, Registry[type[Any]]] = {"rounding": ROUNDINGS, "start": STARTS, "objective": OBJECTIVES}
+PIECES: Mapping[str, Registry[type[Any]]] = {
+    "rounding": ROUNDINGS,
+    "start": STARTS,
+    "objective": OBJECTIVES,
+    "tune_first": FIRSTS,
+}
 """The axes whose pieces are chosen by name beside the method's."""
 
 

@@ -202,8 +202,10 @@ def widened(name: str, layout: Layout, quantization: Quantization, why: ScaleUnd
     """The layer's layout with fp32 for the scales (and float offsets) that fp16 cannot hold.
 
     Raises:
-        ShapeError: The layer's bits are planned, and fp32 would take more.
+        ShapeError: The layer's bits are planned, and fp32 would take more; or its scales are going to train.
     """
+    if quantization.rounding.stored(layout) != layout:
+        raise ShapeError(str(why)) from why
     if name in quantization.shapes:
         raise ShapeError(f"{why}, and make the plan anew without this layer (--skip): its bits are spent") from why
     return replace(layout, storage=layout.storage.widened())

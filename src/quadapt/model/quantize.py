@@ -141,7 +141,12 @@ class _Worker:
         self.all.rows.extend(done.rows)
         self.all.factors.update(done.factors)
         for name, weight in done.weights.items():
-            self._replace(name, self.quantization.rounding.product(weight))
+            self._replace(name, self._product(name, weight))
+
+    def _product(self, name: str, weight: QuantWeight) -> QuantWeight:
+        """What the layer computes with before it is trained: what those after it are calibrated on."""
+        layout = self.quantization.layout(name, weight.layout.out, weight.layout.columns)
+        return self.quantization.rounding.product(weight, layout)
 
     def finish(self) -> None:
         """Put what is stored in the place of what the walk computed with, where that is something else."""
@@ -176,7 +181,7 @@ class _Worker:
                 known = {**statistics, **moved(dict(self.statistics.get(name, {})), self.device)}
                 with locate(name), resident(self.layers[name], self.device):
                     begun, row = quantize_layer(name, self.layers[name].weight.detach(), self.quantization, known)
-                    self._replace(name, self.quantization.rounding.product(begun.weight))
+                    self._replace(name, self._product(name, begun.weight))
                 done.rows.append(row)
                 done.weights[name] = begun.weight
                 if begun.factors is not None:
@@ -201,7 +206,7 @@ class _Worker:
         block = self.model.get_submodule(unit)
         with locate(unit):
             errors = rounding.fit(block, list(fitted.values()), walk.examples(unit, rounding.batch_size))
-        weights = {name: rounding.of_layer(layer, layouts[name]) for name, layer in fitted.items()}
+        weights = {name: rounding.of_layer(layer) for name, layer in fitted.items()}
         seconds = time.perf_counter() - start
         rows = [
             row_of(name, weight, self.layers[name].weight.detach(), seconds / len(names), notes[name], errors)

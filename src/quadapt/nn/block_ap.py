@@ -101,7 +101,7 @@ class BlockAP(Rounding):
     def layer(self, linear: nn.Linear, layout: Layout) -> BlockAPLinear:
         return BlockAPLinear(linear, layout, self.range)
 
-    def of_layer(self, layer: BlockAPLinear, layout: Layout) -> QuantWeight:
+    def of_layer(self, layer: BlockAPLinear) -> QuantWeight:
         return layer.quantized()
 
     def fit(

@@ -22,9 +22,9 @@ BITS = 8
 class FixedPoint(Rounding):
     """Any rounding, of which the base keeps what was rounded: real-valued codes, in fixed point of eight bits.
 
-    A code of the base is the real-valued code times `2**(8 - bits)`, so that it rounds to the code that the rounding
-    chose: training that moves real-valued codes (LR-QAT) begins with exactly the model that the rounding gives, GPTQ or
-    Block-AP as well as the nearest.
+    A code of the base is the real-valued code times `2**(8 - bits)`, where `bits` is the width of the product's. It
+    rounds to the code that the rounding chose: training that moves real-valued codes (LR-QAT) begins with exactly the
+    model that the rounding gives, GPTQ or Block-AP as well as the nearest.
 
     Source: LR-QAT (arXiv:2406.06385), whose base is Q n.(8-n) of the dense weights.
     Differs: the fixed point reaches just below `2**(bits - 1)`, where the authors clip to the last code; and a number
@@ -32,12 +32,6 @@ class FixedPoint(Rounding):
     """
 
     name: ClassVar[str] = "fixed-point"
-
-    bits: int = 4
-    """The width of a code of the product: 2, 3, 4, 5 or 6."""
-
-    storage: Storage = field(default_factory=lambda: Storage(offsets="absent"))
-    """How scales and offsets of the product are held."""
 
     rounding: Rounding = field(default_factory=lambda: Nearest(range="mse"))
     """How codes, scales and offsets of the product are chosen at first."""
@@ -69,60 +63,58 @@ class FixedPoint(Rounding):
     def without_data(self) -> Rounding:
         return replace(self, rounding=self.rounding.without_data())
 
-    def coarse(self, layout: Layout) -> Layout:
-        """The layout of the product, given that of the base."""
-        return replace(layout, format=replace(layout.format, bits=self.bits), storage=self.storage)
-
     def check(self, layout: Layout) -> None:
         super().check(layout)
-        if layout.format.levels != "int" or layout.format.bits != BITS or self.bits >= BITS:
-            raise ConfigError(f"{layout.format.name}: a fixed-point base is made of 8-bit integers, for fewer bits")
-        coarse = self.coarse(layout)
-        if coarse.storage.fitting(coarse.format, coarse.columns)[0] != coarse.format:
-            raise ConfigError(
-                f"{coarse.columns} inputs are no whole super-blocks, and a fixed-point base has one width for all "
-                "layers. Use --scales fp16, another method (l4q, peqa), or leave the layer out (--skip)"
-            )
-        self.rounding.check(coarse)
+        if layout.format.levels != "int":
+            raise ConfigError(f"{layout.name}: a fixed-point base is made of integers. Use levels='int'")
+        self.rounding.check(layout)
+
+    def stored(self, layout: Layout) -> Layout:
+        """The layout of the base, given that of the product: finer codes, and floats that lose nothing."""
+        format = replace(layout.format, bits=BITS)
+        return replace(layout, format=format, storage=Storage.floating("fp32", format.zero))
 
     def __call__(self, weight: Tensor, layout: Layout, statistics: Statistics = {}) -> QuantWeight:  # noqa: B006
         self.check(layout)
-        return self._fine(*self.rounding.with_real_codes(weight, self.coarse(layout), statistics), layout)
+        return self._fine(*self.rounding.with_real_codes(weight, layout, statistics))
 
-    def product(self, weight: QuantWeight) -> QuantWeight:
-        step, layout = 2 ** (BITS - self.bits), self.coarse(weight.layout)
+    def product(self, weight: QuantWeight, layout: Layout) -> QuantWeight:
+        bits, step = layout.format.bits, _step(layout.format.bits)
         codes = unpack(weight.packed, BITS, layout.columns)
-        coarse = (codes.float() / step).round().clamp_max(2**self.bits - 1).to(torch.uint8)
+        coarse = (codes.float() / step).round().clamp_max(2**bits - 1).to(torch.uint8)
         scales, held = weight.scales * step, _held(weight, weight.scales * step)
-        perm = weight.tensors["perm"] if layout.permuted else None
-        return QuantWeight.build(layout, pack(coarse, self.bits), scales, held, perm)
+        permuted = weight.layout.permuted
+        perm = weight.tensors["perm"] if permuted else None
+        return QuantWeight.build(replace(layout, permuted=permuted), pack(coarse, bits), scales, held, perm)
 
     def layer(self, linear: nn.Linear, layout: Layout) -> nn.Module:
         """For a rounding of block scope: the layer that is trained in the place of `linear`."""
-        return self.rounding.layer(linear, self.coarse(layout))
+        return self.rounding.layer(linear, layout)
 
     def fit(self, block: nn.Module, layers: Any, examples: Any) -> tuple[float, float]:
         """For a rounding of block scope: train `layers` in place, see :class:`quadapt.nn.block_ap.BlockAP`."""
         return self.rounding.fit(block, layers, examples)
 
-    def of_layer(self, layer: Any, layout: Layout) -> QuantWeight:
+    def of_layer(self, layer: Any) -> QuantWeight:
         """For a rounding of block scope: the base, of a trained layer."""
-        coarse = self.coarse(layout)
-        return self._fine(self.rounding.of_layer(layer, coarse), layer.real_codes(), layout)
+        return self._fine(self.rounding.of_layer(layer), layer.real_codes())
 
-    def _fine(self, coarse: QuantWeight, real: Tensor, layout: Layout) -> QuantWeight:
+    def _fine(self, coarse: QuantWeight, real: Tensor) -> QuantWeight:
         """The base: real-valued codes `[out, in]` in stored order, each kept within the cell of its code."""
-        step, bits, columns = 2 ** (BITS - self.bits), self.bits, layout.columns
-        packed = []
+        bits, columns = coarse.format.bits, coarse.layout.columns
+        step, packed = _step(bits), []
         for rows in row_chunks(real):
             codes = step * unpack(coarse.packed[rows], bits, columns).to(real.dtype)
-            fine = (real[rows] * step).round()
-            fine = torch.maximum(torch.minimum(fine, codes + (step // 2 - 1)), codes - (step // 2 - 1))
+            inside = max(0, step // 2 - 1)
+            fine = torch.clamp((real[rows] * step).round(), codes - inside, codes + inside)
             packed.append(pack(fine.clamp(0, 2**BITS - 1).to(torch.uint8), BITS))
-        permuted, scales = coarse.layout.permuted, coarse.scales / step
-        held = _held(coarse, scales)
-        perm = coarse.tensors["perm"] if permuted else None
-        return QuantWeight.build(replace(layout, permuted=permuted), torch.cat(packed), scales, held, perm)
+        scales, perm = coarse.scales / step, coarse.tensors.get("perm")
+        return QuantWeight.build(self.stored(coarse.layout), torch.cat(packed), scales, _held(coarse, scales), perm)
+
+
+def _step(bits: int) -> int:
+    """How many codes of the base lie between two neighbouring ones of so many bits."""
+    return int(2 ** (BITS - bits))
 
 
 def _held(weight: QuantWeight, scales: Tensor) -> Tensor | None:

@@ -81,8 +81,12 @@ class Rounding(ABC):
         quantized = self(weight, layout, statistics)
         return quantized, real_codes(quantized.stored_order(as_float(weight.detach())), quantized)
 
-    def product(self, weight: QuantWeight) -> QuantWeight:
-        """What the model computes with before it is trained; by default the quantized weight itself."""
+    def stored(self, layout: Layout) -> Layout:
+        """The layout of what is made where a matrix of `layout` is wanted in the end; by default that is made."""
+        return layout
+
+    def product(self, weight: QuantWeight, layout: Layout) -> QuantWeight:
+        """What the model computes with before it is trained, of a layout; by default the quantized weight itself."""
         return weight
 
     # --- roundings of block scope ---
@@ -95,7 +99,7 @@ class Rounding(ABC):
         """Train such layers, which stand in `block`, in place; the relative error of its output before and after."""
         raise NotImplementedError(f"{self.name}: a rounding of scope 'block' trains a block's layers")
 
-    def of_layer(self, layer: Any, layout: Layout) -> QuantWeight:
+    def of_layer(self, layer: Any) -> QuantWeight:
         """The quantized weight of such a layer."""
         raise NotImplementedError(f"{self.name}: a rounding of scope 'block' quantizes the layers that it trained")
 

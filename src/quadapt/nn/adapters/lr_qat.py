@@ -36,6 +36,9 @@ class LRQAT(LowRankGrid):
     bits: int = 4
     """The width of a code of the product."""
 
+    group_size: int | None = None
+    """How many inputs share a scale; None for as many as in the base."""
+
     offsets: Zero = "none"
     """none: symmetric, only scales train. integer: whole zero-points, which stay. float: offsets train too."""
 
@@ -49,21 +52,25 @@ class LRQAT(LowRankGrid):
                 f"{format.name}: {self.kind} trains evenly spaced codes of 2 to 6 bits. Use levels='int' and fewer bits"
             )
         assert format.zero != "default"  # a format resolves it
-        return replace(self, bits=format.bits, offsets=format.zero, scales=storage.of_scales.trained)
+        scales = storage.of_scales.trained
+        return replace(self, bits=format.bits, group_size=format.group_size, offsets=format.zero, scales=scales)
 
     def layout_of(self, source: Source) -> Layout:
         base = base_layout(source)
-        if base.format.bits != BITS or base.format.levels != "int" or base.format.zero != self.offsets:
+        group_size = base.format.group_size if self.group_size is None else self.group_size
+        format = Format(bits=self.bits, group_size=group_size, zero=self.offsets)
+        product = Layout.fitting(format, Storage.floating(self.floats, self.offsets), base.out, base.columns)
+        if base.format != replace(product.format, bits=BITS):
             raise ConfigError(
-                f"{self.kind} trains over 8-bit fixed point, not over {base.format.name}. Give the dense model"
+                f"{self.kind} trains over 8-bit fixed point of {product.name}, not over {base.name}. Give the dense "
+                "model"
             )
-        return replace(
-            base, format=replace(base.format, bits=self.bits), storage=Storage.floating(self.floats, self.offsets)
-        )
+        return replace(product, permuted=base.permuted)
 
     def grid_params(self, layout: Layout) -> dict[str, Param]:
         """`rho`, and `shift` where offsets train."""
-        return {name: grid_param(layout) for name in (("rho", "shift") if self.offsets == "float" else ("rho",))}
+        names = ("rho", "shift") if layout.format.zero == "float" else ("rho",)
+        return {name: grid_param(layout) for name in names}
 
     def how(self, layout: Layout) -> FakeQuant:
         return FakeQuant(
@@ -72,13 +79,15 @@ class LRQAT(LowRankGrid):
 
     def grid(self, source: Source, params: Params, scaling: float) -> tuple[Tensor, Tensor | None]:
         assert isinstance(source, QuantWeight)
-        storage, first = self.layout_of(source).storage, source.scales * 2 ** (BITS - self.bits)
+        layout = self.layout_of(source)
+        bits, zero, storage = layout.format.bits, layout.format.zero, layout.storage
+        first = source.scales * 2 ** (BITS - bits)
         scales = snap(first * grown(params["rho"]), storage.scales)
-        if self.offsets == "none":
+        if zero == "none":
             return scales, None
         assert source.offsets is not None
-        if self.offsets == "integer":
+        if zero == "integer":
             return scales, (-source.offsets / first).round()
         # A scale that grows does so about the middle of its levels, as if it were symmetric.
-        middle = 2 ** (self.bits - 1) * (first - scales)
+        middle = 2 ** (bits - 1) * (first - scales)
         return scales, snap(source.offsets + first * params["shift"].float() + middle, storage.offsets)
