@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quadapt.kernels import kernels_for, unpack
+from quadapt.kernels import kernels_for
 from quadapt.quant.grids import implied_offsets, snap, spanning, squared_error, where
 from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.weight import Layout
@@ -38,14 +38,15 @@ class LeastSquares(Range):
     Differs: the error is not weighted. Offsets that K-quants must not have above zero are then zero, as there.
     """
 
-    summary: ClassVar[str] = "what fits the rounded weights best (slower)"
+    summary: ClassVar[str] = "what fits the rounded weights best"
 
     def __call__(self, weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         kept, kept_offsets = snap(layout.storage, *spanning(low, high, layout))
         best = squared_error(weight, layout, kept, kept_offsets)
+        w_sums = _sums(weight, layout.format.width(weight.shape[1]))
         for factor in (*FACTORS, *TURNS * (None,)):
             begun = (kept, kept_offsets) if factor is None else spanning(low * factor, high * factor, layout)
-            tried, tried_offsets = fitted(weight, layout, *snap(layout.storage, *begun))
+            tried, tried_offsets = fitted(weight, layout, *snap(layout.storage, *begun), w_sums)
             error = squared_error(weight, layout, tried, tried_offsets)
             better = error < best
             best = torch.where(better, error, best)
@@ -53,7 +54,9 @@ class LeastSquares(Range):
         return kept, kept_offsets
 
 
-def fitted(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def fitted(
+    weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None, w_sums: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scales and offsets `[rows, groups]` of least squared error for the codes that given ones make, as stored.
 
     Args:
@@ -61,14 +64,20 @@ def fitted(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | Non
         layout: The layout, whose storage rounds what is found.
         scales: Scales that make the codes, `[rows, groups]`.
         offsets: What is stored for offsets: offsets, whole zero-points, which stay, or None.
+        w_sums: The sum of each group's weights, float64 `[rows, groups]`, if it is known.
     """
     format, storage = layout.format, layout.storage
     bits, width, columns = format.bits, format.width(weight.shape[1]), weight.shape[1]
     table, shift = format.table(weight), implied_offsets(layout, scales, offsets)
-    codes = unpack(kernels_for(weight.device).encode(weight, scales, shift, table, bits, width), bits, columns)
-    t, w = (table[codes.int()] if table is not None else codes).double(), weight.double()
-    counts = _sums(torch.ones_like(w[:1]), width)
-    t_sums, w_sums, squares, products = (_sums(each, width) for each in (t, w, t * t, t * w))
+    kernel, ones = kernels_for(weight.device), weight.new_ones(len(weight), 1)
+    packed = kernel.encode(weight, scales, shift, table, bits, width)
+    t = kernel.dequantize(packed, ones, None, table, bits, columns, columns, weight.dtype)
+    counts = _sums(weight.new_ones(1, columns), width)
+    exact = table is None and width * (2**bits - 1) ** 2 < 2**24  # sums of whole numbers, whatever their order
+    whole = weight.dtype if exact else None
+    t_sums, squares = (_sums(each, width, whole) for each in (t, t * t))
+    w_sums = _sums(weight, width) if w_sums is None else w_sums
+    products = _sums(t * weight, width)
     if offsets is None or not storage.of_offsets.free:  # about the level that stands for zero
         middle = 0.0 if table is not None else 2.0 ** (bits - 1) if offsets is None else offsets.double()
         squares, products = squares - middle * (2 * t_sums - middle * counts), products - middle * w_sums
@@ -89,6 +98,8 @@ def _usable(found: Tensor, before: Tensor, *, signed: bool) -> Tensor:
     return torch.where((found != 0) if signed else (found > 0), found, before)
 
 
-def _sums(values: Tensor, width: int) -> Tensor:
-    """Sums over the groups of each row: float64 `[rows, in]` to `[rows, groups]`; the last group may be shorter."""
-    return torch.nn.functional.pad(values, (0, -values.shape[1] % width)).unflatten(1, (-1, width)).sum(-1)
+def _sums(values: Tensor, width: int, within: torch.dtype | None = None) -> Tensor:
+    """Sums over the groups of each row, `[rows, in]` to float64 `[rows, groups]`; the last group may be shorter."""
+    short = -values.shape[1] % width
+    whole = torch.nn.functional.pad(values, (0, short)) if short else values
+    return whole.unflatten(1, (-1, width)).sum(-1, dtype=within or torch.float64).double()
