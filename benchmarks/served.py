@@ -1,0 +1,322 @@
+"""What people serve: our exact files against the usual route, by their bytes, each measured in llama.cpp itself.
+
+    python -m benchmarks.served --model FOLDER --data FILE
+
+The usual route: LoRA over the dense model, merged, then llama.cpp's quantizer, with and without an importance matrix of
+the training text. Ours: a method's file, in llama.cpp's own blocks, which holds exactly the model that was trained. All
+are given as many tokens: those of Block-AP count as steps of LoRA. Rates are searched on a part of the text that is
+neither trained on nor tested on, on the first seed, over a grid that is wide enough that no best lies on its edge. Loss
+is in nats per token, on the test part, computed by llama.cpp from the file. Each run is kept in
+`benchmarks/results/served-MODEL.json`; given again, the script goes on with what is missing.
+
+Needs `pip install llama-cpp-python` (built from source) beside the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import llama
+from benchmarks.measure import Kept, table
+from quadapt.config import ExportConfig, MergeConfig, TuneConfig, checked
+from quadapt.data import Collator, encode, pad_token_id, read
+from quadapt.evaluate import perplexity
+from quadapt.exporters.gguf import export_gguf
+from quadapt.exporters.gguf_metadata import family_of, namer
+from quadapt.hf.folder import load_model, load_tokenizer
+from quadapt.jobs.export import export
+from quadapt.jobs.merge import merge
+from quadapt.jobs.tune import tune
+from quadapt.methods import Recipe, Run
+from quadapt.model.select import select
+from quadapt.report.ui import UI
+from quadapt.train import train
+
+LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+"""Learning rates to search; those of scales and offsets are half of them."""
+
+BATCH = 16
+SEQUENCES, EPOCHS = 64, 8
+"""Block-AP: how many calibration sequences, and how often it passes over them."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "recover": {"method": "recover", "first_share": 0.8, "weight": 0.5},
+    "l4q": {"method": "l4q"},
+    "qa-lora": {"method": "qa-lora"},
+    "lota-qaf": {"method": "lota-qaf", "omega": 0.5},
+}
+"""Ours, each over the grid of llama.cpp's K-quants of its width."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The parts of one text, in the order in which it runs: to train on, to choose rates by, and to test on."""
+
+    train: Path
+    choose: Path
+    test: Path
+
+    @classmethod
+    def of(cls, path: str, folder: Path) -> Text:
+        """Cut a text: 85 %, 5 % and 10 %, of the last two at most 40,000 characters."""
+        text = Path(path).read_text(encoding="utf-8")
+        first, second = int(0.85 * len(text)), int(0.9 * len(text))
+        parts = {
+            "train": text[:first],
+            "choose": text[first:second][:40_000],
+            "test": text[second:][:40_000],
+        }
+        for name, part in parts.items():
+            (folder / f"{name}.txt").write_text(part, encoding="utf-8")
+        return cls(**{name: folder / f"{name}.txt" for name in parts})
+
+
+class Served:
+    """A model and a text; makes files by every route, and measures them."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.text = args, folder, Text.of(args.data, folder)
+        self.tokenizer = load_tokenizer(args.model)
+        self.data = encode(read(str(self.text.train)), self.tokenizer, seq_len=args.length, packing=False)
+        self.choose, test = (
+            encode(read(str(part)), self.tokenizer, seq_len=args.length, packing=False)
+            for part in (self.text.choose, self.text.test)
+        )
+        self.windows = [list(ids) for ids in test.data["input_ids"] if len(ids) > 1]
+        block_ap = SEQUENCES * EPOCHS // BATCH
+        self.lora_steps = args.steps + block_ap
+        """As many tokens as ours, those of Block-AP counted as steps of their batch."""
+
+    # --- the usual route ---
+
+    def lora(self, rate: float, seed: int) -> dict[str, Any]:
+        """LoRA over the dense model: its loss where rates are chosen, and the dense file's."""
+        model, start = self._lora(rate, seed), time.process_time()
+        seconds = time.process_time() - start
+        found = {"choose": self.loss(model), "seconds": seconds}
+        file = self._dense_file(model, rate, seed)
+        return {**found, "loss": llama.loss(file, self.windows), "bytes": file.stat().st_size}
+
+    def _lora(self, rate: float, seed: int) -> Any:
+        from peft import LoraConfig, get_peft_model
+        from transformers.trainer_utils import set_seed
+
+        dense = load_model(self.args.model, dtype="float32")
+        names = list(select(dense).chosen)
+        set_seed(seed)
+        about = LoraConfig(r=self.args.rank, lora_alpha=self.args.rank, target_modules=names, task_type="CAUSAL_LM")
+        model = get_peft_model(dense, about)  # type: ignore[arg-type]
+        recipe = Recipe(learning_rate=rate, rank=self.args.rank, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0)
+        run = Run(recipe=recipe, max_steps=self.lora_steps, batch_size=BATCH, gradient_accumulation=1, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            collate = Collator(pad_token_id(self.tokenizer))
+            train(model, self.data.data, replace(run, save_steps=10**6), Path(folder), collate=collate)
+        return model.merge_and_unload().eval()  # type: ignore[operator]
+
+    def _dense_file(self, model: Any, rate: float, seed: int) -> Path:
+        """The dense GGUF in 16 bits, and the importance of each input beside it."""
+        file = self.folder / f"lora-{rate:g}-{seed}.gguf"
+        if not file.exists():
+            np.savez(file.with_suffix(".npz"), **self._importance(model))
+            export_gguf(model.half(), self.tokenizer, file, dense="f16")
+        return file
+
+    @torch.no_grad()
+    def _importance(self, model: Any) -> dict[str, np.ndarray]:
+        """Mean square of the inputs of each matrix over some of the training text, by its name in the file."""
+        name_of, sums, handles = namer(family_of(model), model.config.num_hidden_layers), {}, []
+        count = [0]
+
+        def watch(name: str) -> Any:
+            def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                squares = inputs[0].double().square().flatten(0, -2).sum(0)
+                sums[name] = sums.get(name, 0) + squares
+
+            return see
+
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                tied = name == "lm_head" and model.config.tie_word_embeddings
+                key = "token_embd.weight" if tied else name_of(f"{name}.weight")
+                handles.append(layer.register_forward_pre_hook(watch(key)))
+        for ids in self.data.data["input_ids"][:SEQUENCES]:
+            model(input_ids=torch.tensor([list(ids)]))
+            count[0] += len(ids)
+        for handle in handles:
+            handle.remove()
+        return {name: (total / count[0]).float().numpy() for name, total in sums.items()}
+
+    def usual(self, kind: str, weighted: int, rate: float, seed: int) -> dict[str, Any]:
+        """The tuned model in one of llama.cpp's mixtures."""
+        file, target = self.folder / f"lora-{rate:g}-{seed}.gguf", self.folder / "usual.gguf"
+        if not file.exists():
+            self._dense_file(self._lora(rate, seed), rate, seed)
+        importance = dict(np.load(file.with_suffix(".npz"))) if weighted else None
+        try:
+            llama.quantize(file, target, kind, importance)
+        except llama.RefusedError:
+            return {"refused": True}
+        return {"loss": llama.loss(target, self.windows), "bytes": target.stat().st_size}
+
+    # --- ours ---
+
+    def ours(self, name: str, bits: int, rate: float, seed: int) -> dict[str, Any]:
+        """One run by the commands: tune, merge, export; the certificate's verdict stands beside the loss."""
+        more, start = METHODS[name], time.process_time()
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            adapter, merged, file = (str(Path(place) / each) for each in ("adapter", "merged", "model.gguf"))
+            first = {"first_learning_rate": self.best_lora()} if name == "recover" else {}
+            block_ap = {"calibration_epochs": EPOCHS} if name == "recover" else {}
+            steps = self.args.steps if name == "recover" else self.lora_steps
+            said = tune(
+                checked(
+                    TuneConfig,
+                    {
+                        "model": self.args.model,
+                        "data": str(self.text.train),
+                        "output": adapter,
+                        "bits": bits,
+                        "scales": "k-quant",
+                        "embeddings": self.args.embeddings,
+                        "dtype": "float32",
+                        "max_steps": steps,
+                        "batch_size": BATCH,
+                        "gradient_accumulation": 1,
+                        "seed": seed,
+                        "seq_len": self.args.length,
+                        "rank": self.args.rank,
+                        "alpha": self.args.rank,
+                        "learning_rate": rate,
+                        "grid_learning_rate": rate / 2,
+                        "calibration_sequences": SEQUENCES,
+                        "calibration_length": self.args.length,
+                        "save_steps": 10**6,
+                        "schedule": "linear",
+                        "warmup_ratio": 0.1,
+                        "max_grad_norm": 1.0,
+                        **more,
+                        **first,
+                        **block_ap,
+                    },
+                ),
+                UI(quiet=True),
+            )
+            certificate = merge(checked(MergeConfig, {"model": adapter, "output": merged}), UI(quiet=True))
+            export(checked(ExportConfig, {"model": merged, "output": file}), UI(quiet=True))
+            model = load_model(merged, dtype="float32")
+            return {
+                "choose": self.loss(model),
+                "loss": llama.loss(Path(file), self.windows),
+                "bytes": Path(file).stat().st_size,
+                "bits": certificate["bits_per_weight"],
+                "verdict": certificate["certificate"]["verdict"],
+                "steps": said["steps"] + (said.get("tuned_first") or {"steps": 0})["steps"],
+                "seconds": time.process_time() - start,
+            }
+
+    # --- what is chosen ---
+
+    def loss(self, model: Any) -> float:
+        """Loss in torch on the part by which rates are chosen, in nats per token."""
+        found = perplexity(model, self.tokenizer, read(str(self.text.choose)), context=self.args.length, batch=32)
+        return float(torch.tensor(found.perplexity).log())
+
+    def best_lora(self) -> float:
+        """The rate of LoRA that is best on the first seed."""
+        return best(self.kept, LORA_RATES, "lora")
+
+    kept: Kept
+
+    def run(self, route: str, *key: Any) -> dict[str, Any]:
+        """Make what a key names."""
+        return {"lora": self.lora, "usual": self.usual, "ours": self.ours}[route](*key)
+
+
+def best(kept: Kept, rates: Sequence[float], *key: Any) -> float:
+    """The rate of least loss on the first seed, on the part that is for choosing.
+
+    From the middle of the grid downhill, so that few rates are run; it says so where the best lies on an edge.
+    """
+    at = len(rates) // 2
+    value = {}
+
+    def of(index: int) -> float:
+        if index not in value:
+            value[index] = kept.get(*key, rates[index], 0)["choose"]
+        return float(value[index])
+
+    while True:
+        around = [each for each in (at - 1, at, at + 1) if 0 <= each < len(rates)]
+        lowest = min(around, key=of)
+        if lowest == at:
+            break
+        at = lowest
+    if at in (0, len(rates) - 1):
+        print(f"note: the best rate of {key} is {rates[at]:g}, an edge of the grid", flush=True)
+    return rates[at]
+
+
+def rows(served: Served, widths: Sequence[int], names: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    """Rows of the table: mean and spread over the seeds, at the rate that is best on the first."""
+    kept, seeds, rate = served.kept, range(served.args.seeds), served.best_lora()
+
+    def row(label: str, runs: list[dict[str, Any]], rate: float) -> tuple[object, ...]:
+        losses = [run["loss"] for run in runs]
+        return label, f"{rate:g}", runs[0]["bytes"] / 1e6, statistics.mean(losses), max(losses) - min(losses)
+
+    yield row("LoRA, 16 bits", [kept.get("lora", rate, seed) for seed in seeds], rate)
+    for kind in llama.TYPES:
+        for weighted in (0, 1):
+            if kind in llama.NEEDS_IMPORTANCE and not weighted:
+                continue
+            runs = [kept.get("usual", kind, weighted, rate, seed) for seed in seeds]
+            if not any("refused" in run for run in runs):
+                yield row(f"usual, {kind}{', importance' * weighted}", runs, rate)
+    for bits in widths:
+        for name in names:
+            found = best(kept, RATES, "ours", name, bits)
+            runs = [kept.get("ours", name, bits, found, seed) for seed in seeds]
+            assert all(run["verdict"] == "exact" for run in runs), name
+            yield row(f"{name}, {bits} bits", runs, found)
+
+
+def main() -> None:
+    """Make what is missing, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="text")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--embeddings", default="q6_k", choices=("float", "q8_0", "q6_k"))
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    about = {name: getattr(args, name) for name in ("steps", "length", "rank", "embeddings")}
+    about |= {"sequences": SEQUENCES, "epochs": EPOCHS, "batch": BATCH}
+    with tempfile.TemporaryDirectory() as folder:
+        served = Served(args, Path(folder))
+        served.kept = Kept(f"served-{Path(args.model).name}", about, served.run)
+        columns = ("file", "rate", "MB", "loss in llama.cpp", "spread")
+        table(f"{args.model}, {args.steps} steps", columns, list(rows(served, args.bits, args.methods)))
+
+
+if __name__ == "__main__":
+    main()
