@@ -66,7 +66,7 @@ def prepare(
     from quadapt.config import PrepareConfig, checked
     from quadapt.errors import ConfigError
     from quadapt.hf.folder import load_tokenizer
-    from quadapt.hf.start import set_start
+    from quadapt.hf.start import set_grids, set_start
     from quadapt.hf.vocabulary import token_ids
     from quadapt.jobs.adapt import adapt
     from quadapt.jobs.embeddings import rounded_embeddings
@@ -95,15 +95,17 @@ def prepare(
             f"embeddings={config.embeddings!r} are rounded before a model is quantized, and this one is. Leave it out, "
             "or give the dense model"
         )
-    if not quantized and chosen.adapter.base == "float":
+    grids: dict[str, Tensor] = {}
+    if not quantized and chosen.adapter.base == "float" and not chosen.begins_rounded:
         rounded_embeddings(model, config, select(model, skip=config.skip).chosen)
-    if not quantized and chosen.adapter.base != "float":
-        factors = _quantized(model, config, calibration, name, there)
+    elif not quantized:
+        factors, grids = _quantized(model, config, calibration, name, there)
     set_seed(seed)
     by_name = config.train_tokens and not all(token.isdecimal() for token in config.train_tokens)
     tokens = token_ids(config.train_tokens, load_tokenizer(name) if name and by_name else None)
     adapted = adapt(model.to(there) if name and there else model, config.spec, tokens=tokens)
     set_start(adapted, factors)
+    set_grids(adapted, grids)
     return adapted
 
 
@@ -113,10 +115,14 @@ def _quantized(
     calibration: str | Sequence[str] | Sequence[Tensor],
     name: str,
     device: str | None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Quantize a model in place; the factors that its adapter starts from, by layer."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Quantize a model in place; the factors, or the first grids, that its adapter starts from, by layer.
+
+    Over dense matrices the model is dense again in the end, with the numbers that were rounded.
+    """
     from quadapt.hf.quantizer import adopt
     from quadapt.jobs.embeddings import rounded_embeddings
+    from quadapt.model.begun import dense_again
     from quadapt.model.quantize import quantize_model
     from quadapt.model.select import select
     from quadapt.model.trial import check_reads, check_runs
@@ -130,13 +136,16 @@ def _quantized(
     with TemporaryDirectory(prefix="quadapt-") as folder:
         statistics = StatisticsFiles(Path(folder), quantization.start.needs)
         gather(quantization.start.needs, model.eval(), selection.chosen, batches, statistics, device=device)
-        factors = quantize_model(
+        done = quantize_model(
             model, selection.chosen, quantization, batches=batches, statistics=statistics, device=device
-        ).factors
+        )
+    if config.spec.method.begins_rounded:
+        dtypes = {layer: linear.weight.dtype for layer, linear in selection.chosen.items()}
+        return {}, dense_again(model, done.weights, quantization, dtypes)
     made = {"method": config.spec.method.name, **rounded.made}
     adopt(model, left=selection.left, made=made, besides=rounded.digest)
     check_runs(model)
-    return factors
+    return done.factors, {}
 
 
 def _placed(model: str | nn.Module, config: PrepareConfig) -> tuple[nn.Module, str | None]:

@@ -132,3 +132,17 @@ def test_its_settings_are_set_like_any_other() -> None:
     assert method.tune_first == LoRAFirst(share=0.3, learning_rate=1e-3)
     with pytest.raises(ConfigError, match="first_share is a setting of the tune_first full or lora"):
         method_named("qa-lora", first_share=0.3)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "block-ap"])
+def test_l4q_begins_with_a_rounding(rounding: str, tmp_path: Path) -> None:
+    """A dense base is written, with the numbers that were rounded; interrupted after it, the work goes on."""
+    tune(tmp_path / "adapter", "--rounding", rounding, method="l4q")
+    assert {path.name for path in (tmp_path / "adapter").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    quadapt("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    trained, merged = (load(str(tmp_path / name))[0] for name in ("adapter", "merged"))
+    assert torch.equal(logits(trained), logits(merged))
+    quadapt(
+        "quantize", "dense", "--method", "l4q", "--rounding", "nearest", "--range", "mse", "--output", tmp_path / "q"
+    )
+    assert quadapt("inspect", tmp_path / "q")["bits_per_weight"] < 5

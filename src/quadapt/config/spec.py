@@ -90,6 +90,8 @@ class Spec:
     def without_adapter(self) -> Spec:
         """The spec of a base alone: training does not go on from it at once, so no start is fitted."""
         bare = replace(self.quantization, start=Zero(), rank=0, pooled=False, adapted=())
+        if self.method.begins_rounded:
+            bare = replace(bare, rounding=self.method.rounding)
         return replace(self, quantization=bare, also=())
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quadapt.files import writing
@@ -14,6 +15,9 @@ from quadapt.hf.peft_layer import adapted_layers
 from quadapt.hf.reading import reading
 
 START = "start.safetensors"
+
+GRIDS = "grids.safetensors"
+"""The file of the first grids of adapters over dense matrices that begin with what a rounding gave."""
 
 
 def write_start(path: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -38,6 +42,29 @@ def _read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     with safe_open(path, framework="pt") as file:
         names = sorted({key.rpartition(".")[0] for key in file.keys()})  # noqa: SIM118 - a file, no dict
         return {name: (file.get_tensor(f"{name}.up"), file.get_tensor(f"{name}.down")) for name in names}
+
+
+def write_grids(path: Path, grids: Mapping[str, Tensor]) -> None:
+    """Write the first grid of each layer, float32 `[2, out, groups]`, under a temporary name, then rename."""
+    with writing(path) as temporary:
+        save_file({name: grid.contiguous().cpu() for name, grid in grids.items()}, temporary)
+
+
+def read_grids(path: Path) -> dict[str, Tensor]:
+    """Read the grids that :func:`write_grids` wrote.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    return dict(reading(str(path), load_file, path))
+
+
+@torch.no_grad()
+def set_grids(model: nn.Module, grids: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+    """Give the adapters of a PEFT model over dense matrices their first grids."""
+    for name, layer in adapted_layers(model).items():
+        if name in grids:
+            layer.adapters[adapter_name].begin_with(grids[name], layer.params(adapter_name))
 
 
 def set_start(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default") -> None:

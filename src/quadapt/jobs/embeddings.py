@@ -70,6 +70,12 @@ def dense_base(path: Path, config: Any, ui: UI, *, source: Path | None = None) -
     kept = "float32" if config.dtype == "float32" else "auto"
     model: Any = load_model(str(source or config.model), dtype=kept, trust_remote_code=config.trust_remote_code)
     rounded_embeddings(model, config, select(model, skip=config.skip).chosen, ui)
+    write_dense(model, load_tokenizer(config.model, trust_remote_code=config.trust_remote_code), path)
+
+
+def write_dense(model: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
+    """Write a dense model that was made of another one, with all that belongs to it, into a folder that exists."""
     model.save_pretrained(path, max_shard_size="4GB")
-    load_tokenizer(config.model, trust_remote_code=config.trust_remote_code).save_pretrained(path)
+    tokenizer.save_pretrained(path)
     copy_processor(model, path)
+    return {}

@@ -15,6 +15,7 @@ from quadapt.hf.folder import Folder, load_model
 from quadapt.hf.reading import read_json
 from quadapt.hf.vocabulary import embedding_rows
 from quadapt.hf.workspace import Workspace, remove, write_json
+from quadapt.jobs.embeddings import write_dense
 from quadapt.jobs.source import device_of
 from quadapt.methods import Run
 from quadapt.methods.first import Tuning
@@ -89,8 +90,7 @@ def tuned_first(
         remove(making)
         making.mkdir()
         model, about = _trained(config, space, folder, tokenizer, data, run, ui)
-        model.save_pretrained(making)
-        tokenizer.save_pretrained(making)
+        write_dense(model, tokenizer, making)
         write_json(making / _NOTE, about)
         os.rename(making, path)
         remove(space.path / CHECKPOINTS)

@@ -19,14 +19,15 @@ from quadapt.hf.blocks import BlockFiles
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load_model, load_tokenizer, save_quantized
 from quadapt.hf.quantizer import adopt, base_config
-from quadapt.hf.start import START, write_start
+from quadapt.hf.start import GRIDS, START, write_grids, write_start
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
-from quadapt.jobs.embeddings import rounded_embeddings
+from quadapt.jobs.embeddings import rounded_embeddings, write_dense
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.ready import check_length
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
+from quadapt.model.begun import dense_again
 from quadapt.model.layer import LayerRow, Quantization
 from quadapt.model.quantize import bits_of, quantize_model
 from quadapt.model.select import select
@@ -148,6 +149,12 @@ def quantize_into(
             progress=lambda units: ui.over("quantizing", units),
             device=place.device,
         )
+    # tune quantizes for an adapter over dense matrices by fixed point; quantize makes a base alone, of codes.
+    if config.spec.method.begins_rounded and config.spec.quantization.rounding != config.spec.method.rounding:
+        dtypes = {name: layer.weight.dtype for name, layer in selection.chosen.items()}
+        write_grids(path / GRIDS, dense_again(model, done.weights, quantization, dtypes))
+        show_layers({name: weight.layout for name, weight in done.weights.items()}, ui, rows=done.rows)
+        return write_dense(model, tokenizer, path)
     if dtype != "auto":
         model.to(getattr(torch, dtype))
     made = {

@@ -15,7 +15,7 @@ from quadapt.hf.also import settle
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, load_model, read_config, write_note
 from quadapt.hf.identity import identity_of
-from quadapt.hf.start import START, read_start, set_start
+from quadapt.hf.start import GRIDS, START, read_grids, read_start, set_grids, set_start
 from quadapt.hf.vocabulary import embedding_rows, token_ids
 from quadapt.hf.workspace import Workspace
 from quadapt.jobs.adapt import adapt, true_bits
@@ -84,6 +84,8 @@ def fit(
     collate = Collator(pad_token_id(tokenizer, embedding_rows(quantized)))
     if (space.path / START).exists():
         set_start(model, read_start(space.path / START))
+    if (space.path / GRIDS).exists():
+        set_grids(model, read_grids(space.path / GRIDS))
     _say_recipe(chosen.recipe, ui)
     about: Any = model.peft_config["default"]
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(about)['base_fingerprint'][:12]}")

@@ -11,7 +11,7 @@ from quadapt.data import Encoded, Rows, check_loss, encode, read, read_held_out,
 from quadapt.errors import ConfigError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import Folder, load_tokenizer, open_folder, read_config
-from quadapt.hf.start import START
+from quadapt.hf.start import GRIDS, START
 from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace, check_output, remove
 from quadapt.jobs import dry
@@ -43,7 +43,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         _check(config, folder)
     _check_run(config)
     device, chosen = device_of(config), config.spec.method
-    quantizes = folder.kind == "model" and chosen.adapter.base != "float"
+    quantizes = folder.kind == "model" and (chosen.adapter.base != "float" or chosen.begins_rounded)
     makes_base = quantizes or (folder.kind == "model" and config.embeddings != "float")
     about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
@@ -94,7 +94,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         over = Over(folder=folder, base=base, run=run, earlier=earlier, tuned=tuned, first=about)
         summary = fit(config, space, over, tokenizer, data, ui)
         result = {"output": config.output, **summary}
-        space.commit("checkpoints", CHECKPOINTS, "targets", START, TUNED, result=result)
+        space.commit("checkpoints", CHECKPOINTS, "targets", START, GRIDS, TUNED, result=result)
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return result
@@ -108,7 +108,8 @@ def _check(config: TuneConfig, folder: Folder) -> None:
             f"{config.given()[0]} has no meaning here: {config.model!r} is quantized already. Leave it out, or give "
             "the dense model"
         )
-    if config.offload != "auto" and (folder.kind == "quantized" or chosen.adapter.base == "float"):
+    dense = chosen.adapter.base == "float" and not chosen.begins_rounded
+    if config.offload != "auto" and (folder.kind == "quantized" or dense):
         why = (
             f"{config.model!r} is quantized already"
             if folder.kind == "quantized"
@@ -181,7 +182,8 @@ def _make_base(
     if not base.exists():
         making = path / "base.partial"
         making.mkdir(exist_ok=True)
-        if config.spec.method.adapter.base == "float":
+        chosen = config.spec.method
+        if chosen.adapter.base == "float" and not chosen.begins_rounded:
             dense_base(making, config, ui, source=tuned)
             os.rename(making, base)
             return base
@@ -196,7 +198,8 @@ def _make_base(
             source=tuned,
         )
         remove(making / "blocks")
-        if (making / START).exists():
-            os.replace(making / START, path / START)
+        for name in (START, GRIDS):
+            if (making / name).exists():
+                os.replace(making / name, path / name)
         os.rename(making, base)
     return base

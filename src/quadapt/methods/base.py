@@ -15,7 +15,7 @@ from quadapt.nn.objective import OBJECTIVES, CrossEntropy, Objective
 from quadapt.nn.starts import STARTS, Start, Zero
 from quadapt.quant.fixed_point import FixedPoint
 from quadapt.quant.format import Format
-from quadapt.quant.rounding import ROUNDINGS, Rounding
+from quadapt.quant.rounding import ROUNDINGS, Nearest, Rounding
 from quadapt.quant.storage import Storage, scales_meant
 from quadapt.quant.weight import Layout
 from quadapt.registry import Registry
@@ -72,9 +72,17 @@ class Method:
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapter", self.adapter.with_grid(self.format, self.storage))
 
+    @property
+    def begins_rounded(self) -> bool:
+        """Whether an adapter over dense matrices begins with the codes and the grid that the rounding chooses.
+
+        By itself (rounding to nearest over the whole range) it begins with the matrix and a first grid of its own.
+        """
+        return self.adapter.base == "float" and self.rounding != Nearest()
+
     def base(self) -> tuple[Format, Storage, Rounding]:
         """Grid and storage of the product, and the rounding that makes what the adapter trains over."""
-        fine = self.adapter.base == "fixed-point"
+        fine = self.adapter.base == "fixed-point" or self.begins_rounded
         return self.format, self.storage, FixedPoint(rounding=self.rounding) if fine else self.rounding
 
     def with_format(self, format: Format) -> Method:
@@ -181,6 +189,11 @@ class Method:
         if self.recipe.dense_steps and self.adapter.base != "float":
             raise ConfigError(
                 f"dense_steps needs the dense matrix; method={self.name!r} trains over codes. Leave it out"
+            )
+        if self.recipe.dense_steps and self.begins_rounded:
+            raise ConfigError(
+                f"dense_steps end in a first grid of their own, and rounding={self.rounding.name!r} chooses one before "
+                "them. Leave one out"
             )
         begun = self.start.fits
         if begun and self.adapter.begins == "zero":

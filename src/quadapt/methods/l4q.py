@@ -26,7 +26,9 @@ def l4q(bits: int = 4, group_size: int = 128, **settings: Any) -> Method:
     Args:
         bits: Width of a code.
         group_size: Inputs that share a scale and an offset.
-        settings: Further settings, as :meth:`Method.having` takes them: `init`, `zero`, `dense_steps`, ..
+        settings: Further settings, as :meth:`Method.having` takes them: `init`, `zero`, `dense_steps`, .. With another
+            rounding than to nearest over the whole range (`rounding="gptq"`, `"block-ap"`, or a `range`), training
+            begins with the codes, scales and offsets which that chooses.
 
     Example:
         >>> from quadapt.methods import l4q

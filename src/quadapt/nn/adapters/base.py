@@ -255,6 +255,10 @@ class Adapter(ABC):
         """Output of the first steps, in which nothing is quantized yet: `y [.., out]` is the dense layer's."""
         return add_low_rank(y, x, params["A"], params["B"], scaling) if "A" in params else y
 
+    def begin_with(self, grid: Tensor, params: Params) -> None:
+        """Set in place a first grid that a rounding has chosen: scales and middles, float32 `[2, out, groups]`."""
+        raise NotImplementedError(f"{self.kind}: an adapter over dense matrices says here how it takes a first grid")
+
     def begin_quantizing(self, source: Source, params: Params, scaling: float) -> None:  # noqa: B027 - few have any
         """Set in place what begins with the matrix, from the one that those first steps have arrived at."""
 

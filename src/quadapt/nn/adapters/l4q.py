@@ -116,6 +116,9 @@ class L4Q(LowRankGrid):
             scales = torch.maximum(-low / half, high / (half - 1))
         return torch.stack([_up(sign * scales, layout.storage.of_scales), torch.zeros_like(scales)])
 
+    def begin_with(self, grid: Tensor, params: Params) -> None:
+        params["start"].copy_(grid)
+
     def begin_quantizing(self, source: Source, params: Params, scaling: float) -> None:
         """Begin with the grid of the matrix as the first steps have changed it."""
         assert isinstance(source, Tensor)
