@@ -18,7 +18,7 @@ import math
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from quadapt.data import Collator, Rows, calibration_batches, pad_token_id, read
 from quadapt.demo.stories import narratives
 from quadapt.evaluate import perplexity
 from quadapt.hf.folder import load_model
-from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.peft_layer import adapted_layers, declared_params, lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.start import set_start
 from quadapt.methods import Recipe
@@ -47,7 +47,10 @@ from quadapt.statistics import MOMENT, StatisticsFiles, gather_second_moments
 from quadapt.train import Run, train
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-NAMES = ("zero", "loftq", "lq", "quailora", "cloq")
+NAMES = ("zero", "loftq", "lq", "lq-frozen", "quailora", "cloq", "zero-twice")
+"""What is compared: a start by its name; `frozen`, where its factors stay and a fresh adapter trains beside them; and
+zero with an adapter of twice the rank, which is what is served there."""
+
 RANGES = ("minmax", "icq")
 GROUP = 32
 PARTS = ("seen", "held")
@@ -77,10 +80,12 @@ class Starts:
         gather_second_moments(dense, select(dense).chosen, text, files)
         return files
 
-    def begun(self, start: str, bits: int, range_: str) -> Any:
+    def begun(self, name: str, bits: int, range_: str) -> Any:
         """The adapted model before training."""
         from peft import get_peft_model
 
+        start, _, how = name.partition("-")
+        adapter, rank = LoRA(train_start=how != "frozen"), 2 * self.rank if how == "twice" else self.rank
         model = load_model(self.task.model, dtype="float32")
         shifted = range_ == "icq"
         format = Format(levels="nf", bits=bits, group_size=GROUP, zero="float" if shifted else "none")
@@ -90,11 +95,11 @@ class Starts:
             storage=Storage(offsets="fp16" if shifted else "absent"),
             rounding=Nearest(range="icq" if shifted else "minmax"),
             start=STARTS[start]() if start != "zero" else Zero(),
-            rank=self.rank,
+            rank=rank,
         )
         done = quantize_model(model, selection.chosen, plan, statistics=self.moments["seen"])
         adopt(model, left=selection.left, made={})
-        settings = lora_config(LoRA(), rank=self.rank, alpha=self.rank, target_modules=list(self.dense), start=start)
+        settings = lora_config(adapter, rank=rank, alpha=rank, target_modules=list(self.dense), start=start)
         adapted = get_peft_model(model, settings)
         set_start(adapted, done.factors)
         return adapted
@@ -148,16 +153,19 @@ class Starts:
         """True bits per weight, the adapter as 16-bit floats included."""
         layouts = [layer.layout for layer in quantized_layers(model).values()]
         weights = sum(layout.out * layout.columns for layout in layouts)
-        return bits_of(layouts) + sum(16 * self.rank * (each.out + each.columns) for each in layouts) / weights
+        served = sum(each.numel() for each, declared in declared_params(model) if declared.serves)
+        return bits_of(layouts) + 16 * served / weights
 
 
-def report(kept: Kept, widths: list[int], seeds: int) -> Iterator[tuple[object, ...]]:
+def report(
+    kept: Kept, widths: list[int], seeds: int, names: Sequence[str], ranges: Sequence[str]
+) -> Iterator[tuple[object, ...]]:
     """Rows of the table."""
     for bits in widths:
         rate = min(RATES, key=lambda rate: kept.get("zero", bits, "minmax", rate, 0)["after"])
-        for range_ in RANGES:
+        for range_ in ranges:
             zero = kept.get("zero", bits, range_, rate, 0)["output errors"]
-            for name in NAMES:
+            for name in names:
                 runs = [kept.get(name, bits, range_, rate, seed) for seed in range(seeds)]
                 first, after = runs[0], [run["after"] for run in runs]
                 pairs = list(zip(first["output errors"], zero, strict=True))
@@ -174,6 +182,8 @@ def main() -> None:
     parser.add_argument("--data", help="text; default: questions about stories")
     parser.add_argument("--known", help="text as the model was made of; default: stories")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--starts", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--ranges", nargs="+", choices=RANGES, default=RANGES)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
@@ -192,7 +202,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         starts = Starts(task, args.rank, args.known, Path(folder))
         kept = Kept(f"starts-{Path(args.model).name}", about, starts.run)
-        table(f"{args.model}, {args.steps} steps", columns, list(report(kept, args.bits, args.seeds)))
+        table(
+            f"{args.model}, {args.steps} steps",
+            columns,
+            list(report(kept, args.bits, args.seeds, args.starts, args.ranges)),
+        )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_it_goes_on_from_an_adapter_of_an_earlier_version(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("here", "shelf")
-@pytest.mark.parametrize("method", ["l4q", "loftq"])
+@pytest.mark.parametrize("method", ["l4q", "loftq", "lq-lora"])
 def test_grids_and_first_factors_go_on_too(method: str, tmp_path: Path) -> None:
     quadapt(
         "tune",
@@ -98,6 +98,7 @@ def test_what_an_adapter_fixes_is_not_set_otherwise(tmp_path: Path) -> None:
         said = give(*common, *setting, code=2)
         assert "that is fixed" in said.error, setting
         assert setting[1] in said.error
+    assert "train_start=False" in give(*common, "--no-train-start", code=2).error
     assert "no meaning here" in give(*common, "--calibration-length", "8", code=2).error
     assert "has been trained with its quantizer" in give(*common, "--dense-steps", "2", code=2).error
     assert not any(tmp_path.iterdir())

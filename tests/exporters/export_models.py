@@ -86,13 +86,18 @@ def quantized(
     return adopt(model, left=selection.left, made={})
 
 
-def with_adapter(model: nn.Module, adapter: Adapter, *, alpha: float = 4.0) -> Any:
-    """The model with an adapter that changes its answers."""
+def with_adapter(model: nn.Module, adapter: Adapter, *, alpha: float = 4.0, start: str = "zero", **changes: Any) -> Any:
+    """The model with an adapter that changes its answers, and with first factors if it has a start."""
     from peft import get_peft_model
 
     torch.manual_seed(1)
-    peft_model = get_peft_model(model, lora_config(adapter, rank=4, alpha=alpha))
+    config = lora_config(adapter, rank=4, alpha=alpha, start=start)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    peft_model = get_peft_model(model, config)
     for layer in adapted_layers(peft_model).values():
+        if start != "zero":
+            layer.begin("default", 0.2 * torch.randn(layer.out_features, 4), 0.2 * torch.randn(4, layer.in_features))
         nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
         if "beta" in layer.params("default"):
             nn.init.normal_(layer.params("default")["beta"], std=0.3)

@@ -223,10 +223,11 @@ def test_the_rounding_of_activations_explains_the_difference(block: str, tmp_pat
     assert apart[1].median() < 1e-4
 
 
-@pytest.mark.parametrize("adapter", [LoRA(), Elastic(), Pooled(form="side")], ids=["lora", "elastic", "pooled"])
+@pytest.mark.parametrize("adapter", [LoRA(), Elastic(), Pooled(form="side"), LoRA(train_start=False)], ids=str)
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
 def test_serves_base_and_adapter(kind: str, adapter: Any, tokenizer: Any, tmp_path: Path) -> None:
-    model = with_adapter(quantized(tiny(kind), NF4), adapter, alpha=6.0)
+    start = "zero" if getattr(adapter, "train_start", True) else "lq"
+    model = with_adapter(quantized(tiny(kind), NF4), adapter, alpha=6.0, start=start)
     ids = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(3)).tolist()
     base, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
     report = export_gguf_lora(model, lora)

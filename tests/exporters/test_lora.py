@@ -138,6 +138,37 @@ def test_trained_modules_go_along(tokenizer: Any, tmp_path: Path) -> None:
     )
 
 
+KEPT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "ranks of layers": {"rank_pattern": {"q_proj": 4, "mlp.up_proj": 4}, "alpha_pattern": {"v_proj": 12.0}},
+    "beside a dense layer": {"target_modules": ["q_proj", "up_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize(("kind", "case"), [*((LoRA, case) for case in KEPT), (Elastic, "plain")])
+def test_a_frozen_start_goes_out_with_what_trained_beside_it(
+    kind: type[Any], case: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = with_adapter(quantized(tiny()), kind(train_start=False), alpha=6.0, start="lq", **KEPT[case])
+    if case == "beside a dense layer":
+        model.base_model.model.lm_head.lora_B["default"].weight.data.normal_(std=0.05)
+    ours = logits(model, IDS)
+    with model.disable_adapter():
+        off = logits(model, IDS)
+    report = export_lora(model, tmp_path / "again")
+    alone, theirs = over_the_dense_base(model, tokenizer, tmp_path)
+    assert (theirs - ours).abs().max() < 1e-3
+    assert (off - ours).abs().max() > 0.1
+    assert (off - alone).abs().max() > 0.1
+    assert any("twice the adapter's" in note for note in report.notes)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    uniform = case in ("plain", "rslora")  # what servers understand that know one rank
+    assert (config["r"], bool(config["rank_pattern"])) == ((8, False) if uniform else (4, True))
+    if case == "plain":
+        assert (config["lora_alpha"], type(config["lora_alpha"])) == (12, int)
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="it has adapters none"):
         export_lora(quantized(tiny()), tmp_path / "adapter")

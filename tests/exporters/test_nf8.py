@@ -34,21 +34,27 @@ def test_factors_come_back_nearly_and_take_8_bits(rank: int, out: int, columns: 
         assert 8 * sizes["a.b"] / (A.numel() + B.numel()) == pytest.approx(8.127, abs=2e-3)
 
 
-@pytest.mark.parametrize("adapter", [LoRA(), Elastic()], ids=["lora", "elastic"])
+@pytest.mark.parametrize(
+    ("adapter", "start"),
+    [(LoRA(), "zero"), (Elastic(), "zero"), (LoRA(), "lq"), (LoRA(train_start=False), "lq")],
+    ids=["lora", "elastic", "started", "frozen"],
+)
 def test_the_adapter_computes_nearly_the_same(
-    adapter: Any, quantized_llama: Callable[..., Any], tmp_path: Path
+    adapter: Any, start: str, quantized_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = quantized_llama(Format(bits=4, group_size=32))
-    model = get_peft_model(base, lora_config(adapter, rank=8, alpha=8)).eval()
+    ids = torch.arange(2, 42).view(2, 20)
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+    model = get_peft_model(base, lora_config(adapter, rank=8, alpha=8, start=start)).eval()
     for layer in adapted_layers(model).values():
+        if start != "zero":
+            layer.begin("default", 0.05 * torch.randn(layer.out_features, 8), 0.2 * torch.randn(8, layer.in_features))
         layer.lora_B["default"].weight.data.normal_(std=0.05)
         if "beta" in layer.params("default"):
             layer.params("default")["beta"].data.fill_(0.3)
-    ids = torch.arange(2, 42).view(2, 20)
     with torch.no_grad():
         trained = model(input_ids=ids).logits
-        with model.disable_adapter():
-            plain = model(input_ids=ids).logits
     report = export_nf8(model, tmp_path / "nf8")
     assert "effective bits per weight: 5.000 for the base" in report.notes[0]
     again = attach(quantized_llama(Format(bits=4, group_size=32)), tmp_path / "nf8").eval()

@@ -73,7 +73,8 @@ def alpha_of(model: nn.Module, adapter_name: str = "default") -> float:
     for name, layer in layers.items():
         if layer.lora_bias[adapter_name]:
             raise ExportError(f"{name}: its lora_B has a bias (lora_bias), {_ADVICE}")
-    alphas = sorted({round(layer.scaling[adapter_name] * layer.r[adapter_name], 6) for layer in layers.values()})
+    ranks = {name: len(as_lora(name, layers, adapter_name)[0]) for name in layers}
+    alphas = sorted({round(layer.scaling[adapter_name] * ranks[name], 6) for name, layer in layers.items()})
     if len(alphas) > 1:
         raise ExportError(f"adapter {adapter_name!r}: its layers have more than one alpha ({alphas}), {_ADVICE}")
     return alphas[0]

@@ -46,13 +46,15 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
         if not name.startswith(ours) or name.endswith((".lora_B.bias", ".base_layer.bias"))
         if not {"original_module", "modules_to_save"}.intersection(name.split("."))  # biases of theirs: once is enough
     }
-    for name in layers:
-        A, B = as_lora(name, layers, adapter_name)
+    factors = {name: as_lora(name, layers, adapter_name) for name in layers}
+    for name, (A, B) in factors.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
+    config = _plain(model, adapter_name, base)
+    fit_rank(config, model, factors, adapter_name)
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(tensors.items())}
     with new_folder(path) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        _plain(model, adapter_name, base).save_pretrained(str(partial))
+        config.save_pretrained(str(partial))
     rows = [
         TensorRow(
             name=name, type=TYPES.get(tensor.dtype, str(tensor.dtype)), shape=tuple(tensor.shape), nbytes=tensor.nbytes
@@ -154,12 +156,53 @@ def as_lora(name: str, layers: Layers, adapter_name: str) -> tuple[Tensor, Tenso
     return found[0].detach(), found[1].detach()
 
 
+def fit_rank(config: Any, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str) -> None:
+    """Give a config the rank of the factors, in place, and alphas with which the scaling stays as it is.
+
+    The rank is not that of the adapter where frozen factors of a start stand beside those that have trained. One rank
+    and one alpha say it where they can, which servers understand that do not know patterns.
+
+    Args:
+        config: PEFT's, of the adapter that goes out.
+        model: The PEFT model.
+        factors: Of each quantized layer, as :func:`as_lora` gives them.
+        adapter_name: Which adapter.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    ranks, alphas, same = {}, {}, True
+    slope = 0.5 if config.use_rslora else 1.0
+    for full, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            name = full.removeprefix("base_model.model.")
+            ranks[name] = len(factors[name][0]) if name in factors else layer.r[adapter_name]
+            alphas[name] = _whole(float(layer.scaling[adapter_name]) * ranks[name] ** slope)
+            same = same and ranks[name] == layer.r[adapter_name]
+    if same:
+        return
+    alone = len(set(ranks.values())) == len(set(alphas.values())) == 1
+    if alone:
+        config.r, config.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config.rank_pattern, config.alpha_pattern = ({}, {}) if alone else (ranks, alphas)
+
+
+def _whole(alpha: float) -> float:
+    """An alpha without what rounding has added to it, as an integer where it is one."""
+    rounded = round(alpha, 9)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
 def adapter_report(
     format: str, path: Path, rows: Sequence[TensorRow], layers: Layers, adapter_name: str
 ) -> ExportReport:
     """The report on an adapter that went out as stock LoRA."""
     notes = ["its base is the dequantized one (--format hf or gguf of the base), not the model before quantization"]
     adapters = [layer.adapters[adapter_name] for layer in layers.values()]
+    if any(as_lora(name, layers, adapter_name)[0].shape[0] > layer.r[adapter_name] for name, layer in layers.items()):
+        notes.append(
+            "the frozen factors of the start stand beside those that have trained, so the rank is twice the adapter's; "
+            "servers that limit the rank (vLLM's --max-lora-rank) must allow for it"
+        )
     for kind in dict.fromkeys(adapter.kind for adapter in adapters if adapter.merged_form):
         notes.append(
             f"the {kind} adapter was trained in the merged form, with offsets rounded as they are stored; "

@@ -11,7 +11,7 @@ from torch import nn
 
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
-from quadapt.exporters.lora import Layers, adapted, as_lora, refuse_parts
+from quadapt.exporters.lora import Layers, adapted, as_lora, fit_rank, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
 from quadapt.model.quantize import bits_of
 
@@ -37,6 +37,7 @@ def export_nf8(model: nn.Module, folder: str | Path, *, adapter_name: str = "def
     config = copy.copy(known[adapter_name])
     fingerprint = identity_of(config).get("base_fingerprint", "")
     config.auto_mapping = {KEY: {**LoRA().identity(), "base_fingerprint": fingerprint}}
+    fit_rank(config, model, factors, adapter_name)
     with new_folder(path) as partial:
         sizes = write_nf8(partial / NF8_FILE, factors)
         config.save_pretrained(str(partial))

@@ -23,7 +23,7 @@ from quadapt.hf.identity import adapter_of as adapter_of
 from quadapt.hf.identity import lora_config as lora_config
 from quadapt.model.select import refuse_foreign
 from quadapt.nn.adapters import Adapter, Param, Source
-from quadapt.nn.adapters.base import FIRST, Dropout, Part, same
+from quadapt.nn.adapters.base import Dropout, Part, same
 from quadapt.nn.adapters.codes import stacked, stacked_dense
 from quadapt.nn.quant_linear import QuantLinear, autocast
 from quadapt.quant.weight import QuantWeight
@@ -138,10 +138,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
     @torch.no_grad()
     def begin(self, adapter_name: str, up: Tensor, down: Tensor) -> None:
         """Start an adapter from `up @ down`: the factors absorb the scaling."""
-        root, params = float(self.scaling[adapter_name]) ** 0.5, self.params(adapter_name)
-        for names, value in zip((("A", FIRST[0]), ("B", FIRST[1])), (down, up), strict=True):
-            for name in names:
-                params[name].copy_(value / root)
+        root = float(self.scaling[adapter_name]) ** 0.5
+        self.adapters[adapter_name].begin(self.params(adapter_name), up / root, down / root)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter (PEFT's hook).

@@ -17,9 +17,11 @@ from quadapt.hf.folder import Folder, find_base, open_folder
 from quadapt.hf.peft_layer import adapter_of
 from quadapt.hf.reading import reading
 from quadapt.methods import METHODS, method_named
+from quadapt.setting import settings_of
 
 _BESIDES = ("train_tokens", "train_also")
-_OF_ADAPTER = ("target_modules", "rank", "alpha", "pooling", "init", "form", "start", "fisher", *_BESIDES)
+_OF_STARTS = ("start", "fisher", "train_start")
+_OF_ADAPTER = ("target_modules", "rank", "alpha", "pooling", "init", "form", *_OF_STARTS, *_BESIDES)
 _OF_BASE = ("plan", "offload", *(name for name in Grid.model_fields if name.startswith("calibration")))
 """Settings of quantizing alone; here they have no meaning."""
 
@@ -85,7 +87,8 @@ def going_on(config: TuneConfig, folder: Folder) -> tuple[TuneConfig, Earlier]:
     method = noted.get("method") or next(likely, None)
     if method is None:
         raise CheckpointError(f"{folder.name}: no method trains {kind.kind} adapters")
-    fixed = {**noted, "method": method, "rank": about.r, "alpha": about.lora_alpha}
+    own = {name: getattr(kind, each.name) for name, each in settings_of(type(kind)).items() if name in FIXED}
+    fixed = {**noted, **own, "method": method, "rank": about.r, "alpha": about.lora_alpha}
     need = {"model": config.model, "data": config.data, "output": config.output}
     old = checked(TuneConfig, {**need, **fixed}, f"{folder.name}: ")
     _refuse_others(config, old)

@@ -98,7 +98,8 @@ class Param:
     `ternary` (values -1, 0 and 1) steps by t-SignSGD, without a learning rate; `adapter` has what is usual."""
 
     serves: bool = True
-    """Whether the adapted layer computes with it. First factors matter only while the adapter is switched off."""
+    """Whether the adapted layer computes with it. First factors that train on in `A` and `B` matter only while the
+    adapter is switched off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,18 @@ class Adapter(ABC):
     @abstractmethod
     def untrained(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         """The quantized matrix from before the first step."""
+
+    def begin(self, params: Params, up: Tensor, down: Tensor) -> None:
+        """Set in place the factors that a start has fitted, which train from there, and are kept as they were.
+
+        Args:
+            params: With `FIRST`.
+            up: `[out, rank]`, divided by the root of the scaling.
+            down: `[rank, in]`, likewise.
+        """
+        for names, value in zip((("A", FIRST[0]), ("B", FIRST[1])), (down, up), strict=True):
+            for name in names:
+                params[name].copy_(value)
 
     def first(self, params: Params) -> Params | None:
         """Parameters from before training, for adapters that kept first factors.

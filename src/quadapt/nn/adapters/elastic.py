@@ -54,7 +54,7 @@ class Elastic(_Connected, LoRA):
 
     def side(self, x: Tensor, y: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout) -> Tensor:
         dropped, acting = dropout(x), self.acting(params)
-        y = super().side(dropped, y, source, acting, scaling, same)
+        y = super().side(dropped, self.beside(x, y, params, scaling), source, acting, scaling, same)
         if dropped is x or "beta" not in params:
             return y
         return _add_mean(y, x - dropped, acting["B"], scaling * params["beta"][0])
