@@ -42,7 +42,20 @@ def _fill() -> dict[str, dict[str, Any]]:
 
     fill("q4", "quantize", "dense", "--calibration-data", "story.txt", "--calibration-length", "32")
     fill("nearest", "quantize", "dense", "--rounding", "nearest")
-    fill("adapter", "tune", "dense", "--data", "story.txt", "--bits", "3", "--max-steps", "8", *SHORT)
+    fill(
+        "adapter",
+        "tune",
+        "dense",
+        "--method",
+        "qa-lora",
+        "--data",
+        "story.txt",
+        "--bits",
+        "3",
+        "--max-steps",
+        "8",
+        *SHORT,
+    )
     fill("over-q4", "tune", "q4", "--data", "sums.jsonl", "--max-steps", "4", *SHORT)
     fill("merged", "merge", "adapter")
     fill("qlora", "tune", "dense", "--data", "story.txt", "--method", "qlora", "--max-steps", "8", *SHORT)

@@ -140,7 +140,9 @@ def test_a_table_of_positions_is_a_limit(away: Path) -> None:
 
 def test_few_examples_calibrate_on_what_there_is(away: Path) -> None:
     (away / "few.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 3)
-    said = give("tune", "dense", "--data", "few.jsonl", "--rank", "2", "--max-steps", "1", "--output", "out", code=0)
+    said = give(
+        "tune", "dense", "--data", "few.jsonl", "--method", "qa-lora", "--max-steps", "1", "--output", "out", code=0
+    )
     assert "calibrating on 1 sequences of 30 tokens of few.jsonl, which is all there is" in said.err
 
 

@@ -131,7 +131,9 @@ def test_one_bit_is_noticed_and_named(
 # --- dry runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [("--bits", "3"), ("--method", "qlora"), ("--bits", "8", "--skip", "down_proj")])
+@pytest.mark.parametrize(
+    "grid", [("--bits", "3"), ("--method", "qlora"), ("--method", "qa-lora", "--bits", "8", "--skip", "down_proj")]
+)
 @pytest.mark.parametrize("command", ["quantize", "tune"])
 def test_a_dry_run_writes_nothing_and_foretells_the_size(
     command: str, grid: tuple[str, ...], tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -153,7 +153,7 @@ def test_a_tuned_model_can_be_the_teacher_and_is_counted(tmp_path: Path) -> None
     tokenizer.save_pretrained(teacher)
     more = ("--objective", "kl", "--weight", "1.0", "--data", "story.txt", "--bits", "3", "--group-size", "32", *SHORT)
     without, live, kept = (
-        quadapt("tune", "dense", "--dry-run", *each, *more[4:])["memory"]
+        quadapt("tune", "dense", "--method", "qa-lora", "--dry-run", *each, *more[4:])["memory"]
         for each in ((), (*more[:4], "--no-keep-targets"), (*more[:4], "--top-tokens", "8"))
     )
     size = sum(each.numel() * each.itemsize for each in model.parameters())
@@ -171,5 +171,6 @@ def test_a_tuned_model_can_be_the_teacher_and_is_counted(tmp_path: Path) -> None
     model.resize_token_embeddings(config.vocab_size)
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    said = give("tune", "dense", "--teacher", tmp_path / "other", "--output", tmp_path / "no", *more, code=2)
+    grid = ("--method", "qa-lora", "--teacher", tmp_path / "other")
+    said = give("tune", "dense", *grid, "--output", tmp_path / "no", *more, code=2)
     assert "cannot be compared" in said.error

@@ -109,7 +109,18 @@ def test_a_base_with_rounded_embeddings_is_another_base(tmp_path: Path) -> None:
 
 
 def test_rows_that_trained_leave_the_grid_and_the_report_says_so() -> None:
-    grid = ("--bits", "4", "--scales", "k-quant", "--embeddings", "q8_0", "--rounding", "nearest")
+    grid = (
+        "--method",
+        "qa-lora",
+        "--bits",
+        "4",
+        "--scales",
+        "k-quant",
+        "--embeddings",
+        "q8_0",
+        "--rounding",
+        "nearest",
+    )
     tokens = ("--train-tokens", "he", "--max-steps", "2")
     quadapt("tune", "dense", "--data", "story.txt", "--output", "adapter", *tokens, *grid, *SHORT)
     quadapt("merge", "adapter", "--output", "merged")

@@ -20,7 +20,7 @@ from quadapt.train import AdapterTrainer
 
 pytestmark = pytest.mark.usefixtures("here", "shelf")
 
-GRID = ("--group-size", "32", "--rounding", "nearest")
+GRID = ("--method", "qa-lora", "--group-size", "32", "--rounding", "nearest")
 ALSO = ("--train-also", "norms,head", "--train-also", "biases")
 
 

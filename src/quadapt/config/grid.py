@@ -54,6 +54,9 @@ def _merging(exactly: bool) -> str:
     return ", ".join(name for name in METHODS if (method_named(name).adapter.exactness != "none") == exactly)
 
 
+METHOD_WORDS = f"Preset of all that follows. Merge exactly: {_merging(True)}. Do not: {_merging(False)}."
+"""What `--help` says about the choice of a method."""
+
 _SCALES = [name for name, each in STORAGES.items() if each.for_scales and each.family is None]
 """Storages of scales that have no settings of their own; the others go by the names of their families."""
 
@@ -86,7 +89,7 @@ class Grid(Settings):
     method: Annotated[
         MethodName,
         Flag((), "Quantization"),
-        Field(description=f"Preset of all that follows. Merge exactly: {_merging(True)}. Do not: {_merging(False)}."),
+        Field(description=METHOD_WORDS),
     ] = "qa-lora"
 
     plan: Annotated[Location | None, Flag((), "Quantization", reads=True)] = None

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from quadapt.config.check import checked
 from quadapt.config.derive import adding, choice, fields_of, of_pieces
 from quadapt.config.fields import RowsOfData, Target, Walk
-from quadapt.config.grid import Grid, with_planned_method
+from quadapt.config.grid import METHOD_WORDS, Grid, MethodName, with_planned_method
 from quadapt.config.spec import Spec
 from quadapt.config.values import Location, Sources
 from quadapt.methods import METHODS, Recipe, Run, method_named
@@ -23,6 +24,12 @@ from quadapt.nn.starts import STARTS
 from quadapt.setting import Count, Flag, Share, settings_of
 
 _PANEL = Flag(panel="Adapter")
+
+OVER_CODES = "qa-lora"
+"""The method that is taken over a model that is quantized already, if none is given."""
+
+EIGHT_BITS = "l4q"
+"""The method that is taken at eight bits, if none is given."""
 
 
 def _methods_of(adapter: str) -> list[str]:
@@ -80,6 +87,15 @@ class PrepareConfig(Adapting, Walk):
 class TuneConfig(Target, Adapting, RowsOfData, Walk):
     """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
 
+    method: Annotated[
+        MethodName,
+        Flag((), "Quantization"),
+        Field(
+            description=f"{METHOD_WORDS} Default: recover; at 8 bits {EIGHT_BITS}, over a model that is "
+            f"quantized already {OVER_CODES}."
+        ),
+    ] = "recover"
+
     model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder or hub name: a dense model (it is quantized first), one that quadapt has quantized, or an adapter that
     tune has written (it is trained on, over the same base)."""
@@ -124,8 +140,23 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
             bits = f"-{values['bits']}bit" if values.get("bits") else ""
             with contextlib.suppress(OSError, ValueError):  # such a path is refused by the checks of the fields
                 name = Path(os.path.expanduser(values["model"])).resolve().name
-                return {**values, "output": f"{name}-{values.get('method', 'qa-lora')}{bits}"}
+                return {**values, "output": f"{name}-{values.get('method', 'tuned')}{bits}"}
         return values
+
+    def usual(self, *, quantized: bool) -> TuneConfig:
+        """These settings with the method that is usual for a model, if none is given.
+
+        Args:
+            quantized: Whether the model is quantized already.
+
+        Raises:
+            ConfigError: A setting does not go with it.
+        """
+        method = OVER_CODES if quantized else EIGHT_BITS if self.value("bits") == 8 else None
+        if "method" in self.model_fields_set or method is None:
+            return self
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return checked(type(self), {**given, "method": method})
 
     @cached_property
     def run(self) -> Run:

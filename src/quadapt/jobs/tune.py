@@ -40,6 +40,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         config, earlier = going_on(config, folder)
         folder = earlier.base
     else:
+        config = config.usual(quantized=folder.kind == "quantized")
         _check(config, folder)
     _check_run(config)
     device, chosen = device_of(config), config.spec.method

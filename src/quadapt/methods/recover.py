@@ -15,7 +15,7 @@ from quadapt.quant.storage import Storage
 
 
 @METHODS.register("recover")
-def recover(bits: int = 4, group_size: int = 32, **settings: Any) -> Method:
+def recover(bits: int = 4, group_size: int = 128, **settings: Any) -> Method:
     r"""LoRA over the dense model, Block-AP towards the tuned one, and a distilled finish. Merges exactly.
 
     Three stages, whose steps are counted together:
@@ -27,8 +27,8 @@ def recover(bits: int = 4, group_size: int = 32, **settings: Any) -> Method:
 
     $$ \hat W = s \, \mathrm{clamp}\big( \mathrm{round}( v + \tfrac{\alpha}{r} B A ) \big) + z $$
 
-    towards the tuned model's predictions, which stay the teacher: what rounding took from the task is brought back
-    where the whole model sees it.
+    towards the data and, as much, the tuned model's predictions, which stay the teacher: what rounding took from the
+    task is brought back where the whole model sees it.
 
     Args:
         bits: Width of a code.
@@ -37,7 +37,7 @@ def recover(bits: int = 4, group_size: int = 32, **settings: Any) -> Method:
 
     Example:
         >>> from quadapt.methods import recover
-        >>> method = recover(bits=3, first_share=0.4)
+        >>> method = recover(bits=3, first_share=0.8)
         >>> method.tune_first.name, method.rounding.name, method.objective.name
         ('lora', 'block-ap', 'kl')
 
@@ -47,18 +47,18 @@ def recover(bits: int = 4, group_size: int = 32, **settings: Any) -> Method:
     return Method(
         format=Format(group_size=group_size),
         storage=Storage(),
-        rounding=BlockAP(epochs=4, range="mse"),
+        rounding=BlockAP(epochs=8, range="mse"),
         adapter=LRQAT(),
-        tune_first=LoRAFirst(learning_rate=2e-3),
-        objective=OBJECTIVES["kl"](weight=1.0),
+        tune_first=LoRAFirst(share=0.9),
+        objective=OBJECTIVES["kl"](weight=0.5),
         recipe=Recipe(
-            learning_rate=1e-3,
-            grid_learning_rate=1e-3,
+            learning_rate=2e-4,
+            grid_learning_rate=1e-4,
             rank=16,
             alpha=16,
             schedule="linear",
             warmup_ratio=0.1,
             max_grad_norm=1.0,
-            source="ours",
+            source="LoRA's usual rate; shares, epochs and proportions ours, searched on small models",
         ),
     ).having(bits=bits, **settings)
