@@ -83,6 +83,17 @@ def quantize(found: dict[str, Any]) -> str:
     return f"Limits: {found['limit']}.\n\n{table(('what', 'speed'), rows)}\n{made_with(found['environment'])}"
 
 
+def block_ap(found: dict[str, Any]) -> str:
+    """A step of Block-AP against its products."""
+    columns = ("hidden states", "step, ms", "its products alone, ms", "ratio")
+    rows = [
+        (row["hidden_states"], f"{row['step_ms']:.0f}", f"{row['products_ms']:.0f}", f"{row['of_products']:.2f}")
+        for row in found["rows"]
+    ]
+    note = f"{found['note']}\n\n" if "note" in found else ""
+    return f"Limits: {found['limit']}.\n\n{note}{table(columns, rows)}\n{made_with(found['environment'])}"
+
+
 def icq(found: dict[str, Any]) -> str:
     """How much quicker than in torch ranges are chosen by entropy."""
     return (
@@ -140,6 +151,7 @@ def fuzz(found: dict[str, Any]) -> str:
 
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step-in-full": ("step", step_in_full),
+    "block_ap": ("block_ap", block_ap),
     **{made.__name__: (made.__name__, made) for made in (demo, step, saved, quantize, icq, memory, kill, fuzz)},
 }
 """Tables by the name of their marks: what is stored, and what makes a table of it."""

@@ -20,7 +20,7 @@ from quadapt.hf.folder import load_model, load_tokenizer
 from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import find_blocks, select
-from quadapt.nn.block_ap import BlockAP, BlockAPLinear, Example
+from quadapt.nn.block_ap import BlockAP, BlockAPLinear, Example, step
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
@@ -50,6 +50,24 @@ def moved(layer: BlockAPLinear) -> BlockAPLinear:
         for parameter in layer.trained.values():
             parameter += 0.3 * torch.randn_like(parameter)
     return layer
+
+
+def test_a_step_moves_what_block_ap_trains_and_nothing_else() -> None:
+    """As AdamW written out has it for a first step: each number by its rate, against the sign of its gradient."""
+    layer = moved(BlockAPLinear(linear(), layout(12, 80)))
+    block = nn.Sequential(nn.LayerNorm(80), layer)
+    example = Example(torch.randn(2, 5, 80), (), {}, torch.randn(2, 5, 12))
+    before = {name: each.detach().clone() for name, each in block.named_parameters()}
+    loss = nn.functional.mse_loss(block(example.hidden), example.target)
+    trained = {name: each for name, each in block.named_parameters() if name.startswith(("1.source", "1.trained"))}
+    slopes = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    how = BlockAP(learning_rate=0.01, weight_learning_rate=0.005)
+    rates = dict.fromkeys(trained, 0.01) | {"1.source": 0.005 * float(layer.source.square().mean().sqrt())}
+    step(block, example, how.optimizer([layer]))
+    for name, each in block.named_parameters():
+        assert each.grad is None
+        change = 0 if name not in trained else -rates[name] * slopes[name] / (slopes[name].abs() + 1e-8)
+        torch.testing.assert_close(each.detach(), before[name] + change, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

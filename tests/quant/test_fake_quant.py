@@ -37,6 +37,7 @@ from quadapt.quant.format import Format
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows a tile, which does not divide 24; three tokens at once, which does not divide 10."""
     monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 7 * IN + 5})
+    monkeypatch.setattr(fake_quant, "_LEAST_ROWS", 1)
     monkeypatch.setattr(fake_quant, "_TOKENS", {"cpu": 3})
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import pack
+from quadapt.kernels.fake import fake_gradients
 from quadapt.quant import fake_quant, products
 from quadapt.quant.fake_quant import FakeQuant, fake_quant_codes, fake_quant_weight, snap
 from quadapt.quant.format import Format
@@ -154,6 +155,7 @@ class Made(TorchDispatchMode):
 def test_backward_makes_nothing_larger_than_a_tile(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 5 * 512})
+    monkeypatch.setattr(fake_quant, "_LEAST_ROWS", 1)
     each = case(domain, columns=512, lead=(4,)).to(torch.float32, x=torch.bfloat16)
     y = each()
     with Made() as made:
@@ -161,6 +163,25 @@ def test_backward_makes_nothing_larger_than_a_tile(domain: str, monkeypatch: pyt
     tile, inputs = 5 * 512 * 4, 4 * 512 * 4  # a bfloat16 weight would have 24 * 512 * 2
     assert max(made.sizes.values()) == max(tile, inputs)
     assert list(made.sizes.values()).count(tile) == 2  # the gradient and the weights
+
+
+def test_tiles_of_wide_rows_have_rows_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile reads and writes the whole gradient of the inputs: few rows a tile would cost more than the product."""
+    taken: list[int] = []
+
+    def counted(G: Tensor, *rest: Any) -> Tensor:
+        taken.append(len(G))
+        return fake_gradients(G, *rest)
+
+    monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 5 * 512})
+    monkeypatch.setattr(fake_quant, "_LEAST_ROWS", 16)
+    monkeypatch.setattr(fake_quant, "fake_gradients", counted)
+    for columns, rows in ((512, [16, 8]), (64, [24])):
+        each = case(columns=columns, lead=(4,)).to(torch.float32)
+        y = each()
+        torch.autograd.grad(y, each.leaves, torch.ones_like(y))
+        assert taken == rows
+        taken.clear()
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
@@ -197,6 +218,7 @@ def test_accelerators_multiply_in_the_dtype_of_the_inputs(
     monkeypatch.setattr(fake_quant, "large_operand_dtype", lambda dy, _: dy.dtype)
     monkeypatch.setattr(fake_quant, "_TOKENS", {"cpu": 3})
     monkeypatch.setattr(fake_quant, "_TILE", {"cpu": 7 * IN})
+    monkeypatch.setattr(fake_quant, "_LEAST_ROWS", 1)
     for mine, other in zip(gradients(each, dy), want, strict=True):
         assert mine.dtype == other.dtype
         assert float((mine - other).norm() / other.norm()) < (2e-2 if dtype == torch.bfloat16 else 1e-5)

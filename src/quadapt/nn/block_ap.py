@@ -132,15 +132,12 @@ class BlockAP(Rounding):
         if not math.isfinite(first):
             raise CalibrationError("the block's outputs are not finite. Calibrate in float32 (--dtype float32)")
         kept = [layer.state() for layer in layers]
-        trained = [parameter for layer in layers for parameter in layer.parameters() if parameter is not layer.bias]
-        optimizer = torch.optim.AdamW([group for layer in layers for group in self._groups(layer)], weight_decay=0)
+        optimizer = self.optimizer(layers)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(seen))
         generator = torch.Generator().manual_seed(0)
         for _ in range(self.epochs):
             for at in torch.randperm(len(seen), generator=generator).tolist():
-                _distance(block, seen[at].on(device)).backward(inputs=trained)
-                optimizer.step()
-                optimizer.zero_grad()
+                step(block, seen[at].on(device), optimizer)
                 schedule.step()
             error = _error(block, held, device)
             if error < best:
@@ -148,6 +145,14 @@ class BlockAP(Rounding):
         for layer, state in zip(layers, kept, strict=True):
             layer.restore(state)
         return first, best
+
+    def optimizer(self, layers: Sequence[BlockAPLinear]) -> torch.optim.Optimizer:
+        """AdamW over all that trains in some layers, at the learning rates of the first step.
+
+        It is fused: one pass over weights, gradients and moments, where else there are ten, each as long as a product.
+        """
+        groups = [group for layer in layers for group in self._groups(layer)]
+        return torch.optim.AdamW(groups, weight_decay=0, fused=True)
 
     def _groups(self, layer: BlockAPLinear) -> list[dict[str, Any]]:
         share = 1.0 if layer.adapter.bits == 2 else 0.5
@@ -218,6 +223,20 @@ def _quantizer(layout: Layout) -> L4Q:
     format = layout.format
     assert format.zero != "default"
     return L4Q(bits=format.bits, group_size=format.group_size, offsets=format.zero, order="round-clamp", scales=held)
+
+
+def step(block: nn.Module, example: Example, optimizer: torch.optim.Optimizer) -> None:
+    """Lower the distance of a block's output from its target, by one step of an optimizer.
+
+    Args:
+        block: It holds the layers that train.
+        example: On their device.
+        optimizer: Over all that trains, which alone gets gradients: not biases and norms of the block.
+    """
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _distance(block, example).backward(inputs=trained)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _output(block: nn.Module, example: Example) -> Tensor:

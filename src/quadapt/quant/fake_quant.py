@@ -33,6 +33,10 @@ from quadapt.quant.storage import STORAGES
 _TILE = {"cpu": 1 << 20}
 """Weights whose gradient exists at once (4 MB on a CPU, else 64 MB): enough for a product to run at full speed."""
 
+_LEAST_ROWS = 512
+"""Rows of the matrix that such a tile has at least, if there are so many. What each tile adds to the gradient of the
+inputs is read and written whole; with 95 rows, of 11008 inputs each, that took longer than the products themselves."""
+
 _TOKENS = {"cpu": 2048}
 """Rows of the inputs that are widened to the gradient's dtype at once; elsewhere they stay as they are."""
 
@@ -182,7 +186,7 @@ def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: f
     not rounded as forward rounds them.
     """
     base, A, B, scales, offsets, levels, grid = operands
-    step = max(1, _TILE.get(dy.device.type, 1 << 24) // grid.columns)
+    step = max(_LEAST_ROWS, _TILE.get(dy.device.type, 1 << 24) // grid.columns)
     work = large_operand_dtype(dy, scales.dtype)
     tile = scales.new_empty(min(step, len(base)), grid.columns)
     weights = None if wanted.x is None else torch.empty_like(tile, dtype=work)
