@@ -105,6 +105,15 @@ def test_a_dry_run_tells_the_memory_of_both_stages(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_in_the_end_is_refused_before_anything_is_tuned(tmp_path: Path) -> None:
+    given = ("tune", "dense", "--data", "story.txt", "--output", tmp_path / "no", "--embeddings", "q6_k")
+    said = give(*given, code=2)
+    assert "64 numbers a row are no multiple of 256, as q6_k needs. Use embeddings='q8_0'" in said.error
+    said = give(*given[:-2], "--calibration-length", "5000", code=2)
+    assert "too few for one block of 5000" in said.error
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_on_needs_a_teacher_of_its_own(tmp_path: Path) -> None:
     tune(tmp_path / "adapter")
     again = ("tune", tmp_path / "adapter", "--data", "story.txt", *SHORT[:-4], "--max-steps", "2")

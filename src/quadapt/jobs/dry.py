@@ -15,6 +15,7 @@ from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import load_model, read_config
 from quadapt.jobs.source import Place, device_of, skeleton, teacher_name
+from quadapt.model.embeddings import check_embeddings
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
@@ -91,6 +92,8 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
             config.spec.quantization,
         )
         quantization.check(selection.chosen)
+        if config.embeddings != "float":
+            check_embeddings(model, config.embeddings, selection.chosen, dtype)
         left, layouts = selection.left, {}
         for layer, linear in selection.chosen.items():
             with locate(layer):

@@ -19,7 +19,7 @@ from quadapt.jobs.continued import going_on
 from quadapt.jobs.embeddings import dense_base
 from quadapt.jobs.first import CHECKPOINTS, TUNED, Stages, tuned_first
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
-from quadapt.jobs.quantize import quantize_into
+from quadapt.jobs.quantize import calibration_for, quantize_into
 from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
 from quadapt.jobs.source import Place, device_of
 from quadapt.jobs.training import Over, fit
@@ -66,18 +66,16 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     place = Place(device, device)
     if quantizes:
         place = dry.place_of(config, folder.name, device, ui, most_length=seq_len)
-        dry.check_quantizing(config, folder.name, place, ui, most_length=seq_len)
+        _check_quantizing(config, folder.name, place, calibration, tokenizer, seq_len, ui)
     tokens = token_ids(config.train_tokens, tokenizer)
     estimate = dry.tuning(config, found, seq_len=seq_len, tokens=tokens)
     needs = disk_needs(config, found, estimate.adapters // 4, data[0].report.tokens, quantizes=quantizes)
     needs += found.dense * (makes_base and not quantizes)
     dry.check_fits(estimate, device, ui)
-    first = None if earlier is not None else dry.tuning_first(config, folder.name, seq_len=seq_len)
-    if first is not None:
-        dry.check_fits(first, device, ui, advice="Use a smaller --batch-size or --seq-len, or --tune-first none")
-        needs += found.dense
-    about_base = {} if earlier is None else {"base": folder.name}
-    stages = None if earlier is not None else Stages.of(config, len(data[0].data))
+    about_base, stages = {} if earlier is None else {"base": folder.name}, None
+    if earlier is None:
+        stages = Stages.of(config, len(data[0].data))
+        needs += _first_needs(config, folder.name, found.dense, seq_len, ui)
     job = job_of("tune", config, earlier_job(output), **about_base)
     with Workspace(output, job, overwrite=config.overwrite, needs=needs) as space:
         if space.finished is not None:
@@ -99,6 +97,26 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return result
+
+
+def _check_quantizing(
+    config: TuneConfig, name: str, place: Place, calibration: Rows, tokenizer: Any, seq_len: int, ui: UI
+) -> None:
+    """Raise QuadaptError if quantizing will lack memory or text: before a tuning that may come first."""
+    dry.check_quantizing(config, name, place, ui, most_length=seq_len)
+    if config.spec.quantization.needs_text:
+        context = context_of(read_config(name, trust_remote_code=config.trust_remote_code))
+        calibration_for(config, calibration, tokenizer, context, min(2048, seq_len), config.run.seed)
+
+
+def _first_needs(config: TuneConfig, name: str, dense: int, seq_len: int, ui: UI) -> int:
+    """Check that there is memory to tune the dense model first, if that is done; the bytes that it writes."""
+    first = dry.tuning_first(config, name, seq_len=seq_len)
+    if first is None:
+        return 0
+    advice = "Use a smaller --batch-size or --seq-len, or --tune-first none"
+    dry.check_fits(first, device_of(config), ui, advice=advice)
+    return dense
 
 
 def _check(config: TuneConfig, folder: Folder) -> None:

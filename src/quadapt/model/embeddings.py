@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,35 +139,52 @@ def round_embeddings(
     Raises:
         ConfigError: The rows do not fit the type, or the dtype of the model does not hold its values.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    found: dict[str, Layout] = {}
-    done = set[int]()
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        weight = getattr(module, "weight", None)
-        name = names.get(id(module), "embedding")
-        if not isinstance(weight, Tensor) or id(weight) in done or name in left_out:
-            continue
-        done.add(id(weight))
-        values = _rounded(name, weight, kind, dtype or weight.dtype)
-        weight.data = values
+    found = {}
+    for name, module in _embeddings(model, left_out).items():
+        values = _rounded(name, module.weight, kind, dtype or module.weight.dtype)
+        module.weight.data = values
         found[name] = TYPES[kind].layout(*values.shape)
     return found
 
 
-def _rounded(name: str, weight: Tensor, kind: str, final: torch.dtype) -> Tensor:
-    chosen, columns, dtype = TYPES[kind], weight.shape[1], str(final).removeprefix("torch.")
+def check_embeddings(
+    model: nn.Module, kind: str, left_out: Mapping[str, object], dtype: torch.dtype | None = None
+) -> None:
+    """Raise ConfigError if shapes and dtype already tell that :func:`round_embeddings` will; weights are not read."""
+    for name, module in _embeddings(model, left_out).items():
+        _check(name, module.weight.shape[1], kind, dtype or module.weight.dtype)
+
+
+def _embeddings(model: Any, left_out: Mapping[str, object]) -> dict[str, Any]:
+    """The input embedding and the head, by name, without those that are left out; of tied ones the embedding alone."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, Any] = {}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight, name = getattr(module, "weight", None), names.get(id(module), "embedding")
+        seen = any(each.weight is weight for each in found.values())
+        if isinstance(weight, Tensor) and not seen and name not in left_out:
+            found[name] = module
+    return found
+
+
+def _check(name: str, columns: int, kind: str, final: torch.dtype) -> None:
+    chosen, dtype = TYPES[kind], str(final).removeprefix("torch.")
     if columns % chosen.columns:
         fits = [f"embeddings={each!r}" for each, other in TYPES.items() if columns % other.columns == 0]
         raise ConfigError(
             f"{name}: {columns} numbers a row are no multiple of {chosen.columns}, as {kind} needs. "
             f"Use {' or '.join([*fits, 'embeddings=' + repr('float')])}"
         )
-    narrow = final != torch.float32
-    if narrow and chosen.wide:
+    if final != torch.float32 and chosen.wide:
         raise ConfigError(
             f"{name}: {dtype} does not hold the values of {kind}, which need float32. Use embeddings='q8_0', or load "
             "the model in float32 (--dtype float32)"
         )
+
+
+def _rounded(name: str, weight: Tensor, kind: str, final: torch.dtype) -> Tensor:
+    _check(name, weight.shape[1], kind, final)
+    narrow, dtype = final != torch.float32, str(final).removeprefix("torch.")
     if not bool(torch.isfinite(weight).all()):
         raise ConfigError(f"{name}: has NaN or infinite values. Repair the model before rounding it to {kind}")
     kept = torch.empty_like(weight, requires_grad=False)
