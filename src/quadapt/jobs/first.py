@@ -154,4 +154,4 @@ def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) ->
         target_modules=names,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(dense, about, low_cpu_mem_usage=on_meta)  # type: ignore[arg-type]
+    return get_peft_model(dense, about, low_cpu_mem_usage=on_meta)

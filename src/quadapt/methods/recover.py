@@ -44,13 +44,14 @@ def recover(bits: int = 4, group_size: int = 128, **settings: Any) -> Method:
     Source: ours; of LoRA (arXiv:2106.09685), EfficientQAT's Block-AP (arXiv:2407.11062), LR-QAT (arXiv:2406.06385) and
         distillation (arXiv:1503.02531).
     """
+    distilled: Any = OBJECTIVES["kl"]
     return Method(
         format=Format(group_size=group_size),
         storage=Storage(),
         rounding=BlockAP(epochs=8, range="mse"),
         adapter=LRQAT(),
         tune_first=LoRAFirst(share=0.9),
-        objective=OBJECTIVES["kl"](weight=0.5),
+        objective=distilled(weight=0.5),
         recipe=Recipe(
             learning_rate=2e-4,
             grid_learning_rate=1e-4,

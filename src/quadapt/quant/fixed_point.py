@@ -42,7 +42,7 @@ class FixedPoint(Rounding):
         return self.rounding.needs
 
     @property
-    def scope(self) -> Any:
+    def scope(self) -> Any:  # type: ignore[override]  # likewise
         """What is quantized at once, as the rounding inside does."""
         return self.rounding.scope
 
