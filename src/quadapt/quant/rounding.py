@@ -58,7 +58,7 @@ class Rounding(ABC):
         """Raise ConfigError if this rounding cannot serve a layout."""
         layout.storage.check(layout.format)
 
-    def without_data(self) -> Rounding:
+    def without_data(self) -> Nearest:
         """The rounding to nearest that stands for it where there is no calibration text (in a table of errors)."""
         return Nearest()
 
