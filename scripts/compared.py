@@ -111,7 +111,9 @@ def starts_table(found: dict[str, Any]) -> str:
             (
                 *(bits, range_, name, f"{sum(first['weight errors']) / len(zero):.4f}"),
                 f"{sum(first['output errors']) / len(zero):.4f}",
-                f"{sum(mine < theirs for mine, theirs in pairs) / len(pairs):.0%}" if name != "zero" else "",
+                f"{sum(mine < theirs for mine, theirs in pairs) / len(pairs):.0%}"
+                if not name.startswith("zero")
+                else "",
                 *(f"{first['known']:.4f}", f"{first['before']:.3f}", spread([run["after"] for run in runs])),
                 *(rate, f"{first['bits']:.2f}"),
             )
