@@ -20,8 +20,9 @@ from torch.nn.functional import linear
 from benchmarks.measure import THREADS, in_turn, ratio, store, table
 from quadapt.kernels import pack, unpack
 from quadapt.kernels.reference import expand
-from quadapt.quant.fake_quant import FakeQuant, fake_quant_matmul, snap
+from quadapt.quant.fake_quant import FakeQuant, fake_quant_matmul
 from quadapt.quant.format import Format
+from quadapt.quant.storage import STORAGES
 
 OUT, IN, TOKENS, RANK, BITS, GROUP = 2816, 1024, 512, 16, 4, 32
 HALF = 2 ** (BITS - 1)
@@ -43,8 +44,8 @@ class Layer:
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scales and offsets as they would be stored."""
-        scales = snap(self.scales * self.rho.exp(), "fp16")
-        return scales, -HALF * scales if self.shift is None else snap(self.shift - HALF * scales, "fp16")
+        scales = STORAGES["fp16"].snap(self.scales * self.rho.exp())
+        return scales, -HALF * scales if self.shift is None else STORAGES["fp16"].snap(self.shift - HALF * scales)
 
     def __call__(self) -> Tensor:
         """The output, by our engine or by plain autograd."""

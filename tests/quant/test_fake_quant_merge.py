@@ -24,9 +24,9 @@ from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import pack
 from quadapt.kernels.fake import fake_gradients
 from quadapt.quant import fake_quant, products
-from quadapt.quant.fake_quant import FakeQuant, fake_quant_codes, fake_quant_weight, snap
+from quadapt.quant.fake_quant import FakeQuant, fake_quant_codes, fake_quant_weight
 from quadapt.quant.format import Format
-from quadapt.quant.storage import Storage
+from quadapt.quant.storage import STORAGES, Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def test_codes_scales_and_offsets_are_the_weight_of_forward_bit_for_bit(
     for group_size, columns in ((32, 80), (-1, 77), (16, 33)):
         each = case(kind, bits=bits, base_bits=base_bits, rank=rank, group_size=group_size, columns=columns)
         each = each.to(torch.float32, x=dtype)
-        each = replace(each, scales=snap(each.scales, "fp16"), offsets=snap(each.offsets, "fp16"))
+        each = replace(each, scales=STORAGES["fp16"].snap(each.scales), offsets=STORAGES["fp16"].snap(each.offsets))
         stored = merged(each)
         assert torch.equal(stored.scales, each.scales)
         assert torch.equal(stored.offsets, each.offsets)
@@ -64,7 +64,7 @@ def test_codes_scales_and_offsets_are_the_weight_of_forward_bit_for_bit(
 
 def test_tables_merge_with_the_codes_that_they_have() -> None:
     each = case("codes", levels="nf", rank=0, bits=4).to(torch.float32)
-    each = replace(each, scales=snap(each.scales, "fp16"), offsets=snap(each.offsets, "fp16"))
+    each = replace(each, scales=STORAGES["fp16"].snap(each.scales), offsets=STORAGES["fp16"].snap(each.offsets))
     each = replace(each, how=replace(each.how, format=replace(each.how.format, zero="float")))
     assert torch.equal(each(), torch.nn.functional.linear(each.x, merged(each).dequantize()))
 
@@ -78,8 +78,8 @@ def test_training_ends_in_a_merge_that_computes_the_same(domain: str, dtype: tor
     target = torch.nn.functional.linear(each.x.detach(), torch.randn(OUT, IN).to(dtype))
 
     def now() -> Case:
-        scales = snap(start * rho.exp(), "fp16")
-        return replace(each, scales=scales, offsets=snap(shift - 2 * scales, "fp16"))
+        scales = STORAGES["fp16"].snap(start * rho.exp())
+        return replace(each, scales=scales, offsets=STORAGES["fp16"].snap(shift - 2 * scales))
 
     trained = [rho.requires_grad_(), shift.requires_grad_(), each.A, each.B]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0), []
@@ -97,11 +97,11 @@ def test_training_ends_in_a_merge_that_computes_the_same(domain: str, dtype: tor
 
 def test_snap_rounds_and_passes_gradients_on() -> None:
     values = torch.tensor([0.1, 1e-9, 7e4, -3.14159], requires_grad=True)
-    found = snap(values, "fp16")
+    found = STORAGES["fp16"].snap(values)
     assert torch.equal(found, values.half().float())
-    assert torch.equal(snap(values, "fp32"), values)
+    assert torch.equal(STORAGES["fp32"].snap(values), values)
     assert torch.equal(torch.autograd.grad((found * torch.arange(4)).sum(), values)[0], torch.arange(4.0))
-    assert snap(values.double(), "fp16").dtype == torch.float64
+    assert STORAGES["fp16"].snap(values.double()).dtype == torch.float64
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

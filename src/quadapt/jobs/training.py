@@ -65,27 +65,10 @@ def fit(
     ui: UI,
 ) -> dict[str, Any]:
     """Train an adapter, fresh or an earlier one, over a base, and write it; what `quadapt.json` says about it."""
-    from transformers.trainer_utils import set_seed
-
     from quadapt.train import train, trainable_parameters
 
-    device, chosen, earlier = device_of(config), config.spec.method, over.earlier
-    quantized = load_model(
-        str(over.base), dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code
-    )
-    check_runs(quantized)
-    set_seed(config.run.seed)
-    stored = stored_dtype(config, over.base)
-    if earlier is not None:
-        model = earlier.attach(quantized, chosen.recipe.dropout, config.spec.also, stored)
-        ui.say(f"going on from {earlier.folder.name}")
-    else:
-        model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, tokenizer), stored=stored)
-    collate = Collator(pad_token_id(tokenizer, embedding_rows(quantized)))
-    if (space.path / START).exists():
-        set_start(model, read_start(space.path / START))
-    if (space.path / GRIDS).exists():
-        set_grids(model, read_grids(space.path / GRIDS))
+    device, chosen = device_of(config), config.spec.method
+    model, collate = _ready(config, space, over, tokenizer, ui)
     _say_recipe(chosen.recipe, ui)
     about: Any = model.peft_config["default"]
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(about)['base_fingerprint'][:12]}")
@@ -105,27 +88,7 @@ def fit(
             tick=tick,
         )
         most = peak()
-    summary = {
-        "kind": "adapter",
-        "method": chosen.name,
-        "adapter": chosen.adapter.identity(),
-        "recipe": asdict(chosen.recipe),
-        "bits": true_bits(model),
-        "data": {**asdict(data[0].report), "example": None},
-        **({} if earlier is None else {"from": earlier.about()}),
-        "prompt": data[0].form.as_dict(),
-        **({"tuned_first": dict(over.first)} if over.first else {}),
-        "steps": trained.steps,
-        "final_loss": trained.final_loss,
-        "eval_loss": trained.eval_loss,
-        "kept": {"state": config.keeps, "step": trained.kept_step, "eval_loss_at_end": trained.last_eval_loss},
-        "seconds": trained.seconds,
-        "peak_memory": most,
-        "trainable_parameters": trainable_parameters(model),
-        "losses": trained.losses,
-        "versions": versions(),
-        "settings": config.model_dump(mode="json"),
-    }
+    summary = {**_summary(config, over, model, data[0], trained), "peak_memory": most}
     summary = _written(space, model, tokenizer, over.base, over.folder, summary)
     ui.show(
         f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
@@ -133,6 +96,54 @@ def fit(
         + f", peak memory {most / 1e6:.0f} MB"
     )
     return summary
+
+
+def _ready(config: TuneConfig, space: Workspace, over: Over, tokenizer: Any, ui: UI) -> tuple[Any, Collator]:
+    """The model with its adapter, as training begins, and what makes batches for it."""
+    from transformers.trainer_utils import set_seed
+
+    code, device, earlier = config.trust_remote_code, device_of(config), over.earlier
+    quantized = load_model(str(over.base), dtype=config.dtype, device=device, trust_remote_code=code)
+    check_runs(quantized)
+    set_seed(config.run.seed)
+    stored = stored_dtype(config, over.base)
+    if earlier is not None:
+        model = earlier.attach(quantized, config.spec.method.recipe.dropout, config.spec.also, stored)
+        ui.say(f"going on from {earlier.folder.name}")
+    else:
+        model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, tokenizer), stored=stored)
+    if (space.path / START).exists():
+        set_start(model, read_start(space.path / START))
+    if (space.path / GRIDS).exists():
+        set_grids(model, read_grids(space.path / GRIDS))
+    return model, Collator(pad_token_id(tokenizer, embedding_rows(quantized)))
+
+
+def _summary(config: TuneConfig, over: Over, model: Any, data: Encoded, trained: Trained) -> dict[str, Any]:
+    """What `quadapt.json` says about a trained adapter, but for the peak of memory and its files."""
+    from quadapt.train import trainable_parameters
+
+    method = config.spec.method
+    return {
+        "kind": "adapter",
+        "method": method.name,
+        "adapter": method.adapter.identity(),
+        "recipe": asdict(method.recipe),
+        "bits": true_bits(model),
+        "data": {**asdict(data.report), "example": None},
+        **({} if over.earlier is None else {"from": over.earlier.about()}),
+        "prompt": data.form.as_dict(),
+        **({"tuned_first": dict(over.first)} if over.first else {}),
+        "steps": trained.steps,
+        "final_loss": trained.final_loss,
+        "eval_loss": trained.eval_loss,
+        "kept": {"state": config.keeps, "step": trained.kept_step, "eval_loss_at_end": trained.last_eval_loss},
+        "seconds": trained.seconds,
+        "trainable_parameters": trainable_parameters(model),
+        "losses": trained.losses,
+        "versions": versions(),
+        "settings": config.model_dump(mode="json"),
+    }
 
 
 def _held_out_words(trained: Trained) -> str:

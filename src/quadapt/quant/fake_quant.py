@@ -28,7 +28,6 @@ from quadapt.kernels import few, pack, product, unpack
 from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
 from quadapt.quant.products import add_product, large_operand_dtype
-from quadapt.quant.storage import STORAGES
 
 _TILE = {"cpu": 1 << 20}
 """Weights whose gradient exists at once (4 MB on a CPU, else 64 MB): enough for a product to run at full speed."""
@@ -230,7 +229,8 @@ def fake_quant_matmul(
         x: `[..., in]`, float16, bfloat16, float32 (or float64): the dtype of the product. Autocast is the caller's
             affair, as in `QuantLinear`; inside it is off.
         base: Float `[out, in]`, or packed codes, uint8 `[out, ceil(in * base_bits / 8)]`, see :class:`FakeQuant`.
-        scales: float32 `[out, groups]` (float64 for references), positive, as they will be stored (:func:`snap`).
+        scales: float32 `[out, groups]` (float64 for references), positive, as they will be stored
+            (:meth:`ValueStorage.snap`).
         offsets: `[out, groups]` in the dtype of `scales`, with the values that will be stored.
         how: How the matrix is quantized.
         A: `[rank, in]`, any float dtype; None with `B` for none.
@@ -319,8 +319,3 @@ def fake_quant_sums(
             0
         ]
     return sums
-
-
-def snap(values: Tensor, kind: str) -> Tensor:
-    """Round `values` as a storage of that name will hold them, with the gradient of no rounding; their dtype stays."""
-    return STORAGES[kind].snap(values)

@@ -18,7 +18,7 @@ from torch import Tensor
 from quadapt.errors import CalibrationError, ConfigError, ShapeError
 from quadapt.kernels import kernels_for, pack
 from quadapt.quant.fixed import cholesky, inverse_of_lower, mean
-from quadapt.quant.grids import as_float, check_choice, implied_offsets, snap
+from quadapt.quant.grids import as_float, check_choice, implied_offsets, rounded
 from quadapt.quant.ranges import RANGES
 from quadapt.quant.rounding import (
     ROUNDINGS,
@@ -175,7 +175,7 @@ class _Grid:
         if group % run == 0:
             exact = find_grid(work[:, first : first + run * (last - first)], self.layout, self.range, check=False)
             self._chosen.append(exact)
-            self._keep(slice(group, group + run), *snap(self.layout.storage, *exact))
+            self._keep(slice(group, group + run), *rounded(self.layout.storage, *exact))
         zero = None if self.offsets is None else self.offsets[:, group]
         return self.scales[:, group], implied_offsets(self.layout, self.scales[:, group], zero)
 

@@ -91,7 +91,7 @@ def implied_offsets(layout: Layout, scales: Tensor, offsets: Tensor | None) -> T
     return -scales * offsets if layout.format.zero == "integer" else offsets
 
 
-def snap(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def rounded(storage: Storage, scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Round scales and offsets `[rows, groups]` as stored.
 
     Those stay whose codes depend on the whole matrix (double quantization). Where groups are stored together, whole

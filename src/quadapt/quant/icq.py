@@ -29,7 +29,7 @@ from quadapt.errors import ConfigError
 from quadapt.kernels.entropy import entropy_shift, group_crowding
 from quadapt.kernels.reference import midpoints
 from quadapt.quant.format import DELTA, Format
-from quadapt.quant.grids import by_scale, implied_offsets, snap, spanning, squared_error, where
+from quadapt.quant.grids import by_scale, implied_offsets, rounded, spanning, squared_error, where
 from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.weight import Layout
 
@@ -109,11 +109,11 @@ class ICQScale(Range):
             )
 
     def __call__(self, weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        kept, kept_offsets = snap(layout.storage, *spanning(low, high, layout))
+        kept, kept_offsets = rounded(layout.storage, *spanning(low, high, layout))
         best = _crowding(weight, layout, kept, kept_offsets)
         bound = GUARD * by_scale(squared_error(weight, layout, kept, kept_offsets), layout)
         for factor in FACTORS:
-            tried, tried_offsets = snap(layout.storage, *spanning(low * factor, high * factor, layout))
+            tried, tried_offsets = rounded(layout.storage, *spanning(low * factor, high * factor, layout))
             crowding = _crowding(weight, layout, tried, tried_offsets)
             error = by_scale(squared_error(weight, layout, tried, tried_offsets), layout)
             better = (crowding < best) & (error <= bound)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import kernels_for
-from quadapt.quant.grids import implied_offsets, snap, spanning, squared_error, where
+from quadapt.quant.grids import implied_offsets, rounded, spanning, squared_error, where
 from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.weight import Layout
 
@@ -41,12 +41,12 @@ class LeastSquares(Range):
     summary: ClassVar[str] = "what fits the rounded weights best"
 
     def __call__(self, weight: Tensor, low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        kept, kept_offsets = snap(layout.storage, *spanning(low, high, layout))
+        kept, kept_offsets = rounded(layout.storage, *spanning(low, high, layout))
         best = squared_error(weight, layout, kept, kept_offsets)
         w_sums = _sums(weight, layout.format.width(weight.shape[1]))
         for factor in (*FACTORS, *TURNS * (None,)):
             begun = (kept, kept_offsets) if factor is None else spanning(low * factor, high * factor, layout)
-            tried, tried_offsets = fitted(weight, layout, *snap(layout.storage, *begun), w_sums)
+            tried, tried_offsets = fitted(weight, layout, *rounded(layout.storage, *begun), w_sums)
             error = squared_error(weight, layout, tried, tried_offsets)
             better = error < best
             best = torch.where(better, error, best)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quadapt.quant.format import Format
-from quadapt.quant.grids import by_scale, snap, spanning, squared_error, where
+from quadapt.quant.grids import by_scale, rounded, spanning, squared_error, where
 from quadapt.quant.weight import Layout
 from quadapt.registry import Registry
 
@@ -70,7 +70,7 @@ class MSE(Range):
         best = torch.full_like(low, torch.inf)
         kept, kept_offsets = spanning(low, high, layout)
         for shrink in (1 - 0.8 * step / 100 for step in range(100)):
-            tried, tried_offsets = snap(layout.storage, *spanning(low * shrink, high * shrink, layout))
+            tried, tried_offsets = rounded(layout.storage, *spanning(low * shrink, high * shrink, layout))
             error = by_scale(squared_error(weight, layout, tried, tried_offsets), layout)
             better = error < best
             best = torch.where(better, error, best)

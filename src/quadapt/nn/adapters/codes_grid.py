@@ -10,7 +10,7 @@ from torch import Tensor
 from quadapt.errors import ConfigError
 from quadapt.nn.adapters.base import Params, Source, check_offsets
 from quadapt.nn.adapters.grid import GridAdapter, base_layout
-from quadapt.quant.fake_quant import FakeQuant, snap
+from quadapt.quant.fake_quant import FakeQuant
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import SCALES_AND_OFFSETS, Layout, QuantWeight
 
@@ -77,7 +77,7 @@ class CodesGrid(GridAdapter):
         """
         assert isinstance(source, QuantWeight)
         storage, first, base = self.layout_of(source).storage, source.scales, source.offsets
-        scales = snap(first if growth is None else first * growth, storage.scales)
+        scales = storage.of_scales.snap(first if growth is None else first * growth)
         if storage.of_offsets.implied:
             return scales, None
         if not storage.of_offsets.free:
@@ -87,7 +87,7 @@ class CodesGrid(GridAdapter):
         offsets = torch.zeros_like(first) if base is None else base if growth is None else base * growth
         for more in (None if steps is None else first * steps, change):
             offsets = offsets if more is None else offsets + more
-        return scales, snap(offsets, storage.offsets)
+        return scales, storage.of_offsets.snap(offsets)
 
     @torch.no_grad()
     def quantized(self, source: Source, params: Params, scaling: float) -> QuantWeight:

@@ -12,7 +12,7 @@ from quadapt.errors import ConfigError, MergeError
 from quadapt.kernels import kernels_for
 from quadapt.nn.adapters.base import ADAPTERS, Base, Dropout, Exactness, Param, Params, Source, add_low_rank, same
 from quadapt.nn.adapters.grid import LowRankGrid, grid_param, grown
-from quadapt.quant.fake_quant import FakeQuant, snap
+from quadapt.quant.fake_quant import FakeQuant
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.grids import check_choice
 from quadapt.quant.storage import Storage, ValueStorage
@@ -129,14 +129,14 @@ class L4Q(LowRankGrid):
         layout = self.layout_of(source)
         half, zero = 2 ** (layout.format.bits - 1), layout.format.zero
         first, shift = params["start"].detach().float()
-        scales = snap(first * grown(params["rho"]), layout.storage.scales)
+        scales = layout.storage.of_scales.snap(first * grown(params["rho"]))
         if zero == "none":
             return scales, None
         shift = shift + first * params["shift"].float()
         if zero == "integer":
             point = half - shift / scales
             return scales, point + (point.round().clamp(0, 2 * half - 1) - point).detach()
-        return scales, snap(shift - half * scales, layout.storage.offsets)
+        return scales, layout.storage.of_offsets.snap(shift - half * scales)
 
 
 @ADAPTERS.register("qat-lora")

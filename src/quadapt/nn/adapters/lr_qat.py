@@ -10,7 +10,7 @@ from torch import Tensor
 from quadapt.errors import ConfigError
 from quadapt.nn.adapters.base import ADAPTERS, Base, Param, Params, Source
 from quadapt.nn.adapters.grid import LowRankGrid, base_layout, grid_param, grown
-from quadapt.quant.fake_quant import FakeQuant, snap
+from quadapt.quant.fake_quant import FakeQuant
 from quadapt.quant.fixed_point import BITS
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.grids import check_choice
@@ -82,7 +82,7 @@ class LRQAT(LowRankGrid):
         layout = self.layout_of(source)
         bits, zero, storage = layout.format.bits, layout.format.zero, layout.storage
         first = source.scales * 2 ** (BITS - bits)
-        scales = snap(first * grown(params["rho"]), storage.scales)
+        scales = storage.of_scales.snap(first * grown(params["rho"]))
         if zero == "none":
             return scales, None
         assert source.offsets is not None
@@ -90,4 +90,4 @@ class LRQAT(LowRankGrid):
             return scales, (-source.offsets / first).round()
         # A scale that grows does so about the middle of its levels, as if it were symmetric.
         middle = 2 ** (bits - 1) * (first - scales)
-        return scales, snap(source.offsets + first * params["shift"].float() + middle, storage.offsets)
+        return scales, storage.of_offsets.snap(source.offsets + first * params["shift"].float() + middle)
