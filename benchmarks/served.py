@@ -104,9 +104,9 @@ class Served:
 
     def lora(self, rate: float, seed: int) -> dict[str, Any]:
         """LoRA over the dense model: its loss where rates are chosen, and the dense file's."""
-        model, start = self._lora(rate, seed), time.process_time()
-        seconds = time.process_time() - start
-        found = {"choose": self.loss(model), "seconds": seconds}
+        start = time.process_time()
+        model = self._lora(rate, seed)
+        found = {"seconds": time.process_time() - start, "choose": self.loss(model)}
         file = self._dense_file(model, rate, seed)
         return {**found, "loss": llama.loss(file, self.windows), "bytes": file.stat().st_size}
 
@@ -269,28 +269,74 @@ def best(kept: Kept, rates: Sequence[float], *key: Any) -> float:
     return rates[at]
 
 
-def rows(served: Served, widths: Sequence[int], names: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """Rows of the table: mean and spread over the seeds, at the rate that is best on the first."""
-    kept, seeds, rate = served.kept, range(served.args.seeds), served.best_lora()
+@dataclass(frozen=True)
+class Point:
+    """A kind of file: mean and spread of its loss over the seeds, at the rate that is best on the first."""
 
-    def row(label: str, runs: list[dict[str, Any]], rate: float) -> tuple[object, ...]:
+    label: str
+    route: str
+    rate: float
+    megabytes: float
+    loss: float
+    spread: float
+
+    @classmethod
+    def of(cls, label: str, route: str, rate: float, runs: list[dict[str, Any]]) -> Point:
+        """The point of some runs that differ in their seed alone."""
         losses = [run["loss"] for run in runs]
-        return label, f"{rate:g}", runs[0]["bytes"] / 1e6, statistics.mean(losses), max(losses) - min(losses)
+        mean, spread = statistics.mean(losses), max(losses) - min(losses)
+        return cls(label, route, rate, runs[0]["bytes"] / 1e6, mean, spread)
 
-    yield row("LoRA, 16 bits", [kept.get("lora", rate, seed) for seed in seeds], rate)
+
+def points(served: Served, widths: Sequence[int], names: Sequence[str]) -> Iterator[Point]:
+    """All files of both routes; what is missing is made now."""
+    kept, seeds, rate = served.kept, range(served.args.seeds), served.best_lora()
+    yield Point.of("LoRA, 16 bits", "dense", rate, [kept.get("lora", rate, seed) for seed in seeds])
     for kind in llama.TYPES:
         for weighted in (0, 1):
             if kind in llama.NEEDS_IMPORTANCE and not weighted:
                 continue
             runs = [kept.get("usual", kind, weighted, rate, seed) for seed in seeds]
             if not any("refused" in run for run in runs):
-                yield row(f"usual, {kind}{', importance' * weighted}", runs, rate)
-    for bits in widths:
-        for name in names:
+                yield Point.of(f"{kind}{', importance' * weighted}", "usual", rate, runs)
+    for name in names:
+        for bits in widths:
             found = best(kept, RATES, "ours", name, bits)
             runs = [kept.get("ours", name, bits, found, seed) for seed in seeds]
             assert all(run["verdict"] == "exact" for run in runs), name
-            yield row(f"{name}, {bits} bits", runs, found)
+            yield Point.of(f"{name}, {bits} bits", name, found, runs)
+
+
+def against(found: Sequence[Point]) -> Iterator[tuple[object, ...]]:
+    """Each of our files against the best one of the usual route that is no larger, and against LoRA in 16 bits."""
+    (dense,) = (each for each in found if each.route == "dense")
+    for ours in (each for each in found if each.route not in ("dense", "usual")):
+        rivals = [each for each in found if each.route == "usual" and each.megabytes <= ours.megabytes]
+        rival = min(rivals, key=lambda each: each.loss, default=None)
+        beside = ("none is as small", "") if rival is None else (rival.label, ours.loss - rival.loss)
+        yield ours.label, ours.megabytes, ours.loss, *beside, ours.loss - dense.loss
+
+
+def draw(found: Sequence[Point], title: str, path: Path) -> None:
+    """Loss against bytes, with the front of each route."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for route in dict.fromkeys(each.route for each in found if each.route != "dense"):
+        mine = sorted((each for each in found if each.route == route), key=lambda each: each.megabytes)
+        (line,) = axes.plot([each.megabytes for each in mine], [each.loss for each in mine], "o", label=route)
+        front = [each for at, each in enumerate(mine) if all(each.loss < other.loss for other in mine[:at])]
+        axes.plot([each.megabytes for each in front], [each.loss for each in front], color=line.get_color())
+    (dense,) = (each for each in found if each.route == "dense")
+    axes.axhline(dense.loss, linestyle="--", color="grey", label=f"LoRA, 16 bits ({dense.megabytes:.1f} MB)")
+    axes.set(xlabel="size of the GGUF file, MB", ylabel="loss in llama.cpp, nats per token", title=title)
+    axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -314,8 +360,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         served = Served(args, Path(folder))
         served.kept = Kept(f"served-{Path(args.model).name}", about, served.run)
-        columns = ("file", "rate", "MB", "loss in llama.cpp", "spread")
-        table(f"{args.model}, {args.steps} steps", columns, list(rows(served, args.bits, args.methods)))
+        found = list(points(served, args.bits, args.methods))
+    title, name = f"{Path(args.model).name}, {args.steps} steps", f"served-{Path(args.model).name}.svg"
+    columns = ("file", "rate", "MB", "loss in llama.cpp", "spread")
+    table(title, columns, [(each.label, each.rate, each.megabytes, each.loss, each.spread) for each in found])
+    columns = ("ours", "MB", "loss", "best of the usual route", "ours less its", "ours less LoRA's")
+    table("against files that are no larger", columns, list(against(found)))
+    draw(found, title, Path(__file__).parents[1] / "docs" / "figures" / name)
 
 
 if __name__ == "__main__":
