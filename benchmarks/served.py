@@ -214,7 +214,7 @@ class Served:
                 ),
                 UI(quiet=True),
             )
-            certificate = merge(checked(MergeConfig, {"model": adapter, "output": merged}), UI(quiet=True))
+            certificate = merge(checked(MergeConfig, {"adapter": adapter, "output": merged}), UI(quiet=True))
             export(checked(ExportConfig, {"model": merged, "output": file}), UI(quiet=True))
             model = load_model(merged, dtype="float32")
             return {

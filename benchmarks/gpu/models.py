@@ -18,7 +18,6 @@ from quadapt.methods import method_named
 from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
-from quadapt.quant.rounding import Nearest
 
 
 def llama(device: torch.device, dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
@@ -51,7 +50,7 @@ def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None
     names = list(selection.chosen)
     if chosen.adapter.base != "float":
         format, storage, rounding = chosen.base()
-        plan = Quantization(format=format, storage=storage, rounding=Nearest() if rounding.needs else rounding)
+        plan = Quantization(format=format, storage=storage, rounding=rounding.without_data())
         quantize_model(model, selection.chosen, plan)
         adopt(model, left=selection.left, made={"method": method})
     config = lora_config(chosen.adapter, rank=rank, alpha=rank, target_modules=names)

@@ -41,7 +41,7 @@ def based(method: Method, model: nn.Module) -> nn.Module:
         return model
     format, storage, rounding = method.base()
     selection = select(model)
-    rounding = Nearest() if rounding.needs else rounding
+    rounding = rounding.without_data() if rounding.needs else rounding
     quantize_model(model, selection.chosen, Quantization(format=format, storage=storage, rounding=rounding))
     return adopt(model, left=selection.left, made={})
 

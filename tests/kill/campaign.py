@@ -210,10 +210,17 @@ class Trials:
         return kept not in (old, new)
 
     def _lost_checkpoints(self, left: dict[str, str], number: int) -> bool:
-        """Whether a complete checkpoint was there before the kill, and now there is neither one nor the output."""
+        """Whether a complete checkpoint was there before the kill, and now there is neither one nor what came of it.
+
+        That is the output, or the dense model that was tuned first.
+        """
         written = any(path.endswith("/" + COMPLETE) for path in self.events[: max(number - 1, 0)])
         kept = any(name.endswith("/" + COMPLETE) for name in left)
-        return written and not kept and not any(name.endswith("adapter_config.json") for name in left)
+        return (
+            written
+            and not kept
+            and not any(name.endswith(("adapter_config.json", "tuned/tuned.json")) for name in left)
+        )
 
     @staticmethod
     def _output(state: dict[str, str]) -> dict[str, str]:

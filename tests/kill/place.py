@@ -7,7 +7,18 @@ from pathlib import Path
 
 from commands import SHORT, byte_tokenizer, quadapt, write_data
 
-_TUNE = ("tune", "{}/dense", "--data", "{}/sums.jsonl", "--bits", "4", "--group-size", "32")
+_DENSE = ("tune", "{}/dense", "--data", "{}/sums.jsonl", "--bits", "4", "--group-size", "32")
+_TUNE = (*_DENSE, "--method", "qa-lora")
+_STAGES = (
+    "--method",
+    "recover",
+    "--calibration-length",
+    "32",
+    "--calibration-sequences",
+    "8",
+    "--calibration-epochs",
+    "1",
+)
 _STEPS = ("--max-steps", "4", "--save-steps", "2", *SHORT)
 _FEW = ("--target-modules", "q_proj", "--target-modules", "down_proj")
 """Every layer has the same events, and each takes a plan half a second."""
@@ -24,14 +35,15 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "export nf8": (("export", "{}/qlora", "--format", "nf8", "--output", "out"), None),
     "export lora": (("export", "{}/adapter", "--format", "lora", "--output", "out"), None),
     "tune": ((*_TUNE, *_STEPS, "--output", "out"), None),
+    "tune by recover": ((*_DENSE, *_STAGES, *_STEPS, "--first-share", "0.5", "--output", "out"), None),
     "run": (("run", "{}/job.yaml"), None),
 }
 """By title: the command, in which `{}` is the folder of inputs, and the old output that it is to replace."""
 
 _JOB = """\
 output: out
-tune: {{model: {0}/dense, data: {0}/sums.jsonl, group_size: 32, max_steps: 4, save_steps: 2, seq_len: 32, batch_size: 2,
-  gradient_accumulation: 1, rank: 2, learning_rate: 0.02}}
+tune: {{model: {0}/dense, data: {0}/sums.jsonl, method: qa-lora, group_size: 32, max_steps: 4, save_steps: 2,
+  seq_len: 32, batch_size: 2, gradient_accumulation: 1, rank: 2, learning_rate: 0.02}}
 merge: {{}}
 eval: {{data: {0}/sums.jsonl, limit: 2}}
 export: {{}}

@@ -17,4 +17,4 @@ def test_what_is_killed_comes_to_the_same_end_when_it_is_given_again() -> None:
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]
-    assert found.stdout.count("'differing': 0, 'lost': 0, 'stuck': 0") == 13
+    assert found.stdout.count("'differing': 0, 'lost': 0, 'stuck': 0") == 14
