@@ -61,10 +61,15 @@ def _store(given: argparse.Namespace, counts: dict[str, dict[str, int]]) -> None
     """Keep the figures so far; a command that was run alone replaces its own row."""
     if given.no_store:
         return
-    before = json.loads(RESULTS.read_text(encoding="utf-8"))["commands"] if given.only and RESULTS.exists() else {}
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if given.only and RESULTS.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     about = {"seed": given.seed, "most": given.most, "commit": commit.stdout.strip(), "versions": versions()}
-    rows = {**before, **{title: {**row, "commit": about["commit"][:12]} for title, row in counts.items()}}  # type: ignore[dict-item]
+    if before:  # a row says of itself how often the command was killed
+        about["most"] = before["most"]
+    rows = {
+        **before.get("commands", {}),
+        **{title: {**row, "commit": about["commit"][:12]} for title, row in counts.items()},
+    }  # type: ignore[dict-item]
     RESULTS.write_text(json.dumps({**about, "commands": rows}, indent=2) + "\n", encoding="utf-8")
 
 
