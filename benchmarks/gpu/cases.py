@@ -149,7 +149,7 @@ def _encoding(rows: int, columns: int, group: int) -> Iterator[Case]:
                 weight = torch.randn(rows, columns)
                 arguments = (weight, scales, offsets if shifted else None, table, bits, width)
                 about = f"{name}, groups of {width}{', shifted' if shifted else ''}"
-                yield Case("encode", about, cuda.encode, reference.encode, arguments)
+                yield Case("nearest_codes", about, cuda.nearest_codes, reference.nearest_codes, arguments)
                 yield Case("group_error", about, cuda.group_error, reference.group_error, arguments, (1e-5,))
 
 

@@ -49,7 +49,7 @@ def test_dequantize_rounds_once_from_float32(dtype: torch.dtype) -> None:
 def test_encode_takes_the_nearest_level(bits: int, levels: str) -> None:
     weight, (scales, offsets) = 3 * torch.randn(6, 40, dtype=torch.float64), random_grid(6, 3)
     table = None if levels == "int" else torch.tensor(normal_levels(bits), dtype=torch.float64)
-    packed = reference.encode(weight, scales, offsets, table, bits, 16)
+    packed = reference.nearest_codes(weight, scales, offsets, table, bits, 16)
     values = table.tolist() if table is not None else None
     s, o = scales.tolist(), offsets.tolist()
     want = [
@@ -64,13 +64,15 @@ def test_encode_takes_the_nearest_level(bits: int, levels: str) -> None:
 
 def test_encode_rounds_halves_to_even_codes_and_clamps() -> None:
     weight = torch.tensor([[-9.0, -0.5, 0.5, 1.5, 2.5, 3.5, 99.0, 1.0]])
-    packed = reference.encode(weight, torch.ones(1, 1), None, None, 2, 8)
+    packed = reference.nearest_codes(weight, torch.ones(1, 1), None, None, 2, 8)
     assert reference.unpack(packed, 2, 8).tolist() == [[0, 0, 0, 2, 2, 3, 3, 1]]
 
 
 def test_encode_gives_ties_between_levels_to_the_lower() -> None:
     levels = torch.tensor([-1.0, 0.0, 0.5, 1.0])
-    packed = reference.encode(torch.tensor([[-0.5, 0.25, 0.75, 0.2500001]]), torch.ones(1, 1), None, levels, 2, 4)
+    packed = reference.nearest_codes(
+        torch.tensor([[-0.5, 0.25, 0.75, 0.2500001]]), torch.ones(1, 1), None, levels, 2, 4
+    )
     assert reference.unpack(packed, 2, 4).tolist() == [[0, 1, 2, 2]]
 
 

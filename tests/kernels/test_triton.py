@@ -96,8 +96,8 @@ def test_float64_is_the_references() -> None:
     case = (packed, grid, grid, None, 4, 16, 16, torch.float64)
     assert torch.equal(cuda.dequantize(*case), reference.dequantize(*case))
     weight = torch.randn(2, 16, dtype=torch.float64)
-    want = reference.encode(weight, grid.double(), None, None, 4, 16)
-    assert torch.equal(cuda.encode(weight, grid.double(), None, None, 4, 16), want)
+    want = reference.nearest_codes(weight, grid.double(), None, None, 4, 16)
+    assert torch.equal(cuda.nearest_codes(weight, grid.double(), None, None, 4, 16), want)
 
 
 IN_EVERY_RUN = {

@@ -161,7 +161,7 @@ def test_codes_are_made_against_the_shift_that_is_stored() -> None:
     tau, _ = shifts(weight, layout.format)
     assert not torch.equal(rounded.offsets, tau)
     table = layout.format.table(weight)
-    want = kernels_for(weight.device).encode(weight, rounded.scales, rounded.offsets, table, 4, 64)
+    want = kernels_for(weight.device).nearest_codes(weight, rounded.scales, rounded.offsets, table, 4, 64)
     assert torch.equal(rounded.packed, want)
     error = [
         float((Nearest(range="icq", code_against=against)(weight, layout).dequantize() - weight).norm())

@@ -40,7 +40,7 @@ def test_a_row_is_a_stream_of_bits_in_the_fewest_bytes(case: tuple[np.ndarray, i
 def test_the_compiled_encoder_packs_the_same(case: tuple[np.ndarray, int]) -> None:
     values, bits = case
     weight = torch.from_numpy(values).float()
-    packed = cpu.encode(weight, torch.ones(len(weight), 1), None, None, bits, weight.shape[1])
+    packed = cpu.nearest_codes(weight, torch.ones(len(weight), 1), None, None, bits, weight.shape[1])
     np.testing.assert_array_equal(packed.numpy(), pack_numpy.pack(values, bits))
 
 

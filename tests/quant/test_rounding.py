@@ -138,7 +138,7 @@ def test_rounding_again_on_the_same_grid_moves_nothing(levels: str, bits: int, z
     once = Nearest()(torch.randn(9, 80), layout_of(format, (9, 80)))
     kernel = kernels_for(torch.device("cpu"))
     table = format.table(once.scales)
-    again = kernel.encode(once.dequantize(), once.scales, once.offsets, table, bits, 32)
+    again = kernel.nearest_codes(once.dequantize(), once.scales, once.offsets, table, bits, 32)
     assert torch.equal(again, once.packed)
 
 

@@ -222,8 +222,8 @@ def test_kernels_take_negative_scales(bits: int) -> None:
     scales = (torch.rand(5, 4) + 0.5) / 2 ** (bits - 1)
     half = 2 ** (bits - 1)
     kernel = kernels_for(weight.device)
-    plain = kernel.encode(weight, scales, -scales * half, None, bits, 16)
-    turned = kernel.encode(-weight, -scales, scales * half, None, bits, 16)
+    plain = kernel.nearest_codes(weight, scales, -scales * half, None, bits, 16)
+    turned = kernel.nearest_codes(-weight, -scales, scales * half, None, bits, 16)
     assert torch.equal(plain, turned)
     errors = [
         kernel.group_error(each, by, -by * half, None, bits, 16) for each, by in ((weight, scales), (-weight, -scales))

@@ -21,7 +21,7 @@ from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, decode16, pointer
 from quadapt.kernels.reference import widen
 from quadapt.kernels.threads import over_rows
 
-__all__ = ["compensate", "dequantize", "encode", "group_error", "group_range", "widen"]
+__all__ = ["compensate", "dequantize", "group_error", "group_range", "nearest_codes", "widen"]
 
 _KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _u8, _f32 = pointer(types.uint8), pointer(types.float32)
@@ -269,13 +269,13 @@ def dequantize(
     return weight
 
 
-def encode(
+def nearest_codes(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """Pack on the CPU the codes of the nearest levels, as `reference.encode` does."""
+    """Pack on the CPU the codes of the nearest levels, as `reference.nearest_codes` does."""
     reference.check_codes(levels, bits)
     if scales.dtype != torch.float32:
-        return reference.encode(weight, scales, offsets, levels, bits, group_size)
+        return reference.nearest_codes(weight, scales, offsets, levels, bits, group_size)
     rows, columns = weight.shape
     packed = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8)
     grid = (*_grid(weight, scales, offsets, levels)[:5], bits, group_size, packed.numpy())

@@ -30,7 +30,7 @@ from quadapt.kernels.tiles import (
     words_of,
 )
 
-__all__ = ["compensate", "dequantize", "encode", "group_error", "group_range", "widen"]
+__all__ = ["compensate", "dequantize", "group_error", "group_range", "nearest_codes", "widen"]
 
 _WORDS = 512
 """Words of a program that decodes: four for each of its threads, 64 bytes of bfloat16."""
@@ -88,7 +88,7 @@ def _widen(codes, absmax, mean, unit, values, count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _encode(
+def _nearest_codes(
     weight,
     scales,
     offsets,
@@ -260,20 +260,20 @@ def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return values
 
 
-def encode(
+def nearest_codes(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """Pack on a GPU the codes of the nearest levels, as `reference.encode` does."""
+    """Pack on a GPU the codes of the nearest levels, as `reference.nearest_codes` does."""
     reference.check_codes(levels, bits)
     rows, columns = weight.shape
     if scales.dtype != torch.float32 or not whole_words(group_size, columns):
-        return reference.encode(weight, scales, offsets, levels, bits, group_size)
+        return reference.nearest_codes(weight, scales, offsets, levels, bits, group_size)
     packed = torch.empty(rows, parts(columns * bits, 8), dtype=torch.uint8, device=weight.device)
     count = parts(columns, word_codes(bits))
     size = min(32, power(count))
     tile = 128 // size
     launch(
-        _encode,
+        _nearest_codes,
         (parts(rows, tile), parts(count, size)),
         _floats(weight),
         scales.contiguous(),

@@ -41,7 +41,7 @@ def entropy_shift(weight: Tensor, mids: Tensor, fractions: Tensor, group_size: i
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
     """Crowding of the integer codes that rounding to nearest gives each group, int64 `[rows, groups]`.
 
-    Of one group, lower is more entropy. Arguments as for `reference.encode`.
+    Of one group, lower is more entropy. Arguments as for `reference.nearest_codes`.
     """
     return kernels_for(weight.device, "entropy").group_crowding(weight, scales, offsets, bits, group_size)
 

@@ -53,7 +53,7 @@ def _best_shift(groups: Tensor, mids: Tensor, fractions: Tensor) -> tuple[Tensor
 def group_crowding(weight: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:
     """Compute `entropy.group_crowding` in torch, on any device."""
     reference.check_codes(None, bits)
-    packed = reference.encode(weight, scales, offsets, None, bits, group_size)
+    packed = reference.nearest_codes(weight, scales, offsets, None, bits, group_size)
     return crowding_of(reference.unpack(packed, bits, weight.shape[1]), bits, group_size)
 
 

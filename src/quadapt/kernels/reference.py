@@ -110,7 +110,7 @@ def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return (scaled + mean).view(codes.shape)
 
 
-def encode(
+def nearest_codes(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, levels: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """Pack the code of the nearest level for each weight (float `[out, in]`), given scales and offsets `[out, groups]`.
@@ -141,7 +141,7 @@ def group_error(
     """Sum over each group of the squared error of rounding to nearest, in the dtype of `scales`, `[out, groups]`."""
     check_codes(levels, bits)
     columns = weight.shape[1]
-    packed = encode(weight, scales, offsets, levels, bits, group_size)
+    packed = nearest_codes(weight, scales, offsets, levels, bits, group_size)
     rounded = dequantize(packed, scales, offsets, levels, bits, group_size, columns, scales.dtype)
     missed = torch.nn.functional.pad(rounded - weight, (0, -columns % group_size))
     return missed.square().unflatten(1, (-1, group_size)).sum(-1)

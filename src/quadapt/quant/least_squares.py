@@ -70,7 +70,7 @@ def fitted(
     bits, width, columns = format.bits, format.width(weight.shape[1]), weight.shape[1]
     table, shift = format.table(weight), implied_offsets(layout, scales, offsets)
     kernel, ones = kernels_for(weight.device), weight.new_ones(len(weight), 1)
-    packed = kernel.encode(weight, scales, shift, table, bits, width)
+    packed = kernel.nearest_codes(weight, scales, shift, table, bits, width)
     t = kernel.dequantize(packed, ones, None, table, bits, columns, columns, weight.dtype)
     counts = _sums(weight.new_ones(1, columns), width)
     exact = table is None and width * (2**bits - 1) ** 2 < 2**24  # sums of whole numbers, whatever their order

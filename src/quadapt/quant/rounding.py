@@ -150,7 +150,10 @@ class Nearest(Rounding):
         else:
             shift = implied_offsets(layout, scales, offsets)
         packed = torch.cat(
-            [_encode(weight[rows], layout, scales[rows], None if shift is None else shift[rows]) for rows in chunks]
+            [
+                _nearest_codes(weight[rows], layout, scales[rows], None if shift is None else shift[rows])
+                for rows in chunks
+            ]
         )
         return QuantWeight(layout, {**grid.tensors, "weight": packed.view(layout.shapes["weight"])})
 
@@ -166,9 +169,9 @@ def row_chunks(weight: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
 
 
-def _encode(part: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
+def _nearest_codes(part: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
     width = layout.format.width(layout.columns)
-    return kernels_for(part.device).encode(
+    return kernels_for(part.device).nearest_codes(
         as_float(part), scales, offsets, layout.format.table(part), layout.format.bits, width
     )
 
