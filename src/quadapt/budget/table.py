@@ -234,7 +234,7 @@ class _Remainder:
 
         if self.fisher is None and against is stored:
             return float(total(kernel.group_error(part, *of(stored), table, format.bits, width)))
-        packed = kernel.encode(part, *of(against), table, format.bits, width)
+        packed = kernel.nearest_codes(part, *of(against), table, format.bits, width)
         rounded = kernel.dequantize(packed, *of(stored), table, format.bits, width, layout.columns, torch.float32)
         missed = (part - rounded).square_()
         if self.fisher is not None:
