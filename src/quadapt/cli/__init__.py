@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -9,6 +10,9 @@ from typing import Any
 
 interrupted = False
 """Whether Ctrl-C was pressed: inside an import it may surface as another error than KeyboardInterrupt."""
+
+begun = False
+"""Whether the command's own work has begun; before that, only modules are imported."""
 
 
 def main() -> None:
@@ -31,6 +35,9 @@ def main() -> None:
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     global interrupted
     interrupted = True
+    if not begun:  # an exception within the import of a library in C++ may abort the process; and nothing is to tidy up
+        os.write(2, b"quadapt: interrupted\n")
+        os._exit(130)
     signal.default_int_handler(number, frame)
 
 

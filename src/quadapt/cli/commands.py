@@ -164,6 +164,7 @@ def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool)
     """Do some work for the command line: result on stdout, errors on stderr in one line, exit codes 0, 1, 2 and 130."""
     ui = UI(as_json=as_json)
     _quiet(debug)
+    cli.begun = True
     try:
         ui.result(work(ui))
         sys.stdout.flush()  # a full disk behind it is noticed here
