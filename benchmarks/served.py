@@ -53,7 +53,7 @@ SEQUENCES, EPOCHS = 64, 8
 """Block-AP: how many calibration sequences, and how often it passes over them."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    "recover": {"method": "recover", "first_share": 0.8, "weight": 0.5},
+    "recover": {"method": "recover"},
     "l4q": {"method": "l4q"},
     "qa-lora": {"method": "qa-lora"},
     "lota-qaf": {"method": "lota-qaf", "omega": 0.5},
@@ -91,10 +91,7 @@ class Served:
         self.args, self.folder, self.text = args, folder, Text.of(args.data, folder)
         self.tokenizer = load_tokenizer(args.model)
         self.data = encode(read(str(self.text.train)), self.tokenizer, seq_len=args.length, packing=False)
-        self.choose, test = (
-            encode(read(str(part)), self.tokenizer, seq_len=args.length, packing=False)
-            for part in (self.text.choose, self.text.test)
-        )
+        test = encode(read(str(self.text.test)), self.tokenizer, seq_len=args.length, packing=False)
         self.windows = [list(ids) for ids in test.data["input_ids"] if len(ids) > 1]
         block_ap = SEQUENCES * EPOCHS // BATCH
         self.lora_steps = args.steps + block_ap

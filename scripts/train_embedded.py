@@ -44,24 +44,27 @@ class Batch:
     known: Tensor
 
 
-def train_tokenizer(seed: int) -> Tokenizer:
+def byte_level(texts: list[str], vocabulary: int, specials: list[str], bos: int) -> Tokenizer:
     """A byte-level BPE tokenizer that splits as GPT-2 does, so that llama.cpp's "gpt-2" reproduces it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocabulary, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
-    # The stories' words need fewer merges than there is room for; the rarer filler takes the rest.
-    texts = [narrative.text for narrative in narratives(seed, 5000)]
-    tokenizer.train_from_iterator([*texts, FILLER], trainer)
-    if tokenizer.get_vocab_size() != VOCAB:
-        raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, not {VOCAB}")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, not {vocabulary}")
+    begin = specials[bos]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, bos)])
     return tokenizer
+
+
+def train_tokenizer(seed: int) -> Tokenizer:
+    """A tokenizer of the stories, which need fewer merges than there is room for; the rarer filler takes the rest."""
+    texts = [narrative.text for narrative in narratives(seed, 5000)]
+    return byte_level([*texts, FILLER], VOCAB, SPECIALS, BOS)
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -141,24 +144,34 @@ def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimiz
     ]
 
 
+class Descent:
+    """Steps of these optimizers, at rates that rise over `WARMUP` steps and fall to a fiftieth."""
+
+    def __init__(self, model: LlamaForCausalLM, rate: float, steps: int) -> None:
+        def share(step: int) -> float:
+            return min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / float(steps))
+
+        self._model, self._chosen = model, optimizers(model, rate)
+        self._schedules = [torch.optim.lr_scheduler.LambdaLR(each, share) for each in self._chosen]
+
+    def step(self, loss: Tensor) -> None:
+        """Lower a loss."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        for optimizer, schedule in zip(self._chosen, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        self._model.zero_grad()
+
+
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, args: argparse.Namespace, held_out: list[Batch]) -> float:
     """Run all steps; returns the running mean of the training loss."""
-    chosen = optimizers(model, args.rate)
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / WARMUP) * max(0.02, 1 - step / float(args.steps))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in chosen]
+    descent = Descent(model, args.rate, args.steps)
     begun, mean = time.monotonic(), math.nan
     training = batches(tokenizer, args.seed, "train", args.steps, args.batch, easy=min(EASY, args.steps // 2))
     for step, batch in enumerate(training, 1):
         loss = training_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(chosen, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        model.zero_grad()
+        descent.step(loss)
         mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
         if step % 250 == 0 or step == args.steps:
             left = (time.monotonic() - begun) * (args.steps - step) / step / 60

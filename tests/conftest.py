@@ -43,6 +43,30 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """`interrupted_at(1, 5)`: Ctrl-C when a loss of training is computed for the first and for the fifth time.
+
+    It gives a list that has an entry for every time so far.
+    """
+
+    def at(*numbers: int) -> list[int]:
+        from quadapt.train.trainer import AdapterTrainer
+
+        real, steps = AdapterTrainer.compute_loss, list[int]()
+
+        def compute(self: Any, *arguments: Any, **settings: Any) -> Any:
+            steps.append(1)
+            if len(steps) in numbers:
+                raise KeyboardInterrupt
+            return real(self, *arguments, **settings)
+
+        monkeypatch.setattr(AdapterTrainer, "compute_loss", compute)
+        return steps
+
+    return at
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and texts beside the repository."""

@@ -139,7 +139,7 @@ def _quantized(
         done = quantize_model(
             model, selection.chosen, quantization, batches=batches, statistics=statistics, device=device
         )
-    if config.spec.method.begins_rounded:
+    if config.spec.dense_base:
         dtypes = {layer: linear.weight.dtype for layer, linear in selection.chosen.items()}
         return {}, dense_again(model, done.weights, quantization, dtypes)
     made = {"method": config.spec.method.name, **rounded.made}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from commands import SHORT, digests, give, logits, quadapt
 from safetensors.torch import load_file
 
 from quadapt import load
-from quadapt.train import AdapterTrainer
 
 pytestmark = pytest.mark.usefixtures("here", "shelf")
 
@@ -55,17 +55,11 @@ def test_the_same_statistics_serve_another_start(tmp_path: Path, cache: Path) ->
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == kept
 
 
-def test_it_goes_on_after_an_interruption_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_after_an_interruption_to_the_same_weights(
+    tmp_path: Path, interrupted_at: Callable[..., list[int]]
+) -> None:
     give(*tuning("quailora", tmp_path / "whole", "--save-steps", "1"), code=0)
-    real, steps = AdapterTrainer.compute_loss, []
-
-    def stop(self: Any, *arguments: Any, **settings: Any) -> Any:
-        steps.append(1)
-        if len(steps) in (1, 4):  # before the first checkpoint, and after some
-            raise KeyboardInterrupt
-        return real(self, *arguments, **settings)
-
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", stop)
+    interrupted_at(1, 4)  # before the first checkpoint, and after some
     for code in (130, 130, 0):
         give(*tuning("quailora", tmp_path / "halves", "--save-steps", "1"), code=code)
     assert digests(tmp_path / "halves") == digests(tmp_path / "whole")

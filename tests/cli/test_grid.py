@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from quadapt import load
 from quadapt.model.quantize import quantized_layers
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
-from quadapt.train import AdapterTrainer
 
 pytestmark = pytest.mark.usefixtures("here", "shelf")
 
@@ -58,19 +58,13 @@ def test_ir_qlora_is_handed_over_as_a_lora(tmp_path: Path) -> None:
     assert len(load_file(Path(adapter) / "adapter_model.safetensors")) == 42
 
 
-def test_l4q_goes_on_after_an_interruption_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_l4q_goes_on_after_an_interruption_to_the_same_weights(
+    tmp_path: Path, interrupted_at: Callable[..., list[int]]
+) -> None:
     """Dense steps included: what begins to quantize does so once."""
     more = ("--dense-steps", "2", "--save-steps", "1")
     tune("l4q", str(tmp_path / "whole"), *more)
-    real, steps = AdapterTrainer.compute_loss, []
-
-    def stop(self: Any, *arguments: Any, **settings: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return real(self, *arguments, **settings)
-
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", stop)
+    steps = interrupted_at(5)
     grid = ("--method", "l4q", "--bits", "3", "--group-size", "32", "--max-steps", "6")
     said = ("tune", "dense", "--data", "story.txt", "--output", tmp_path / "halves", *grid, *SHORT, *more)
     give(*said, code=130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from commands import SHORT, digests, give, quadapt
 from transformers import AutoModelForCausalLM
 
 from quadapt import load, prepare
+from quadapt.config import TuneConfig
 from quadapt.errors import ConfigError
 from quadapt.methods import method_named
 from quadapt.methods.first import LoRAFirst
-from quadapt.train.trainer import AdapterTrainer
 
 pytestmark = pytest.mark.usefixtures("here", "shelf")
 
@@ -72,17 +73,11 @@ def test_any_method_may_be_tuned_first(method: str, kind: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("moment", ["first steps", "tuned", "quantized", "last steps"])
 def test_it_goes_on_after_an_interruption_to_the_same_weights(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: Callable[..., list[int]]
 ) -> None:
-    more = ("--save-steps", "1")
-    tune(tmp_path / "whole", *more)
-    steps, real, rename = [0], AdapterTrainer.compute_loss, os.rename
-
-    def compute(self: Any, *arguments: Any, **settings: Any) -> Any:
-        steps[0] += 1
-        if steps[0] == {"first steps": 3, "last steps": 6}.get(moment):
-            raise KeyboardInterrupt
-        return real(self, *arguments, **settings)
+    more, rename = ("--save-steps", "1", "--first-share", "0.5"), os.rename
+    assert tune(tmp_path / "whole", *more)["steps"] == 4
+    steps = interrupted_at({"first steps": 3, "last steps": 4 + 2}.get(moment, 0))
 
     def renamed(source: Any, target: Any, **settings: Any) -> None:
         rename(source, target, **settings)
@@ -91,11 +86,11 @@ def test_it_goes_on_after_an_interruption_to_the_same_weights(
 
     said = ("tune", "dense", "--data", "story.txt", "--output", tmp_path / "halves", "--method", "recover", *GRID)
     with monkeypatch.context() as patched:
-        patched.setattr(AdapterTrainer, "compute_loss", compute)
         patched.setattr(os, "rename", renamed)
         give(*said, *SHORT, *QUICK, *more, code=130)
     assert not (tmp_path / "halves").exists()
     give(*said, *SHORT, *QUICK, *more, code=0)
+    assert len(steps) == 8 + (moment in ("first steps", "last steps"))
     assert digests(tmp_path / "halves") == digests(tmp_path / "whole")
 
 
@@ -103,6 +98,20 @@ def test_a_dry_run_tells_the_memory_of_both_stages(tmp_path: Path) -> None:
     said = give("tune", "dense", "--data", "story.txt", "--method", "recover", "--dry-run", code=0)
     assert "while the dense model is tuned, and then:" in said.out
     assert not list(tmp_path.iterdir())
+
+
+def test_who_gives_no_method_is_told_which_it_is(tmp_path: Path) -> None:
+    """Where a setting does not go with it; and over eight bits, or a quantized model, it is another."""
+    given = ("--data", "story.txt", "--output", tmp_path / "no", "--dry-run")
+    said = give("tune", "dense", *given, "--levels", "nf", code=2)
+    assert "(No method is given, so it is recover: --method takes another)" in said.error
+    assert "No method" not in give("tune", "dense", *given, "--method", "recover", "--levels", "nf", code=2).error
+    eight = TuneConfig(model="dense", data="story.txt", bits=8)
+    assert eight.usual(quantized=False).method == "l4q"
+    assert (
+        eight.usual(quantized=True).method == TuneConfig(model="q4", data="x").usual(quantized=True).method == "qa-lora"
+    )
+    assert TuneConfig(model="dense", data="x", bits=8, method="qlora").usual(quantized=False).method == "qlora"
 
 
 def test_what_cannot_be_in_the_end_is_refused_before_anything_is_tuned(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quadapt import load
-from quadapt.train import AdapterTrainer
 
 pytestmark = pytest.mark.usefixtures("here", "shelf")
 
@@ -117,18 +117,10 @@ def test_stock_lora_carries_all_of_it_and_says_so_and_nf8_refuses(biased: Path, 
 
 
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(
-    biased: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    biased: Path, tmp_path: Path, interrupted_at: Callable[..., list[int]]
 ) -> None:
     tune(biased, tmp_path / "whole", *ALSO, "--save-steps", "1")
-    real, steps = AdapterTrainer.compute_loss, []
-
-    def stop(self: Any, *arguments: Any, **settings: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return real(self, *arguments, **settings)
-
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", stop)
+    interrupted_at(3)
     said = ("--data", "story.txt", "--output", tmp_path / "halves", *GRID, *SHORT, "--max-steps", "4", *ALSO)
     said = (*said, "--also-learning-rate", "0.004", "--save-steps", "1")
     give("tune", biased, *said, code=130)

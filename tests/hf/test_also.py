@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import quadapt
 from quadapt.data import Collator
 from quadapt.errors import ConfigError
-from quadapt.hf.also import KINDS, Rounding, besides, is_norm, optimized
+from quadapt.hf.also import KINDS, Narrowing, besides, is_norm, optimized
 from quadapt.hf.trained import parts_of
 from quadapt.methods import Recipe
 from quadapt.train import AdapterTrainer, Run, train
@@ -81,7 +81,7 @@ def test_all_of_it_trains_and_what_is_merged_is_what_was_trained(
     assert {"model.norm", "model.layers.0.input_layernorm", "model.layers.1.mlp.up_proj.bias"} < listed.keys()
     assert {"model.embed_tokens", "lm_head"} < listed.keys()
     assert {each.dtype for each in merged.parameters()} == {dtype, torch.uint8}
-    assert not any(isinstance(module, Rounding) for module in merged.modules())
+    assert not any(isinstance(module, Narrowing) for module in merged.modules())
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
     assert tuple(merged.lm_head.weight.shape) == (merged.lm_head.out_features, merged.lm_head.in_features)
     if method == "qlora":  # over codes: a side branch, which only quantizing anew merges
@@ -271,7 +271,7 @@ def test_each_has_its_group_of_the_optimizer(tiny_llama: Make, tmp_path: Path, m
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("method", ["qa-lora", "l4q"])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    method: str, tied: bool, tiny_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, tied: bool, tiny_llama: Make, tmp_path: Path, interrupted_at: Make
 ) -> None:
     """To the last bit of what trains in float32, which the dtype of the model would not hold."""
 
@@ -281,15 +281,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
     whole = make()
     train(whole, rows(), run(), tmp_path / "whole", collate=Collator(0))
-    real, steps = AdapterTrainer.compute_loss, []
-
-    def stop(self: Any, *arguments: Any, **settings: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return real(self, *arguments, **settings)
-
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", stop)
+    steps = interrupted_at(5)
     with pytest.raises(KeyboardInterrupt):
         train(make(), rows(), run(), tmp_path / "halves", collate=Collator(0))
     halves = make()
@@ -306,7 +298,7 @@ def test_a_saved_adapter_is_loaded_with_all_of_it(method: str, tied: bool, tiny_
     """By PEFT's own loader, over a copy of the base; and is off, all but the biases, when adapters are."""
     model = prepared(biased(tiny_llama, dtype=torch.bfloat16, tie_word_embeddings=tied), method)
     base = copy.deepcopy(model).unload()
-    assert not any(isinstance(module, Rounding) for module in base.modules())
+    assert not any(isinstance(module, Narrowing) for module in base.modules())
     wanted = logits(moved(model))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     again = PeftModel.from_pretrained(base, tmp_path).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from quadapt.methods import method_named
 from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model
 from quadapt.model.select import select
+from quadapt.nn.adapters import L4Q
 from quadapt.nn.block_ap import BlockAP
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest, Rounding
@@ -78,6 +80,19 @@ def test_by_itself_it_begins_with_the_matrix(tiny_llama: Make) -> None:
 def test_what_cannot_be_begun_with_is_refused(settings: dict[str, Any], told: str, tiny_llama: Make) -> None:
     with pytest.raises(ConfigError, match=told):
         quadapt.prepare(tiny_llama(), method="l4q", calibration=TEXT, **settings)
+
+
+class Own(L4Q):
+    """An adapter over dense matrices that chooses its first grid itself."""
+
+    takes_grid = False
+
+
+def test_an_adapter_that_takes_no_grid_is_refused_one(tiny_llama: Make) -> None:
+    method = replace(method_named("l4q"), adapter=Own())
+    method.check()
+    with pytest.raises(ConfigError, match="chooses its first grid itself"):
+        quadapt.prepare(tiny_llama(), method=replace(method, rounding=Nearest(range="mse")))
 
 
 def test_a_rounding_without_text_is_refused(tiny_llama: Make) -> None:

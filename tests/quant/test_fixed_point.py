@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from quadapt.errors import ConfigError
 from quadapt.methods import method_named
@@ -19,10 +18,10 @@ from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.adapters import LRQAT
 from quadapt.nn.block_ap import BlockAP
-from quadapt.quant.fixed_point import FixedPoint
+from quadapt.quant.fixed_point import FixedPoint, fixed_point
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
-from quadapt.quant.rounding import Nearest, Rounding
+from quadapt.quant.rounding import BlockRounding, Nearest, Rounding
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -119,11 +118,14 @@ def test_block_ap_hands_on_the_weights_that_it_trained(tiny_llama: Make) -> None
         assert all(torch.equal(first.tensors[each], exact.tensors[each]) for each in exact.tensors)
 
 
-@pytest.mark.parametrize("rounding", [Nearest(), GPTQ(), BlockAP()], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "rounding", [Nearest(), GPTQ(true_sequential=False), BlockAP(batch_size=5)], ids=lambda each: each.name
+)
 def test_it_needs_what_the_rounding_inside_needs(rounding: Rounding) -> None:
-    outside = FixedPoint(rounding=rounding)
-    assert (outside.needs, outside.scope) == (rounding.needs, rounding.scope)
+    outside = fixed_point(rounding)
+    assert (outside.needs, outside.true_sequential) == (rounding.needs, rounding.true_sequential)
     assert outside.least_sequences == rounding.least_sequences
+    assert isinstance(outside, BlockRounding) == isinstance(rounding, BlockRounding)
 
 
 def test_a_base_of_another_kind_is_refused() -> None:
@@ -151,8 +153,3 @@ def test_k_quants_and_the_blocks_that_take_their_place(bits: int, name: str, col
     found = adapter.untrained(base, params, 1.0)
     assert found.layout == want.layout
     assert all(torch.equal(found.tensors[each], want.tensors[each]) for each in want.tensors)
-
-
-def test_a_module_is_not_needed_for_a_rounding_of_layers() -> None:
-    with pytest.raises(NotImplementedError, match="scope 'block'"):
-        Nearest().layer(nn.Linear(4, 4), layout(4, "float", 4, 4))

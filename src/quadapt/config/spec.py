@@ -37,6 +37,14 @@ class Spec:
     also: tuple[str, ...] = ()
     """What trains beside adapters: norms, biases, embeddings, head."""
 
+    alone: bool = False
+    """Whether a base is made for itself, and no adapter is trained over it at once."""
+
+    @property
+    def dense_base(self) -> bool:
+        """Whether what is quantized becomes dense again, for an adapter over dense matrices that begins with it."""
+        return self.method.begins_rounded and not self.alone
+
     @classmethod
     def of(
         cls,
@@ -92,7 +100,7 @@ class Spec:
         bare = replace(self.quantization, start=Zero(), rank=0, pooled=False, adapted=())
         if self.method.begins_rounded:
             bare = replace(bare, rounding=self.method.rounding)
-        return replace(self, quantization=bare, also=())
+        return replace(self, quantization=bare, also=(), alone=True)
 
 
 def check_values(piece: Any) -> None:

@@ -16,7 +16,8 @@ from quadapt.config.fields import RowsOfData, Target, Walk
 from quadapt.config.grid import METHOD_WORDS, Grid, MethodName, with_planned_method
 from quadapt.config.spec import Spec
 from quadapt.config.values import Location, Sources
-from quadapt.methods import METHODS, Recipe, Run, method_named
+from quadapt.errors import ConfigError
+from quadapt.methods import METHODS, Method, Recipe, Run, method_named
 from quadapt.methods.first import FIRSTS
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
@@ -142,6 +143,16 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
                 name = Path(os.path.expanduser(values["model"])).resolve().name
                 return {**values, "output": f"{name}-{values.get('method', 'tuned')}{bits}"}
         return values
+
+    def _method(self) -> Method:
+        try:
+            return super()._method()
+        except ConfigError as error:
+            if "method" in self.model_fields_set:
+                raise
+            raise ConfigError(
+                f"{error}. (No method is given, so it is {self.method}: --method takes another)"
+            ) from None
 
     def usual(self, *, quantized: bool) -> TuneConfig:
         """These settings with the method that is usual for a model, if none is given.

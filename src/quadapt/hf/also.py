@@ -164,7 +164,7 @@ def _are_tied(model: Any) -> bool:
 # --- training in float32 what is stored in less -----------------------------------------------------------------------
 
 
-class Rounding:
+class Narrowing:
     """Mixed into the class of a module: parameters that train in float32 are rounded to their stored dtype in forward.
 
     The gradient of a rounding is that of the cast: it goes straight through, and reaches the parameter in float32.
@@ -178,35 +178,35 @@ class Rounding:
         held: dict[str, Any] = self._parameters  # type: ignore[attr-defined] # of the module
         before = {name: held[name] for name in self.stored}
         try:
-            held.update({name: rounded(wide, self.stored[name]) for name, wide in before.items()})
+            held.update({name: narrowed(wide, self.stored[name]) for name, wide in before.items()})
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             held.update(before)
 
 
-def rounded(wide: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
+def narrowed(wide: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
     """A parameter as it is stored, in the dtype of the computation."""
     stored, computed = dtypes
     return wide.to(stored).to(computed)
 
 
 @cache
-def _rounding(kind: Any) -> type:
-    return type(f"Rounding{kind.__name__}", (Rounding, kind), {})
+def _narrowing(kind: Any) -> type:
+    return type(f"Narrowing{kind.__name__}", (Narrowing, kind), {})
 
 
-def _round(module: Any) -> Any:
-    """Make a module one that rounds, if it is not."""
-    if not isinstance(module, Rounding):
-        module.stored, module.__class__ = {}, _rounding(type(module))  # type: ignore[arg-type] # a class
+def _narrow(module: Any) -> Any:
+    """Make a module one that narrows, if it is not."""
+    if not isinstance(module, Narrowing):
+        module.stored, module.__class__ = {}, _narrowing(type(module))  # type: ignore[arg-type] # a class
     return module
 
 
 def stored_bias(layer: Any) -> Tensor | None:
     """The bias of a linear layer as it is stored, whatever it trains in; None if there is none."""
     bias: Tensor | None = layer.bias
-    stored = layer.stored.get("bias") if isinstance(layer, Rounding) else None
-    return bias if bias is None or stored is None else rounded(bias, stored)
+    stored = layer.stored.get("bias") if isinstance(layer, Narrowing) else None
+    return bias if bias is None or stored is None else narrowed(bias, stored)
 
 
 def besides(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -237,7 +237,7 @@ def widen(model: nn.Module, found: Also, stored: torch.dtype | None = None) -> N
         if id(parameter) not in asked and not _saved(model, owner):
             parameter.requires_grad_(False)
         elif (stored or parameter.dtype) in HALF:
-            _round(owner).stored[name] = (stored or parameter.dtype, parameter.dtype)
+            _narrow(owner).stored[name] = (stored or parameter.dtype, parameter.dtype)
             owner._parameters[name] = wide.setdefault(id(parameter), nn.Parameter(parameter.detach().float()))
 
 
@@ -251,11 +251,11 @@ def settle(model: nn.Module) -> None:
     """Store what has trained in float32 in the dtype of the model again; tied parameters stay tied."""
     narrow: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        if not isinstance(module, Rounding):
+        if not isinstance(module, Narrowing):
             continue
         for name, dtypes in module.stored.items():
             wide: Any = module._parameters[name]
-            kept = nn.Parameter(rounded(wide.detach(), dtypes), requires_grad=wide.requires_grad)
+            kept = nn.Parameter(narrowed(wide.detach(), dtypes), requires_grad=wide.requires_grad)
             module._parameters[name] = narrow.setdefault(id(wide), kept)
         del module.stored
         module.__class__ = type(module).__mro__[2]

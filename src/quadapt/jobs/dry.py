@@ -19,6 +19,7 @@ from quadapt.model.embeddings import check_embeddings
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
 from quadapt.nn.quant_linear import QuantLinear
+from quadapt.quant.rounding import BlockRounding
 from quadapt.quant.weight import Layout
 from quadapt.report import memory
 from quadapt.report.memory import MemoryEstimate
@@ -159,7 +160,7 @@ def quantizing(
     quantization, apart = config.spec.quantization, place.home != place.device
     columns = max(layout.columns for layout in found.layouts.values())
     step = memory.quantizing_bytes(found.largest, columns, calibrated=quantization.needs_text)
-    if quantization.rounding.scope == "block":
+    if isinstance(quantization.rounding, BlockRounding):
         step = memory.block_training_bytes(found.model, found.layouts)
     if quantization.needs_text:
         length = config.calibration_length or min(found.context, most_length)

@@ -73,9 +73,8 @@ def dense_base(path: Path, config: Any, ui: UI, *, source: Path | None = None) -
     write_dense(model, load_tokenizer(config.model, trust_remote_code=config.trust_remote_code), path)
 
 
-def write_dense(model: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
+def write_dense(model: Any, tokenizer: Any, path: Path) -> None:
     """Write a dense model that was made of another one, with all that belongs to it, into a folder that exists."""
     model.save_pretrained(path, max_shard_size="4GB")
     tokenizer.save_pretrained(path)
     copy_processor(model, path)
-    return {}

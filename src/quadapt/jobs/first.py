@@ -143,7 +143,7 @@ def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) ->
     recipe, layers = spec.method.recipe, select(dense, skip=spec.skip).chosen
     names = matching(layers, spec.target_modules)
     dense.requires_grad_(False)
-    if getattr(spec.method.tune_first, "whole", False):
+    if spec.method.tune_first.whole:
         for name in names:
             layers[name].weight.requires_grad_(True)
         return dense

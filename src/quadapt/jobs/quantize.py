@@ -114,7 +114,7 @@ def quantize_into(
         source: What is quantized in the place of `config.model`: that model, tuned first.
 
     Returns:
-        The summary that is also written into `quadapt.json`.
+        The summary that is also written into `quadapt.json`; of a base that is dense again, none.
     """
     original, code = config.model, config.trust_remote_code  # type: ignore[attr-defined]
     name, seed = original if source is None else str(source), config.seed  # type: ignore[attr-defined]
@@ -149,12 +149,12 @@ def quantize_into(
             progress=lambda units: ui.over("quantizing", units),
             device=place.device,
         )
-    # tune quantizes for an adapter over dense matrices by fixed point; quantize makes a base alone, of codes.
-    if config.spec.method.begins_rounded and config.spec.quantization.rounding != config.spec.method.rounding:
+    if config.spec.dense_base:
         dtypes = {name: layer.weight.dtype for name, layer in selection.chosen.items()}
         write_grids(path / GRIDS, dense_again(model, done.weights, quantization, dtypes))
         show_layers({name: weight.layout for name, weight in done.weights.items()}, ui, rows=done.rows)
-        return write_dense(model, tokenizer, path)
+        write_dense(model, tokenizer, path)
+        return {}
     if dtype != "auto":
         model.to(getattr(torch, dtype))
     made = {

@@ -72,9 +72,7 @@ def fit(
     _say_recipe(chosen.recipe, ui)
     about: Any = model.peft_config["default"]
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(about)['base_fingerprint'][:12]}")
-    objective = chosen.objective.bind(
-        model, _teacher(config, space, model, over.tuned or over.folder.name, data[0], collate, ui)
-    )
+    objective = chosen.objective.bind(model, _teacher(config, space, over, model, data[0], collate, ui))
     run = replace(over.run, device=device)
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
@@ -158,24 +156,24 @@ def _held_out_words(trained: Trained) -> str:
 
 
 def _teacher(
-    config: TuneConfig, space: Workspace, model: Any, dense: str | Path, data: Encoded, collate: Collator, ui: UI
+    config: TuneConfig, space: Workspace, over: Over, model: Any, data: Encoded, collate: Collator, ui: UI
 ) -> Teaching | None:
     """Gives what the objective asks of a teacher, from disk or as it goes; None if it asks nothing.
 
-    The teacher is the one that was given, the dense model that was tuned first (a path), or the full-precision model.
+    The teacher is the one that was given, else the dense model that was tuned first, else the full-precision model.
     """
     objective = config.spec.method.objective
     targets = objective.targets
     if targets is None:
         return None
-    quantized = getattr(model.config, "quantization_config", None)
-    if quantized and quantized.made.get("tuned_first") and isinstance(dense, str) and not config.teacher:
+    made = getattr(getattr(model.config, "quantization_config", None), "made", None)
+    if made and made.get("tuned_first") and not (over.tuned or config.teacher):
         raise ConfigError(
             f"objective={objective.name!r} needs a teacher, and the dense model that was tuned before it was quantized "
             "is not kept. Say where one is with --teacher, or use --objective cross-entropy"
         )
-    made_of = quantized.made.get("source") if quantized and isinstance(dense, str) else str(dense)
-    name = teacher_name(config, made_of)
+    source = over.folder.name if made is None else made.get("source")
+    name = teacher_name(config, source if over.tuned is None else str(over.tuned))
     device = device_of(config)
     asked = load_model(name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     targets.check(model, asked)

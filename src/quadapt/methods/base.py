@@ -13,7 +13,7 @@ from quadapt.methods.recipe import Recipe
 from quadapt.nn.adapters import ADAPTERS, Adapter
 from quadapt.nn.objective import OBJECTIVES, CrossEntropy, Objective
 from quadapt.nn.starts import STARTS, Start, Zero
-from quadapt.quant.fixed_point import FixedPoint
+from quadapt.quant.fixed_point import fixed_point
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import ROUNDINGS, Nearest, Rounding
 from quadapt.quant.storage import Storage, scales_meant
@@ -83,7 +83,7 @@ class Method:
     def base(self) -> tuple[Format, Storage, Rounding]:
         """Grid and storage of the product, and the rounding that makes what the adapter trains over."""
         fine = self.adapter.base == "fixed-point" or self.begins_rounded
-        return self.format, self.storage, FixedPoint(rounding=self.rounding) if fine else self.rounding
+        return self.format, self.storage, fixed_point(self.rounding) if fine else self.rounding
 
     def with_format(self, format: Format) -> Method:
         """Take another grid, with storage to match: the method's own where it fits, else the new grid's default."""
@@ -189,6 +189,11 @@ class Method:
         if self.recipe.dense_steps and self.adapter.base != "float":
             raise ConfigError(
                 f"dense_steps needs the dense matrix; method={self.name!r} trains over codes. Leave it out"
+            )
+        if self.begins_rounded and not self.adapter.takes_grid:
+            raise ConfigError(
+                f"rounding={self.rounding.name!r}: the {self.adapter.kind} adapter of method={self.name!r} chooses its "
+                "first grid itself. Leave rounding and range out"
             )
         if self.recipe.dense_steps and self.begins_rounded:
             raise ConfigError(

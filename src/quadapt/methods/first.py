@@ -26,6 +26,9 @@ class First:
     tunes: ClassVar[bool] = False
     """Whether the dense model is tuned."""
 
+    whole: ClassVar[bool] = False
+    """Whether all weights of its layers train then, or a low-rank change of them."""
+
 
 FIRSTS: Registry[type[First]] = Registry("tune_first", "quadapt.methods", group="quadapt.firsts")
 """Everything that may become of the dense model before it is quantized, by name."""
@@ -47,9 +50,6 @@ class Tuning(First):
     """
 
     tunes: ClassVar[bool] = True
-
-    whole: ClassVar[bool] = False
-    """Whether all weights of the layers train, or a low-rank change of them."""
 
     share: Inner = setting("--first-share", panel="Training", name="first_share", default=0.5)
     """The share of the run's steps that tune the dense model, before it is quantized."""

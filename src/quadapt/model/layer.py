@@ -16,7 +16,7 @@ from quadapt.nn.starts import Begun, Start, Zero
 from quadapt.nn.starts.fit import objective
 from quadapt.quant.fixed import total
 from quadapt.quant.format import Format
-from quadapt.quant.rounding import Rounding, ScaleUnderflow, Statistics
+from quadapt.quant.rounding import BlockRounding, Rounding, ScaleUnderflow, Statistics
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -87,7 +87,7 @@ class Quantization:
     """Layers that get the adapter, by name or a part of it; empty for all. The others start at zero."""
 
     def __post_init__(self) -> None:
-        if self.rounding.scope == "block" and self.start.fits:
+        if isinstance(self.rounding, BlockRounding) and self.start.fits:
             raise ConfigError(
                 f"start={self.start.name!r} fits what rounding changed about a matrix; {self.rounding.name} trains the "
                 "matrix itself. Use start='zero', or another rounding"

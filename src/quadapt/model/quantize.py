@@ -23,7 +23,7 @@ from quadapt.model.layer import LayerRow, Quantization, quantize_layer, row_of, 
 from quadapt.model.select import find_blocks, matches
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.nn.resident import indexed, moved, resident
-from quadapt.quant.rounding import ScaleUnderflow, Statistics
+from quadapt.quant.rounding import BlockRounding, ScaleUnderflow, Statistics
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -134,7 +134,7 @@ class _Worker:
     def unit(self, unit: str, names: list[str], walk: BlockWalk | None) -> None:
         """Quantize the layers of one block, or take them from an earlier run."""
         found = self.keeper.find(unit)
-        if walk is not None and self.quantization.rounding.scope == "block":
+        if walk is not None and isinstance(self.quantization.rounding, BlockRounding):
             walk.advance_dense(unit, self.model.get_submodule(unit))  # before anything in it is replaced
         done = self._home(found or self.keeper.keep(unit, self._quantize(unit, names, walk)))
         self.all.weights.update(done.weights)
@@ -168,8 +168,8 @@ class _Worker:
         if walk is None:
             return self._layers([(names, {})])
         with resident(self.model.get_submodule(unit), self.device):
-            rounding: Any = self.quantization.rounding
-            if names and rounding.scope == "block":
+            rounding = self.quantization.rounding
+            if names and isinstance(rounding, BlockRounding):
                 return self._fit(unit, names, walk, rounding)
             return self._layers(self._gathered(unit, self._stages(unit, names, walk), walk))
 
@@ -188,8 +188,8 @@ class _Worker:
                     done.factors[name] = begun.factors
         return done
 
-    def _fit(self, unit: str, names: list[str], walk: BlockWalk, rounding: Any) -> Done:
-        """Train a block as a whole, by a rounding of that scope."""
+    def _fit(self, unit: str, names: list[str], walk: BlockWalk, rounding: BlockRounding) -> Done:
+        """Train a block as a whole."""
         start, fitted, layouts, notes = time.perf_counter(), dict[str, Any](), dict[str, Layout](), dict[str, str]()
         for name in names:
             linear = self.layers[name]
@@ -222,7 +222,7 @@ class _Worker:
             return {"second_moment": walk.second_moment(unit, block, first)}
 
         found = ((stage, gather(stage)) for stage in stages)
-        return found if getattr(self.quantization.rounding, "true_sequential", True) else list(found)
+        return found if self.quantization.rounding.true_sequential else list(found)
 
     def _stages(self, unit: str, names: list[str], walk: BlockWalk) -> list[list[str]]:
         """Layers that share their statistics, in order; each stage is calibrated on the quantized ones before it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from quadapt.nn.quant_linear import autocast
 from quadapt.nn.resident import moved
 from quadapt.quant.fixed import mean, total
 from quadapt.quant.grids import as_float, implied_offsets
-from quadapt.quant.rounding import ROUNDINGS, Nearest, Rounding, Statistics, find_grid, real_codes
+from quadapt.quant.rounding import ROUNDINGS, BlockRounding, Nearest, Statistics, find_grid, real_codes
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.setting import Count, setting
 
@@ -43,7 +43,7 @@ class Example(NamedTuple):
 
 @ROUNDINGS.register("block-ap")
 @dataclass(frozen=True, kw_only=True)
-class BlockAP(Rounding):
+class BlockAP(BlockRounding):
     """Block-AP, EfficientQAT's first stage (Chen et al. 2024, arXiv:2407.11062, §3.2): block-wise training of all.
 
     Weights, scales and offsets of a block train by AdamW to lower the mean squared error of its output; then the codes
@@ -57,16 +57,12 @@ class BlockAP(Rounding):
 
     summary: ClassVar[str] = "trains block by block on the calibration text"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
-    scope: ClassVar[Literal["layer", "block"]] = "block"
 
     range: str = "minmax"
     """What a group's levels span at the start, by the name of a range as in `Nearest`."""
 
     epochs: Count = setting(panel="Quantization", name="calibration_epochs", default=2)
     """How often training passes over the calibration sequences."""
-
-    batch_size: int = 2
-    """How many sequences an optimizer step takes."""
 
     learning_rate: float = 1e-2
     """The learning rate of scales and offsets, relative to the scale."""
@@ -76,10 +72,6 @@ class BlockAP(Rounding):
 
     held_out: float = 0.125
     """The share of the sequences that chooses the epoch instead of training."""
-
-    @property
-    def least_sequences(self) -> int:
-        return 2 * self.batch_size
 
     def check(self, layout: Layout) -> None:
         Nearest(range=self.range).check(layout)

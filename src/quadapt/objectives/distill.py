@@ -15,6 +15,7 @@ divergence of this kind, and equal to it if `k` is the vocabulary.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -280,7 +281,7 @@ class Distance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(Objective):
+class Distillation(Objective, ABC):
     """What the two distances of predictions have in common: their settings, and what they ask of a teacher."""
 
     weight: Ratio = setting(panel="Training", default=0.5)
@@ -300,9 +301,9 @@ class Distillation(Objective):
     def targets(self) -> Predictions:
         return Predictions(float(self.temperature), self.top_tokens)
 
+    @abstractmethod
     def divergence(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """The distance of two distributions, and its derivatives by the second: see :data:`Divergence`."""
-        raise NotImplementedError
 
     def bind(self, student: nn.Module, teacher: Teaching | None) -> Distance:
         assert teacher is not None

@@ -315,7 +315,7 @@ def fake_quant_sums(
     for start in range(0, len(base), step):
         rows = slice(start, start + step)
         G, factor = tile[: len(base) - start].fill_(1), None if B is None else B[rows]
-        sums[rows] = fake_gradients(G, packed[rows], A, factor, scales[rows], offsets[rows], levels, grid, None, None)[
-            0
-        ]
+        sums[rows], _ = fake_gradients(
+            G, packed[rows], A, factor, scales[rows], offsets[rows], levels, grid, None, None
+        )
     return sums

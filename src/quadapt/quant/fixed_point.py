@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import pack, unpack
-from quadapt.quant.rounding import Nearest, Rounding, Statistics, row_chunks
+from quadapt.quant.rounding import BlockRounding, Nearest, Rounding, Statistics, row_chunks
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -42,26 +42,15 @@ class FixedPoint(Rounding):
         return self.rounding.needs
 
     @property
-    def scope(self) -> Any:  # type: ignore[override]  # likewise
-        """What is quantized at once, as the rounding inside does."""
-        return self.rounding.scope
-
-    @property
     def true_sequential(self) -> bool:
-        """Whether layers are calibrated behind the quantized ones of their block, as the rounding inside is."""
-        return getattr(self.rounding, "true_sequential", True)
+        return self.rounding.true_sequential
 
     @property
     def least_sequences(self) -> int:
         return self.rounding.least_sequences
 
-    @property
-    def batch_size(self) -> int:
-        """How many sequences a rounding of block scope takes at once."""
-        return int(self.rounding.batch_size)  # type: ignore[attr-defined]
-
     def without_data(self) -> Rounding:  # type: ignore[override]  # plans, which want Nearest, are made of codes alone
-        return replace(self, rounding=self.rounding.without_data())
+        return FixedPoint(rounding=self.rounding.without_data())
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
@@ -87,18 +76,6 @@ class FixedPoint(Rounding):
         perm = weight.tensors["perm"] if permuted else None
         return QuantWeight.build(replace(layout, permuted=permuted), pack(coarse, bits), scales, held, perm)
 
-    def layer(self, linear: nn.Linear, layout: Layout) -> nn.Module:
-        """For a rounding of block scope: the layer that is trained in the place of `linear`."""
-        return self.rounding.layer(linear, layout)
-
-    def fit(self, block: nn.Module, layers: Any, examples: Any) -> tuple[float, float]:
-        """For a rounding of block scope: train `layers` in place, see :class:`quadapt.nn.block_ap.BlockAP`."""
-        return self.rounding.fit(block, layers, examples)
-
-    def of_layer(self, layer: Any) -> QuantWeight:
-        """For a rounding of block scope: the base, of a trained layer."""
-        return self._fine(self.rounding.of_layer(layer), layer.real_codes())
-
     def _fine(self, coarse: QuantWeight, real: Tensor) -> QuantWeight:
         """The base: real-valued codes `[out, in]` in stored order, each kept within the cell of its code."""
         bits, columns = coarse.format.bits, coarse.layout.columns
@@ -110,6 +87,30 @@ class FixedPoint(Rounding):
             packed.append(pack(fine.clamp(0, 2**BITS - 1).to(torch.uint8), BITS))
         scales, perm = coarse.scales / step, coarse.tensors.get("perm")
         return QuantWeight.build(self.stored(coarse.layout), torch.cat(packed), scales, _held(coarse, scales), perm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPointBlocks(FixedPoint, BlockRounding):
+    """The fixed-point base of a rounding that trains whole blocks together (Block-AP)."""
+
+    rounding: BlockRounding
+    """How codes, scales and offsets of the product are chosen at first."""
+
+    def layer(self, linear: nn.Linear, layout: Layout) -> Any:
+        return self.rounding.layer(linear, layout)
+
+    def fit(self, block: nn.Module, layers: Any, examples: Any) -> tuple[float, float]:
+        return self.rounding.fit(block, layers, examples)
+
+    def of_layer(self, layer: Any) -> QuantWeight:
+        return self._fine(self.rounding.of_layer(layer), layer.real_codes())
+
+
+def fixed_point(rounding: Rounding) -> FixedPoint:
+    """The fixed-point base of a rounding, whatever it rounds at once."""
+    if isinstance(rounding, BlockRounding):
+        return FixedPointBlocks(rounding=rounding, batch_size=rounding.batch_size)
+    return FixedPoint(rounding=rounding)
 
 
 def _step(bits: int) -> int:

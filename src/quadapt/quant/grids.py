@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.kernels import kernels_for
+from quadapt.kernels import expand, kernels_for, pool
 from quadapt.quant.storage import Storage
 from quadapt.quant.storage.floats import SMALLEST_SCALE
 from quadapt.quant.weight import Layout
@@ -29,10 +29,7 @@ def where(
 def by_scale(values: Tensor, layout: Layout) -> Tensor:
     """Numbers `[rows, groups]` summed over the groups that share a scale, for each of these; as they are if none do."""
     run, groups = layout.storage.of_scales.shared, values.shape[1]
-    if run == 1:
-        return values
-    sums = torch.nn.functional.pad(values, (0, -groups % run)).unflatten(1, (-1, run)).sum(-1)
-    return sums.repeat_interleave(run, 1)[:, :groups]
+    return values if run == 1 else expand(pool(values, run), run, groups)
 
 
 def squared_error(weight: Tensor, layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:

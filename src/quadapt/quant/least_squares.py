@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quadapt.kernels import kernels_for
+from quadapt.kernels import kernels_for, pool
 from quadapt.quant.grids import implied_offsets, rounded, spanning, squared_error, where
 from quadapt.quant.ranges import RANGES, Range
 from quadapt.quant.weight import Layout
@@ -73,9 +73,8 @@ def fitted(
     packed = kernel.nearest_codes(weight, scales, shift, table, bits, width)
     t = kernel.dequantize(packed, ones, None, table, bits, columns, columns, weight.dtype)
     counts = _sums(weight.new_ones(1, columns), width)
-    exact = table is None and width * (2**bits - 1) ** 2 < 2**24  # sums of whole numbers, whatever their order
-    whole = weight.dtype if exact else None
-    t_sums, squares = (_sums(each, width, whole) for each in (t, t * t))
+    whole = table is None and width * (2**bits - 1) ** 2 < 2**24
+    t_sums, squares = (_sums(each, width, whole=whole) for each in (t, t * t))
     w_sums = _sums(weight, width) if w_sums is None else w_sums
     products = _sums(t * weight, width)
     if offsets is None or not storage.of_offsets.free:  # about the level that stands for zero
@@ -98,8 +97,12 @@ def _usable(found: Tensor, before: Tensor, *, signed: bool) -> Tensor:
     return torch.where((found != 0) if signed else (found > 0), found, before)
 
 
-def _sums(values: Tensor, width: int, within: torch.dtype | None = None) -> Tensor:
-    """Sums over the groups of each row, `[rows, in]` to float64 `[rows, groups]`; the last group may be shorter."""
-    short = -values.shape[1] % width
-    whole = torch.nn.functional.pad(values, (0, short)) if short else values
-    return whole.unflatten(1, (-1, width)).sum(-1, dtype=within or torch.float64).double()
+def _sums(values: Tensor, width: int, *, whole: bool = False) -> Tensor:
+    """Sums over the groups of each row, `[rows, in]` to float64 `[rows, groups]`.
+
+    Args:
+        values: float32 or float64.
+        width: How many weights a full group has.
+        whole: Whether they are whole numbers whose sums are exact in their own dtype.
+    """
+    return pool(values if whole else values.double(), width).double()

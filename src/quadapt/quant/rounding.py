@@ -46,13 +46,15 @@ class Rounding(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """The names of the statistics that it reads."""
 
-    scope: ClassVar[Literal["layer", "block"]] = "layer"
-    """What is quantized at once: a layer, or a whole block."""
-
     @property
     def least_sequences(self) -> int:
         """Sequences of calibration text that it takes at least, if it takes any."""
         return 1
+
+    @property
+    def true_sequential(self) -> bool:
+        """Whether, within a block too, each layer is calibrated on the already quantized ones before it."""
+        return True
 
     def check(self, layout: Layout) -> None:
         """Raise ConfigError if this rounding cannot serve a layout."""
@@ -89,19 +91,32 @@ class Rounding(ABC):
         """What the model computes with before it is trained, of a layout; by default the quantized weight itself."""
         return weight
 
-    # --- roundings of block scope ---
 
+@dataclass(frozen=True, kw_only=True)
+class BlockRounding(Rounding):
+    """A rounding that trains all layers of a block together, in place, until the quantized block does what it should.
+
+    Called for a single matrix, which lies outside the blocks or is the first of a block, it gives the first state.
+    """
+
+    batch_size: int = 2
+    """How many sequences an optimizer step takes."""
+
+    @property
+    def least_sequences(self) -> int:
+        return 2 * self.batch_size
+
+    @abstractmethod
     def layer(self, linear: nn.Linear, layout: Layout) -> Any:
         """A layer that is trained in the place of `linear`, which is not modified."""
-        raise NotImplementedError(f"{self.name}: a rounding of scope 'block' makes the layers that it trains")
 
+    @abstractmethod
     def fit(self, block: nn.Module, layers: Any, examples: Any) -> tuple[float, float]:
         """Train such layers, which stand in `block`, in place; the relative error of its output before and after."""
-        raise NotImplementedError(f"{self.name}: a rounding of scope 'block' trains a block's layers")
 
+    @abstractmethod
     def of_layer(self, layer: Any) -> QuantWeight:
         """The quantized weight of such a layer."""
-        raise NotImplementedError(f"{self.name}: a rounding of scope 'block' quantizes the layers that it trained")
 
 
 def real_codes(weight: Tensor, quantized: QuantWeight) -> Tensor:

@@ -119,6 +119,9 @@ class Adapter(ABC):
     """Names of all parameters that it may declare besides `A`, `B` and first factors, whatever its settings. A file
     with such names is known to be an adapter of this library's."""
 
+    takes_grid: ClassVar[bool] = False
+    """Whether one that trains over dense matrices can begin with a grid that a rounding has chosen."""
+
     stacks: ClassVar[bool] = False
     """Whether several may be active in one layer. These say what they do by :meth:`merge` (and its gradients) in the
     merged form, by :meth:`side` otherwise, and `codes.stacked` puts them together. Others own their forward."""
@@ -268,9 +271,8 @@ class Adapter(ABC):
         """Output of the first steps, in which nothing is quantized yet: `y [.., out]` is the dense layer's."""
         return add_low_rank(y, x, params["A"], params["B"], scaling) if "A" in params else y
 
-    def begin_with(self, grid: Tensor, params: Params) -> None:
+    def begin_with(self, grid: Tensor, params: Params) -> None:  # noqa: B027 - those of `takes_grid` alone have one
         """Set in place a first grid that a rounding has chosen: scales and middles, float32 `[2, out, groups]`."""
-        raise NotImplementedError(f"{self.kind}: an adapter over dense matrices says here how it takes a first grid")
 
     def begin_quantizing(self, source: Source, params: Params, scaling: float) -> None:  # noqa: B027 - few have any
         """Set in place what begins with the matrix, from the one that those first steps have arrived at."""

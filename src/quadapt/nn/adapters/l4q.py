@@ -33,6 +33,7 @@ class L4Q(LowRankGrid):
     """
 
     base: ClassVar[Base] = "float"
+    takes_grid: ClassVar[bool] = True
     extra: ClassVar[tuple[str, ...]] = ("rho", "shift", "start")
 
     bits: int = 4

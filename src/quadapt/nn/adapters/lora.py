@@ -43,10 +43,10 @@ class LoRA(LowRank, CodesAdapter):
 
     def begin(self, params: Params, up: Tensor, down: Tensor) -> None:
         if self.train_start:
-            return super().begin(params, up, down)
+            super().begin(params, up, down)
+            return
         for name, value in zip(FIRST, (down, up), strict=True):
             params[name].copy_(value)
-        return None
 
     def beside(self, x: Tensor, y: Tensor, params: Params, scaling: float) -> Tensor:
         """`y [.., out]` plus what the frozen factors of a start add to it for inputs `x [.., in]`, if there are any."""

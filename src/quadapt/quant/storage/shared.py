@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.kernels.reference import as_floats
+from quadapt.kernels.reference import as_floats, expand, pool
 from quadapt.quant.format import WHOLE_ROW, Format
 from quadapt.quant.storage.base import ValueStorage, as_bytes, register
 from quadapt.quant.storage.floats import FLOATS, FP16
@@ -73,17 +73,17 @@ class Shared(ValueStorage):
         return {"": as_bytes(self._largest(values).to(FLOATS["fp16"]))}
 
     def decode(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return self._repeated(as_floats(tensors[""], FLOATS["fp16"]).float(), shape[1])
+        return expand(as_floats(tensors[""], FLOATS["fp16"]).float(), self.groups, shape[1])
 
     def shapes(self, out: int, groups: int) -> dict[str, tuple[int, int]]:
         return {"": (out, 2 * -(-groups // self.groups))}
 
     def rounded(self, values: Tensor) -> Tensor:
-        return self._repeated(FP16.rounded(self._largest(values)), values.shape[1]).to(values.dtype)
+        return expand(FP16.rounded(self._largest(values)), self.groups, values.shape[1]).to(values.dtype)
 
     def above(self, values: Tensor) -> Tensor:
         largest = self._largest(values)
-        return self._repeated(FP16.above(torch.where(largest > 0, largest, 1)), values.shape[1])
+        return expand(FP16.above(torch.where(largest > 0, largest, 1)), self.groups, values.shape[1])
 
     def snap(self, values: Tensor) -> Tensor:
         """Round as :meth:`rounded` does; each group's number has the sum of the gradients of those that share it."""
@@ -97,10 +97,8 @@ class Shared(ValueStorage):
 
     def _largest(self, values: Tensor) -> Tensor:
         """The largest of each run, float32 `[rows, runs]`; scales are positive."""
-        return _runs(values.float(), self.groups).amax(-1)
-
-    def _repeated(self, values: Tensor, groups: int) -> Tensor:
-        return values.repeat_interleave(self.groups, 1)[:, :groups]
+        short = -values.shape[1] % self.groups
+        return torch.nn.functional.pad(values.float(), (0, short)).unflatten(1, (-1, self.groups)).amax(-1)
 
 
 class _Tied(torch.autograd.Function):
@@ -111,13 +109,8 @@ class _Tied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        sums = _runs(gradient, ctx.storage.groups).sum(-1)
-        return ctx.storage._repeated(sums, gradient.shape[1]), None
-
-
-def _runs(values: Tensor, size: int) -> Tensor:
-    """Numbers `[rows, groups]` by runs, `[rows, runs, size]`; zeros fill the last."""
-    return torch.nn.functional.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size))
+        run = ctx.storage.groups
+        return expand(pool(gradient, run), run, gradient.shape[1]), None
 
 
 for _groups in (2, 4, 8):
