@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import store, table
-from quadapt.hf.folder import load_tokenizer
+from quadapt.hf.loading import load_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=32000,

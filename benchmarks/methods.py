@@ -26,7 +26,7 @@ from benchmarks.measure import Kept, table
 from quadapt.data import Collator, Rows, calibration_batches, encode, pad_token_id, read
 from quadapt.demo.stories import rows, stories, write_jsonl
 from quadapt.evaluate import perplexity
-from quadapt.hf.folder import load_model, load_tokenizer
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt

@@ -26,7 +26,7 @@ from quadapt.budget import Candidate, candidates, measure, solve
 from quadapt.data import Rows, calibration_batches, read
 from quadapt.demo.stories import narratives
 from quadapt.evaluate import perplexity
-from quadapt.hf.folder import load_model, load_tokenizer
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.start import set_start

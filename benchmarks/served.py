@@ -35,7 +35,7 @@ from quadapt.data import Collator, encode, pad_token_id, read
 from quadapt.evaluate import perplexity
 from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.gguf_metadata import family_of, namer
-from quadapt.hf.folder import load_model, load_tokenizer
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.jobs.export import export
 from quadapt.jobs.merge import merge
 from quadapt.jobs.tune import tune

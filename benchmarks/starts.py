@@ -30,7 +30,7 @@ from benchmarks.methods import Task
 from quadapt.data import Collator, Rows, calibration_batches, pad_token_id, read
 from quadapt.demo.stories import narratives
 from quadapt.evaluate import perplexity
-from quadapt.hf.folder import load_model
+from quadapt.hf.loading import load_model
 from quadapt.hf.peft_layer import adapted_layers, declared_params, lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.start import set_start

@@ -157,7 +157,7 @@ def _data(shelf: Path, scratch: Path, example: tuple[str, Any]) -> bool:
 
 @cache
 def _tokenizer(shelf: Path) -> Any:
-    from quadapt.hf.folder import load_tokenizer
+    from quadapt.hf.loading import load_tokenizer
 
     return load_tokenizer(str(shelf / "dense"))
 
@@ -209,7 +209,8 @@ def _plan(shelf: Path, scratch: Path, changes: Any) -> bool:
 def _config(shelf: Path, scratch: Path, example: tuple[str, str, Any]) -> bool:
     """`config.json` and its like: the architecture that it describes, without weights."""
     from quadapt.hf.context import context_of
-    from quadapt.hf.folder import open_folder, read_config
+    from quadapt.hf.folder import open_folder
+    from quadapt.hf.loading import read_config
     from quadapt.jobs.source import skeleton
 
     name, file, changes = example
@@ -261,7 +262,7 @@ def _checkpoint(shelf: Path, scratch: Path, example: tuple[str, Any]) -> bool:
 @cache
 def _block(shelf: Path) -> Done:
     """What quantizing made of a block."""
-    from quadapt.hf.folder import load_model
+    from quadapt.hf.loading import load_model
 
     layers = quantized_layers(load_model(str(shelf / "q4")))
     rows = [LayerRow(**row) for row in json.loads((shelf / "q4" / "quadapt.json").read_text())["rows"]]

@@ -15,7 +15,7 @@ from benchmarks.fuzz.damage import damaged_bytes, damaged_header, damaged_json
 
 def load_damaged(shelf: Path, scratch: Path, example: tuple[str, str, Any]) -> bool:
     """A model with damaged files: whole, or refused. Of a quantized one that verifies, all numbers are the old ones."""
-    from quadapt.hf.folder import load
+    from quadapt.hf.loading import load
 
     name, file, changes = example
     data = (shelf / name / file).read_bytes()
@@ -55,7 +55,7 @@ def _digest(model: Any) -> str:
 
 @cache
 def _whole(shelf: Path, name: str) -> str:
-    from quadapt.hf.folder import load
+    from quadapt.hf.loading import load
 
     return _digest(load(str(shelf / name), base=_base(shelf, name))[0])
 
@@ -63,7 +63,7 @@ def _whole(shelf: Path, name: str) -> str:
 def tokenize_damaged(shelf: Path, scratch: Path, example: tuple[str, Any]) -> bool:
     """Files of a tokenizer, its template among them: it encodes, or is refused."""
     from quadapt.data import encode, read
-    from quadapt.hf.folder import load_tokenizer
+    from quadapt.hf.loading import load_tokenizer
 
     file, changes = example
     data = (shelf / "dense" / file).read_bytes()
@@ -80,7 +80,7 @@ def tokenize_damaged(shelf: Path, scratch: Path, example: tuple[str, Any]) -> bo
 
 def load_gguf(shelf: Path, scratch: Path, changes: Any) -> bool:
     """A GGUF file with a damaged head."""
-    from quadapt.hf.folder import load
+    from quadapt.hf.loading import load
 
     data = (shelf / "m.gguf").read_bytes()
     (scratch / "m.gguf").write_bytes(damaged_bytes(data[:HEAD], changes) + data[HEAD:])

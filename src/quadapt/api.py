@@ -65,7 +65,7 @@ def prepare(
 
     from quadapt.config import PrepareConfig, checked
     from quadapt.errors import ConfigError
-    from quadapt.hf.folder import load_tokenizer
+    from quadapt.hf.loading import load_tokenizer
     from quadapt.hf.start import set_grids, set_start
     from quadapt.hf.vocabulary import token_ids
     from quadapt.jobs.adapt import adapt
@@ -150,7 +150,8 @@ def _quantized(
 
 def _placed(model: str | nn.Module, config: PrepareConfig) -> tuple[nn.Module, str | None]:
     """The model, loaded if it is a name, and the device to quantize it on if that is another than it lies on."""
-    from quadapt.hf.folder import load_model, open_folder
+    from quadapt.hf.folder import open_folder
+    from quadapt.hf.loading import load_model
     from quadapt.jobs.dry import place_of
     from quadapt.jobs.source import device_of
     from quadapt.report.ui import UI
@@ -170,7 +171,7 @@ def _batches(
     from quadapt.data import calibration_batches, read
     from quadapt.errors import ConfigError
     from quadapt.hf.context import MOST_CONTEXT, context_of
-    from quadapt.hf.folder import load_tokenizer
+    from quadapt.hf.loading import load_tokenizer
 
     device = next(model.parameters()).device
     names = [calibration] if isinstance(calibration, str) else [each for each in calibration if isinstance(each, str)]
@@ -270,8 +271,8 @@ def load(
     Raises:
         CheckpointError: Something is missing, damaged, or belongs to another base.
     """
-    from quadapt.hf import folder
+    from quadapt.hf import loading
 
-    return folder.load(
+    return loading.load(
         str(name), dtype=dtype, device=device, base=base, any_base=any_base, trust_remote_code=trust_remote_code
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import SHORT, byte_tokenizer, give, logits, quadapt, write_data
 
-from quadapt.hf.folder import load, load_model
+from quadapt.hf.loading import load, load_model
 from quadapt.model.quantize import quantized_layers
 
 TEXT = {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import quadapt
 from quadapt.errors import CheckpointError
-from quadapt.hf.folder import load_model, open_folder
+from quadapt.hf.folder import open_folder
+from quadapt.hf.loading import load_model
 
 Make = Callable[..., Any]
 Change = Callable[[dict[str, Tensor]], Any]

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from quadapt.errors import CheckpointError
 from quadapt.hf.ending import set_ends, turn_end
-from quadapt.hf.folder import load, save_quantized
+from quadapt.hf.loading import load
+from quadapt.hf.saving import save_quantized
 from quadapt.hf.vocabulary import alike, check_vocabulary, embedding_rows
 
 MARKS = ["<|ask|>", "<|say|>", "<|over|>"]

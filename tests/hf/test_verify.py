@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from quadapt.errors import CheckpointError
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.folder import save_quantized, write_note
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import base_config
+from quadapt.hf.saving import save_quantized, write_note
 from quadapt.hf.verify import unverified, verify
 from quadapt.nn.adapters import Pooled
 from quadapt.quant.format import Format

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import quadapt
-from quadapt.hf.folder import load_model
+from quadapt.hf.loading import load_model
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model, quantized_layers

@@ -16,7 +16,7 @@ from quadapt.calibrate import BlockWalk
 from quadapt.data import calibration_batches, read
 from quadapt.demo.stories import rows, stories, write_jsonl
 from quadapt.errors import CalibrationError, ConfigError
-from quadapt.hf.folder import load_model, load_tokenizer
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.model.layer import Quantization
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import find_blocks, select

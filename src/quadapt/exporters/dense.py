@@ -15,7 +15,7 @@ from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, rounded_besides, shape_of, tensors_of
 from quadapt.hf.ending import set_ends
-from quadapt.hf.folder import copy_processor
+from quadapt.hf.saving import copy_processor
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight, largest_move
 

@@ -11,7 +11,8 @@ from quadapt.config import ChatConfig
 from quadapt.data import PromptForm, pad_token_id
 from quadapt.errors import DataError
 from quadapt.hf.context import context_of
-from quadapt.hf.folder import load, open_folder
+from quadapt.hf.folder import open_folder
+from quadapt.hf.loading import load
 from quadapt.hf.reading import generating
 from quadapt.hf.vocabulary import embedding_rows
 from quadapt.jobs.source import device_of

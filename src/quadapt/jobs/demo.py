@@ -25,10 +25,11 @@ from quadapt.demo.stories import rows, stories, write_jsonl
 from quadapt.errors import MissingDependency
 from quadapt.evaluate import exact_match, generate_samples, perplexity
 from quadapt.exporters import gguf
-from quadapt.hf.folder import load_model, load_tokenizer, save_quantized
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.hf.merge import Certificate, merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt, base_config
+from quadapt.hf.saving import save_quantized
 from quadapt.hf.workspace import Workspace, remove, write_json
 from quadapt.jobs.identity import job_of
 from quadapt.methods import Recipe, method_named

@@ -13,7 +13,7 @@ from quadapt.config import Grid, PrepareConfig, QuantizeConfig, TuneConfig
 from quadapt.errors import CheckpointError, ResourceError, locate
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.folder import load_model, read_config
+from quadapt.hf.loading import load_model, read_config
 from quadapt.jobs.source import Place, device_of, skeleton, teacher_name
 from quadapt.model.embeddings import check_embeddings
 from quadapt.model.quantize import bits_of

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from quadapt.config import Grid
-from quadapt.hf.folder import copy_processor, load_model, load_tokenizer
+from quadapt.hf.loading import load_model, load_tokenizer
+from quadapt.hf.saving import copy_processor
 from quadapt.model.embeddings import round_embeddings
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select

@@ -12,7 +12,8 @@ from quadapt.data import PromptForm, Rows, as_trained, asked, own_form, read_hel
 from quadapt.evaluate import exact_match, generate_samples, perplexity
 from quadapt.files import sweep
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.folder import load, open_folder
+from quadapt.hf.folder import open_folder
+from quadapt.hf.loading import load
 from quadapt.hf.workspace import check_disk, check_output, write_json
 from quadapt.jobs.identity import inputs_of
 from quadapt.jobs.source import device_of

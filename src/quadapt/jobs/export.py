@@ -18,7 +18,8 @@ from quadapt.exporters.report import ExportReport
 from quadapt.exporters.survey import COLUMNS, Subject, merged_layout, rows, survey
 from quadapt.exporters.tensors import base_of
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.folder import Folder, check_content, find_base, load, open_folder, over_any_base
+from quadapt.hf.folder import Folder, find_base, open_folder
+from quadapt.hf.loading import check_content, load, over_any_base
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.merge import with_dense
 from quadapt.hf.peft_layer import adapted_layers, adapter_of

@@ -11,7 +11,8 @@ from torch import nn
 
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
-from quadapt.hf.folder import Folder, load_model
+from quadapt.hf.folder import Folder
+from quadapt.hf.loading import load_model
 from quadapt.hf.reading import read_json
 from quadapt.hf.vocabulary import embedding_rows
 from quadapt.hf.workspace import Workspace, remove, write_json

@@ -13,19 +13,13 @@ from quadapt.data import calibration_batches, read
 from quadapt.errors import CheckpointError, QuadaptError
 from quadapt.hf.compressed import attach
 from quadapt.hf.context import context_of
-from quadapt.hf.folder import (
-    Folder,
-    find_base,
-    load_model,
-    load_tokenizer,
-    open_folder,
-    over_any_base,
-    save_quantized,
-)
+from quadapt.hf.folder import Folder, find_base, open_folder
+from quadapt.hf.loading import load_model, load_tokenizer, over_any_base
 from quadapt.hf.merge import Certificate
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.reading import reading
+from quadapt.hf.saving import save_quantized
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs.adapt import true_bits
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of

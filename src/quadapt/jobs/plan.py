@@ -30,7 +30,8 @@ from quadapt.data import calibration_batches, read
 from quadapt.errors import CalibrationError, CheckpointError, ConfigError, locate
 from quadapt.files import sweep
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.folder import Folder, load_model, load_tokenizer
+from quadapt.hf.folder import Folder
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.hf.workspace import Workspace, check_disk, check_output, write_json
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory

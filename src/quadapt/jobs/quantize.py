@@ -17,8 +17,9 @@ from quadapt.data import Calibration, Rows, calibration_batches, read
 from quadapt.errors import ConfigError
 from quadapt.hf.blocks import BlockFiles
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.folder import load_model, load_tokenizer, save_quantized
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.hf.quantizer import adopt, base_config
+from quadapt.hf.saving import save_quantized
 from quadapt.hf.start import GRIDS, START, write_grids, write_start
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry

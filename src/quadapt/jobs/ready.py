@@ -14,7 +14,7 @@ from quadapt.data import Encoded, check_packing
 from quadapt.errors import ConfigError, DataError
 from quadapt.hf.context import context_of, learnt_positions
 from quadapt.hf.ending import turn_end
-from quadapt.hf.folder import load_model
+from quadapt.hf.loading import load_model
 from quadapt.hf.vocabulary import alike, check_vocabulary, embedding_rows, special_tokens, token_ids
 from quadapt.jobs.dry import Sketch
 from quadapt.report.ui import UI

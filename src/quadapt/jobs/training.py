@@ -13,8 +13,10 @@ from quadapt.data import Collator, Encoded, pad_token_id
 from quadapt.errors import ConfigError
 from quadapt.hf.also import settle
 from quadapt.hf.ending import set_ends
-from quadapt.hf.folder import Folder, load_model, read_config, write_note
+from quadapt.hf.folder import Folder
 from quadapt.hf.identity import identity_of
+from quadapt.hf.loading import load_model, read_config
+from quadapt.hf.saving import write_note
 from quadapt.hf.start import GRIDS, START, read_grids, read_start, set_grids, set_start
 from quadapt.hf.vocabulary import embedding_rows, token_ids
 from quadapt.hf.workspace import Workspace

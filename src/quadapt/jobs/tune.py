@@ -10,7 +10,8 @@ from quadapt.config import TuneConfig
 from quadapt.data import Encoded, Rows, check_loss, encode, read, read_held_out, split_rows
 from quadapt.errors import ConfigError
 from quadapt.hf.context import context_of
-from quadapt.hf.folder import Folder, load_tokenizer, open_folder, read_config
+from quadapt.hf.folder import Folder, open_folder
+from quadapt.hf.loading import load_tokenizer, read_config
 from quadapt.hf.start import GRIDS, START
 from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace, check_output, remove

@@ -47,7 +47,7 @@ class NF8(Exporter):
         self, model: Any, tokenizer: Any, path: Path, *, origin: Origin | None = None, progress: Progress = iter
     ) -> ExportReport:
         from quadapt.exporters.nf8 import base_note, export_nf8
-        from quadapt.hf.folder import write_note
+        from quadapt.hf.saving import write_note
 
         report = export_nf8(model, path)
         tokenizer.save_pretrained(path)

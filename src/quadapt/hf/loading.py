@@ -1,0 +1,232 @@
+"""Loading models, tokenizers and adapters: whole, or not at all."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quadapt.errors import CheckpointError, ConfigError, locate
+from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors
+from quadapt.hf.compressed import NF8_FILE, read_nf8
+from quadapt.hf.ending import set_ends
+from quadapt.hf.folder import Folder, find_base, near, open_folder
+from quadapt.hf.imported import Imported
+from quadapt.hf.quantizer import adopt, base_config, content_of
+from quadapt.hf.reading import check_generation, check_tokenizer, read_json, reading
+from quadapt.hf.vocabulary import check_vocabulary, embedding_rows
+from quadapt.model.quantize import quantized_layers
+from quadapt.model.trial import check_runs
+
+GENERATION = "generation_config.json"
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
+    """Load a model, dense or quantized, in evaluation mode with nothing trainable.
+
+    Weights stay mapped from their file where they need no cast. On the device "meta" all is checked and nothing read.
+
+    Raises:
+        CheckpointError: It is no causal language model, or cannot be loaded, or a tensor is missing, too many, or has
+            another shape or dtype than the model; the message says which.
+    """
+    folder = open_folder(name)
+    if folder.importer is not None:
+        found = _imported(folder, trust_remote_code=trust_remote_code)
+        config, held = found.translated(), dict[str, Any]()
+        made: Any = type(found.skeleton)  # transformers' own class, which takes tensors from memory
+        call = partial(made.from_pretrained, None, config=config, state_dict=found.tensors(read=device != "meta"))
+    else:
+        config = read_config(name, trust_remote_code=trust_remote_code)
+        held = {} if _foreign(config) else reading(name, held_tensors, folder.path)
+        call = partial(auto_class(config).from_pretrained, name)
+    model, info = reading(
+        name,
+        call,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map=None if device == "cpu" else device,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the check below names them
+    )
+    with locate(name):
+        check_loaded(model, info, held)
+        check_generation(model)
+    if folder.importer is not None and device != "meta":
+        about = base_config(model)
+        adopt(model, left=about.left, made=about.made)
+        model.name_or_path = name
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Read transformers' configuration of a model; of one that others have quantized, as quadapt holds it.
+
+    Raises:
+        CheckpointError: There is none, or it is of a model that is not a causal language model, or comes with code.
+    """
+    folder = open_folder(name)
+    if folder.importer is not None:
+        return _imported(folder, trust_remote_code=trust_remote_code).translated()
+    return _config(name, trust_remote_code=trust_remote_code)
+
+
+def _config(name: str, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    config = reading(name, AutoConfig.from_pretrained, name, trust_remote_code=trust_remote_code)
+    with locate(name):
+        auto_class(config)
+    return config
+
+
+def _imported(folder: Folder, *, trust_remote_code: bool) -> Imported:
+    assert folder.importer is not None
+    config = _config(folder.name, trust_remote_code=trust_remote_code)
+    return Imported(folder.path, folder.importer, config, trust_remote_code)
+
+
+def _foreign(config: Any) -> bool:
+    """Whether a model is quantized by something else, in whose files other dtypes stand."""
+    about = getattr(config, "quantization_config", None) or {}
+    return bool(about) and isinstance(about, dict) and about.get("quant_method") != "quadapt"
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a folder or hub name.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*vocab*")):
+        raise CheckpointError(
+            f"{name!r} has no tokenizer (tokenizer.json, tokenizer.model, ..). Copy it from the model's source"
+        )
+
+    tokenizer = reading(name, AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
+    reading(name, check_tokenizer, tokenizer)
+    return tokenizer
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    base: str | None = None,
+    any_base: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
+
+    Args:
+        name: Folder of a dense or quantized model, of an adapter (its base is found and loaded too), or a GGUF file.
+        dtype: The dtype of computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
+        device: The device to load to, by its name in torch.
+        base: The folder of an adapter's base, if it has moved since the adapter was made.
+        any_base: Load an adapter though its base is another one than it was trained over.
+        trust_remote_code: Run code that comes with a model.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or belongs to another base.
+    """
+    if name.endswith(".gguf"):
+        return _load_gguf(Path(name), dtype, device)
+    folder = open_folder(name)
+    if folder.kind != "adapter":
+        dense = load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        _check_runs(folder.name, dense)
+        return _ready(folder, dense, load_tokenizer(folder.name, trust_remote_code=trust_remote_code))
+    where = find_base(folder, base)
+    model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    with over_any_base(any_base):
+        _load_adapter(folder, model)
+    model.eval()
+    _check_runs(folder.name, model)
+    holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
+    return _ready(folder, model, load_tokenizer(holder, trust_remote_code=trust_remote_code))
+
+
+def _ready(folder: Folder, model: nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Model and tokenizer, if they belong together; what ends an answer is known to the model."""
+    with locate(folder.name):
+        check_vocabulary(tokenizer, embedding_rows(model))
+    own = folder.path / GENERATION
+    ends = read_json(own).get("eos_token_id") if folder.kind == "adapter" and own.exists() else None
+    set_ends(model, tokenizer, ends if isinstance(ends, list) else [ends])
+    return model, tokenizer
+
+
+def _check_runs(name: str, model: nn.Module) -> None:
+    """Raise CheckpointError if a model, all of whose parts are there, cannot be run."""
+    try:
+        if all(parameter.device.type != "meta" for parameter in model.parameters()):
+            check_runs(model)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def over_any_base(asked: bool) -> AbstractContextManager[None]:
+    """`any_base()` if it was asked for."""
+    from quadapt.hf.identity import any_base
+
+    return any_base() if asked else nullcontext()
+
+
+def _load_adapter(folder: Folder, model: Any) -> None:
+    """Put an adapter over its base; whether it is its base, and whether the adapter is whole, is checked on the way."""
+    from peft import PeftConfig
+
+    if not (folder.path / NF8_FILE).exists():
+        reading(folder.name, model.load_adapter, folder.name)
+        return
+    config = reading(folder.name, PeftConfig.from_pretrained, folder.name)
+    factors = reading(folder.name, read_nf8, folder.path / NF8_FILE)
+    factors = {name.removeprefix("base_model.model."): tensor for name, tensor in factors.items()}
+    reading(folder.name, model.load_adapter, peft_config=config, adapter_state_dict=factors)
+
+
+def check_content(folder: str, model: nn.Module) -> None:
+    """Raise CheckpointError if a quantized model's tensors are not those whose fingerprint its config.json has.
+
+    It reads them all, so it is done where something is written that claims to come of them.
+    """
+    if quantized_layers(model) and content_of(model) != (named := base_config(model).fingerprint):
+        raise CheckpointError(
+            f"{folder}: the quantized layers are not those that its config.json names (fingerprint {named[:12]}, they "
+            f"have {content_of(model)[:12]}). A file was swapped or damaged. Copy the folder again from its source"
+        )
+
+
+def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r} does not exist.{near(path)}")
+    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    model, info = reading(
+        str(path),
+        AutoModelForCausalLM.from_pretrained,
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=wanted,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    with locate(str(path)):
+        check_loaded(model, info, {})
+        check_generation(model)
+    _check_runs(str(path), model.eval())
+    tokenizer = reading(str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name)
+    reading(str(path), check_tokenizer, tokenizer)
+    return model.to(device), tokenizer
