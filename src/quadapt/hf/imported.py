@@ -84,6 +84,9 @@ class _Layer(Mapping[str, Tensor]):
             raise CheckpointError(f"{part}: is not in the files. The copy is incomplete")
         return self.files[f"{self.name}.{part}"]
 
+    def __contains__(self, part: object) -> bool:  # a Mapping's own would ask for it, and get the error
+        return part in self.parts
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
 
@@ -132,10 +135,22 @@ class Imported:
 
     @cached_property
     def layers(self) -> dict[str, Parts]:
+        """The tensors of each linear layer that is held as codes, by the name of the layer."""
+        return {name: parts for name, parts in self._quantized.items() if name not in self.dense}
+
+    @cached_property
+    def dense(self) -> dict[str, Parts]:
+        """The tensors of each quantized embedding (or head tied to it), which is held as dense numbers, by name."""
+        known = dict(self.skeleton.named_modules())
+        tables = {id(each.weight) for each in known.values() if isinstance(each, nn.Embedding)}
+        return {name: parts for name, parts in self._quantized.items() if id(known[name].weight) in tables}
+
+    @cached_property
+    def _quantized(self) -> dict[str, Parts]:
         """The tensors of each quantized layer, by the name of the layer.
 
         Raises:
-            CheckpointError: There is none, or the model has no linear layer of that name.
+            CheckpointError: There is none, or the model has no linear layer and no embedding of that name.
         """
         known = dict(self.skeleton.named_modules())
         every = (*self.importer.parts, *self.importer.optional)
@@ -144,7 +159,7 @@ class Imported:
             name = full.removesuffix(f".{self.importer.parts[0]}")
             if name == full:
                 continue
-            if not isinstance(known.get(name), nn.Linear):
+            if not isinstance(known.get(name), nn.Linear | nn.Embedding):
                 raise CheckpointError(
                     f"{self.folder}: {name} is quantized in the files, and {type(self.skeleton).__name__} has no "
                     "linear layer of that name (stacks of experts cannot be imported). Give the dense model"
@@ -171,6 +186,7 @@ class Imported:
         """Transformers' configuration of the model as quadapt holds it; its fingerprint is not known before loading."""
         config = copy.deepcopy(self.config)
         dense = left_over(self.skeleton, "not quantized in the checkpoint")
+        dense |= {name: f"{dense[name]}, quantized in the checkpoint and held as its numbers" for name in self.dense}
         content = QuadaptConfig.of(
             self.layouts,
             left={name: why for name, why in dense.items() if name not in self.layouts},
@@ -186,8 +202,12 @@ class Imported:
         Args:
             read: False gives mere shapes of the former, on the meta device.
         """
-        belongs = {f"{name}.{part}" for name, parts in self.layers.items() for part in parts}
+        belongs = {f"{name}.{part}" for name, parts in self._quantized.items() for part in parts}
         state = {name: self.files[name] for name in self.files if name not in belongs}
+        for name, parts in self.dense.items():
+            with locate(f"{self.folder}: {name}"):
+                like: Any = self.skeleton.get_submodule(name).weight
+                state[f"{name}.weight"] = self.importer.dense(parts, *like.shape) if read else torch.empty_like(like)
         for name, layout in self.layouts.items():
             with locate(f"{self.folder}: {name}"):
                 self._check_bias(name, state)

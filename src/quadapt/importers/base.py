@@ -88,6 +88,13 @@ class Importer(BaseModel, ABC):
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
         """The layer in the stored form, with the very numbers of the file."""
 
+    def dense(self, parts: Parts, out: int, columns: int) -> Tensor:
+        """The numbers of a matrix that is not held as codes: an embedding of `out` rows.
+
+        By default float32, as the stored form means them.
+        """
+        return self.weight(parts, self.layout(parts, out, columns)).dequantize()
+
 
 def grid(  # noqa: PLR0913 - all that a layout is made of
     *,
