@@ -21,14 +21,17 @@ def foreign(tiny_llama: Callable[..., Any]) -> Callable[..., nn.Module]:
     """`foreign(folder, pack, about)`: write a tiny Llama as another library would, and give the dense model it means.
 
     `pack(name, W)` turns a matrix, float64 `[out, in]`, into the tensors of the layer (by what follows its name) and
-    the matrix that they mean; None leaves the layer dense. `about` becomes `quantization_config`. Further settings are
-    the model's. All that is not quantized is float16.
+    the matrix that they mean; None leaves the layer dense. `about` becomes `quantization_config` (or another `field`).
+    With `embeddings`, they are packed too. Further settings are the model's. All that is not quantized is float16.
     """
 
     def make(
         folder: Path,
         pack: Callable[[str, np.ndarray], tuple[Mapping[str, Any], np.ndarray] | None],
         about: Mapping[str, Any] | None,
+        *,
+        field: str = "quantization_config",
+        embeddings: bool = False,
         **changes: Any,
     ) -> nn.Module:
         from tests.cli.commands import byte_tokenizer
@@ -41,7 +44,9 @@ def foreign(tiny_llama: Callable[..., Any]) -> Callable[..., nn.Module]:
         }
         dense = type(model).from_pretrained(folder, dtype=torch.float32)
         for name, layer in dense.named_modules():
-            packed = pack(name, layer.weight.detach().double().numpy()) if isinstance(layer, nn.Linear) else None
+            if not isinstance(layer, nn.Linear | nn.Embedding if embeddings else nn.Linear):
+                continue
+            packed = pack(name, layer.weight.detach().double().numpy())
             if packed is None:
                 continue
             del state[f"{name}.weight"]
@@ -50,7 +55,7 @@ def foreign(tiny_llama: Callable[..., Any]) -> Callable[..., nn.Module]:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         if about is not None:
             config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps({**config, "quantization_config": dict(about)}))
+            (folder / "config.json").write_text(json.dumps({**config, field: dict(about)}))
         return dense
 
     return make

@@ -118,15 +118,21 @@ class Imported:
     @cached_property
     def skeleton(self) -> nn.Module:
         """The dense model on the meta device."""
-        config = copy.deepcopy(self.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = self._plain_config()
         with torch.device("meta"):
             made = auto_class(config).from_config
             model: nn.Module = reading(
                 str(self.folder), made, config, dtype=self._dtype, trust_remote_code=self.trust_remote_code
             )
         return model.eval()
+
+    def _plain_config(self) -> Any:
+        """A copy of the configuration that says nothing of the format."""
+        config = copy.deepcopy(self.config)
+        for field in self.importer.config_fields:
+            if hasattr(config, field):
+                delattr(config, field)
+        return config
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -184,7 +190,7 @@ class Imported:
 
     def translated(self) -> Any:
         """Transformers' configuration of the model as quadapt holds it; its fingerprint is not known before loading."""
-        config = copy.deepcopy(self.config)
+        config = self._plain_config()
         dense = left_over(self.skeleton, "not quantized in the checkpoint")
         dense |= {name: f"{dense[name]}, quantized in the checkpoint and held as its numbers" for name in self.dense}
         content = QuadaptConfig.of(

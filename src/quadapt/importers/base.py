@@ -49,6 +49,9 @@ class Importer(BaseModel, ABC):
     optional: ClassVar[tuple[str, ...]] = ()
     """Further tensors that belong to a layer, if they are there."""
 
+    config_fields: ClassVar[tuple[str, ...]] = ("quantization_config",)
+    """The fields of config.json that speak of the format; the model's configuration in memory is without them."""
+
     settings_file: ClassVar[str] = ""
     """The file in which earlier writers of the format put what stands in config.json today; empty if there is none."""
 
