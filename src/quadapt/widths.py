@@ -25,7 +25,7 @@ def check_width(levels: str, bits: int) -> None:
     """Refuse codes of a width that no kernel computes.
 
     Args:
-        levels: `int` for integers; `nf`, `nf-sym` or `table` for levels that are looked up in a table.
+        levels: `int` for integers; `table`, or the name of such levels, for those that are looked up in a table.
         bits: Width of a code.
 
     Raises:
@@ -40,6 +40,6 @@ def check_width(levels: str, bits: int) -> None:
     raise ConfigError(f"bits={bits!r} is not supported for levels={levels!r}. {advice}")
 
 
-def listed(widths: tuple[int, ...]) -> str:
-    """Widths as a sentence lists them: `2, 3, 4 or 8`."""
+def listed(widths: tuple[object, ...]) -> str:
+    """Widths, or names, as a sentence lists them: `2, 3, 4 or 8`."""
     return f"{', '.join(map(str, widths[:-1]))} or {widths[-1]}"

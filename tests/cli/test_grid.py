@@ -19,6 +19,7 @@ from quadapt.quant.storage import Storage
 pytestmark = pytest.mark.usefixtures("here", "shelf")
 
 CALIBRATED = ("--calibration-length", "32")
+STEPS = ("--max-steps", "6")
 EXACT = {"l4q": (), "lr-qat": ("--scale-lr", "1e-2"), "e2e-qp": ()}
 EXACT |= {name: CALIBRATED for name in ("qa-lora-scales", "ir-qa-lora", "lota-qaf", "code-lora")}
 
@@ -111,6 +112,19 @@ def test_what_makes_no_sense_is_refused_with_advice(arguments: tuple[str, ...], 
     said = give("tune", *arguments, "--data", "story.txt", "--output", tmp_path / "new", *SHORT, code=2)
     assert told in said.error
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("levels", "name"), [("fp4", "fp4-g32"), ("nf-qlora", "nf4-qlora-g32")])
+def test_the_tables_of_bitsandbytes_can_be_asked_for(levels: str, name: str, tmp_path: Path) -> None:
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    grid = ("--quant-type", levels, "--group-size", "32", "--rounding", "nearest")
+    quadapt("quantize", "dense", "--output", base, *grid)
+    assert {layer.layout.format.name for layer in quantized_layers(load(base)[0]).values()} == {name}
+    assert quadapt("inspect", base, "--verify")["verified"] is True
+    said = quadapt("tune", base, "--data", "story.txt", "--output", adapter, "--method", "qlora", *STEPS, *SHORT)
+    assert said["losses"][-2]["loss"] < said["losses"][0]["loss"]
+    said = give("quantize", "dense", "--output", tmp_path / "no", "--quant-type", levels, "--bits", "3", code=2)
+    assert f"levels='{levels}' is defined for bits=4 alone" in said.error
 
 
 def test_five_bits_go_all_the_way(tmp_path: Path) -> None:

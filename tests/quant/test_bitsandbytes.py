@@ -123,6 +123,21 @@ def test_without_double_quantization_weights_are_the_same_too() -> None:
     assert bool((distance_from_midpoints(weight, missed) < 1e-6).all())
 
 
+@pytest.mark.parametrize(("levels", "kind"), [("fp4", "fp4"), ("nf-qlora", "nf4")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounding_to_its_own_tables_gives_its_own_weights(shape: tuple[int, int], levels: str, kind: str) -> None:
+    weight = 0.02 * torch.randn(shape)
+    weight[0, :64] = 0
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    format = Format(levels=levels, bits=4, group_size=64)
+    layout = Layout(format=format, storage=Storage(scales="fp32", offsets="absent"), out=shape[0], columns=shape[1])
+    differing = Nearest()(weight, layout).dequantize() != functional.dequantize_4bit(packed, state)
+    assert int(differing.sum()) <= 3
+    unit = weight / weight.abs().unflatten(1, (-1, 64)).amax(-1).repeat_interleave(64, 1)
+    table = format.table(weight)
+    assert bool(((unit[differing][:, None] - (table[1:] + table[:-1]) / 2).abs().amin(1) < 1e-6).all())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_computes_what_linear4bit_does(bias: bool) -> None:
     dense = torch.nn.Linear(128, 96, bias=bias)

@@ -63,8 +63,11 @@ def candidates(method: Method) -> list[Candidate]:
             for bits, group in product(INTEGER_WIDTHS, INT_GROUPS)
         ]
         return [Candidate(grid.format, grid.storage) for grid in grids]
-    if method.format.levels == "nf-sym":
-        raise ConfigError("levels='nf-sym' has two bits alone: there is nothing to plan. Use levels='nf'")
+    if method.format.levels != "nf":
+        raise ConfigError(
+            f"levels={method.format.levels!r} have {method.format.bits} bits alone: there is nothing to plan. Use "
+            "levels='nf'"
+        )
     return [
         Candidate(replace(method.format, bits=bits, group_size=group), replace(method.storage, scales=scales.name))
         for bits, group, scales in product(NORMAL_FLOAT_WIDTHS, NF_GROUPS, SCALES)

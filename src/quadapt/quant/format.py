@@ -2,8 +2,10 @@
 
     W[o, i] = scales[o, g] * levels[codes[o, i]] + offsets[o, g],    g = perm[i] // group_size
 
-Integers have the levels 0, 1, .. 2**bits - 1. NormalFloat has quantiles of the normal distribution between -1 and 1. A
-:class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is decided in
+Integers have the levels 0, 1, .. 2**bits - 1. NormalFloat has quantiles of the normal distribution between -1 and 1.
+Two more tables are those of bitsandbytes, of 16 numbers each. Levels never descend: nearest codes need that.
+
+A :class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is decided in
 `quant/storage/`.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from annotated_types import Ge, Le
@@ -21,9 +23,9 @@ from torch import Tensor
 from quadapt.errors import ConfigError
 from quadapt.quant.constants import per_device
 from quadapt.setting import MOST, setting
-from quadapt.widths import check_width
+from quadapt.widths import check_width, listed
 
-Levels = Literal["int", "nf", "nf-sym"]
+Levels = Literal["int", "nf", "nf-sym", "nf-qlora", "fp4"]
 Zero = Literal["none", "integer", "float"]
 
 WHOLE_ROW = -1
@@ -33,6 +35,26 @@ DELTA = 0.9677083
 """The probability of the outermost quantile of NF4 (QLoRA's code: 1 - (1/30 + 1/32) / 2), which is the same for every
 width, as in LQ-LoRA and IR-QLoRA."""
 
+QLORA = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The levels of NF4 as QLoRA prints them (appendix E) and bitsandbytes has them. They were found in float32, and some
+differ from those of its rule, :func:`normal_levels`, in the seventh digit."""
+
+_MAGNITUDES = (0.0, 0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1.0)
+
+FP4 = (*(-value for value in reversed(_MAGNITUDES)), *_MAGNITUDES)
+"""The levels of FP4 as bitsandbytes has them: a sign, two bits of exponent and one of mantissa. Zero is there twice,
+for either sign; to a weight of zero the lower one is nearest."""
+
+_TABLES = {"nf-qlora": QLORA, "fp4": FP4}
+
+_ONLY = {"nf-sym": 2, "nf-qlora": 4, "fp4": 4}
+"""The width of levels that have only one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -40,10 +62,10 @@ class Format:
 
     levels: Levels = setting("--quant-type", panel="Quantization", default="int")
     """int: evenly spaced. nf: NormalFloat (nf2 is then {-1, 0, 0.34, 1}, as in LoftQ). nf-sym: symmetric nf2, as in
-    IR-QLoRA."""
+    IR-QLoRA. nf-qlora and fp4: the very numbers of bitsandbytes' NF4 and FP4."""
 
     bits: Annotated[int, Ge(2), Le(8)] = setting(panel="Quantization", default=4)
-    """Width of a code: 2, 3, 4, 5, 6 or 8 for integers; 2, 3, 4 or 8 for NormalFloat."""
+    """Width of a code: 2, 3, 4, 5, 6 or 8 for integers; 2, 3, 4 or 8 for NormalFloat; 4 for nf-qlora and fp4."""
 
     group_size: Annotated[int, Ge(-1), Le(MOST)] = setting(panel="Quantization", default=32)
     """Inputs of a row that share a scale: a multiple of 16 from 16 to 256, or -1 for the whole row."""
@@ -55,11 +77,14 @@ class Format:
     def __post_init__(self) -> None:
         if self.zero == "default":
             object.__setattr__(self, "zero", "float" if self.levels == "int" else "none")
-        if self.levels not in ("int", "nf", "nf-sym"):
-            raise ConfigError(f"levels={self.levels!r} is unknown. Use int, nf or nf-sym")
+        if self.levels not in get_args(Levels):
+            raise ConfigError(f"levels={self.levels!r} is unknown. Use {listed(get_args(Levels))}")
         check_width(self.levels, self.bits)
-        if self.levels == "nf-sym" and self.bits != 2:
-            raise ConfigError(f"levels='nf-sym' is defined for bits=2 alone, not bits={self.bits}. Use levels='nf'")
+        only = _ONLY.get(self.levels, self.bits)
+        if self.bits != only:
+            raise ConfigError(
+                f"levels={self.levels!r} is defined for bits={only} alone, not bits={self.bits}. Use levels='nf'"
+            )
         whole = type(self.group_size) is int
         if not whole or (self.group_size != WHOLE_ROW and (self.group_size % 16 or not 16 <= self.group_size <= 256)):
             raise ConfigError(
@@ -74,10 +99,12 @@ class Format:
     @property
     def name(self) -> str:
         """The short name that reports use: `int4-g32`, `nf2-sym-g64`, `int8-sym-row`."""
-        kind = {"int": f"int{self.bits}", "nf": f"nf{self.bits}", "nf-sym": "nf2-sym"}[self.levels]
-        zero = {"int": {"none": "-sym", "integer": "-zp", "float": ""}, "nf": {"none": "", "float": "-shift"}}
+        kind, dash, more = self.levels.partition("-")
+        width = "" if kind == "fp4" else str(self.bits)
+        of_integers = {"none": "-sym", "integer": "-zp", "float": ""}
+        zero = (of_integers if self.levels == "int" else {"none": "", "float": "-shift"})[self.zero]
         row = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
-        return f"{kind}{zero[self.levels[:3].rstrip('-')][self.zero]}-{row}"
+        return f"{kind}{width}{dash}{more}{zero}-{row}"
 
     def width(self, columns: int) -> int:
         """How many inputs a full group has, in a row of `columns` inputs."""
@@ -95,12 +122,12 @@ class Format:
         """The levels, float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""
         if self.levels == "int":
             return None
-        return _table(self.bits, self.levels == "nf-sym", device=like.device)
+        return _table(self.bits, self.levels, device=like.device)
 
 
 @per_device
-def _table(bits: int, symmetric: bool) -> tuple[float, ...]:
-    return normal_levels(bits, symmetric=symmetric)
+def _table(bits: int, levels: str) -> tuple[float, ...]:
+    return _TABLES[levels] if levels in _TABLES else normal_levels(bits, symmetric=levels == "nf-sym")
 
 
 @cache

@@ -257,10 +257,10 @@ def hash_tensor(state: hashlib._Hash, tensor: Tensor) -> None:
 def largest_move(weight: QuantWeight, before: Tensor, after: Tensor) -> float:
     """How far a weight differs at most between `before` and `after` (both `[out, in]`), in steps of `weight`.
 
-    A step is the distance of neighbouring levels times the scale; for NormalFloat, that of the two closest levels.
+    A step is the distance of neighbouring levels times the scale; for a table, that of the two closest levels.
     """
     table, columns = weight.format.table(before), weight.layout.columns
-    gap = 1.0 if table is None else float(table.diff().min())
+    gap = 1.0 if table is None else float(table.unique().diff().min())
     worst, chunk = 0.0, rows_per_chunk(columns)
     for scales, old, new in zip(weight.scales.split(chunk), before.split(chunk), after.split(chunk), strict=True):
         steps = weight.layer_order(kernels.expand(gap * scales.abs(), weight.format.width(columns), columns))
