@@ -72,5 +72,5 @@ def triton_on(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         yield
         return
-    with mock.patch("quadapt.kernels.dispatch.kind_for", _cuda):
+    with mock.patch("quadapt.kernels.dispatch.set_for", _cuda):
         yield

@@ -231,4 +231,4 @@ def test_steps_begin_away_from_zero() -> None:
 
 def test_the_interpreter_is_on() -> None:
     assert product_cuda._product.__class__.__name__ == "InterpretedFunction"
-    assert dispatch.kind_for(CPU) == "cpu"
+    assert dispatch.set_for(CPU) == "cpu"

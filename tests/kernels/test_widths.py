@@ -154,7 +154,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 def on(device: str, dense: Tensor, layout: Layout) -> tuple[QuantWeight, list[Tensor]]:
     """The weight that the kernels for a device make, and what they read it as."""
-    with mock.patch("quadapt.kernels.dispatch.kind_for", return_value=device):
+    with mock.patch("quadapt.kernels.dispatch.set_for", return_value=device):
         weight = Nearest()(dense, layout)
         return weight, [weight.dequantize(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 

@@ -23,25 +23,25 @@ from quadapt.kernels.threads import over_rows
 
 __all__ = ["compensate", "dequantize", "group_error", "group_range", "nearest_codes", "widen"]
 
-_KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+_DTYPES = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _u8, _f32 = pointer(types.uint8), pointer(types.float32)
 
 
 @jit
-def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):
+def _decode_run(dtype, lookup, source, runs, bits, scale, offset, table, target):
     """Decode `runs` runs of 16 codes that share one scale and offset."""
-    size = 4 if kind == FP32 else 2
+    size = 4 if dtype == FP32 else 2
     for _ in range(runs):
         if lookup:
-            if kind == BF16:
+            if dtype == BF16:
                 decode16(BF16, 1, source, bits, scale, offset, table, target)
-            elif kind == FP16:
+            elif dtype == FP16:
                 decode16(FP16, 1, source, bits, scale, offset, table, target)
             else:
                 decode16(FP32, 1, source, bits, scale, offset, table, target)
-        elif kind == BF16:
+        elif dtype == BF16:
             decode16(BF16, 0, source, bits, scale, offset, table, target)
-        elif kind == FP16:
+        elif dtype == FP16:
             decode16(FP16, 0, source, bits, scale, offset, table, target)
         else:
             decode16(FP32, 0, source, bits, scale, offset, table, target)
@@ -51,10 +51,10 @@ def _decode_run(kind, lookup, source, runs, bits, scale, offset, table, target):
 
 @jit
 def _decode_rows(
-    kind, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group
+    dtype, lookup, packed, rows, row_bytes, scales, offsets, shifted, table, target, first, last, columns, bits, group
 ):
     """Rows `first` to `last`. The vector step reads ahead: the last runs of all, and broken ones, are copied first."""
-    size = 4 if kind == FP32 else 2
+    size = 4 if dtype == FP32 else 2
     groups = -(-columns // group)
     scale, offset = numba.carray(_f32(scales), (rows, groups)), numba.carray(_f32(offsets), (rows, groups))
     bytes_in, bytes_out = (
@@ -71,7 +71,7 @@ def _decode_rows(
             left = (rows - row) * row_bytes - at
             safe = min(count // LANES, max(0, (left - 8 + bits) // (2 * bits)))
             _decode_run(
-                kind,
+                dtype,
                 lookup,
                 packed + row * row_bytes + at,
                 safe,
@@ -87,7 +87,7 @@ def _decode_rows(
                 for j in range(min(2 * bits, row_bytes - here)):
                     spare_in[j] = bytes_in[row, here + j]
                 _decode_run(
-                    kind, lookup, spare_in.ctypes.data, 1, bits, scale[row, k], shift, table, spare_out.ctypes.data
+                    dtype, lookup, spare_in.ctypes.data, 1, bits, scale[row, k], shift, table, spare_out.ctypes.data
                 )
                 for j in range(min(LANES, count - i) * size):
                     bytes_out[row, (start + i) * size + j] = spare_out[j]
@@ -225,7 +225,7 @@ def dequantize(
 ) -> Tensor:
     """Dequantize on the CPU to `[out, columns]` in `dtype`, bit for bit as `reference.dequantize` does."""
     reference.check_codes(levels, bits)
-    if dtype not in _KINDS or (group_size % LANES and group_size < columns):
+    if dtype not in _DTYPES or (group_size % LANES and group_size < columns):
         return reference.dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
     rows = packed.shape[0]
     scales, shifts = (each.float().contiguous() for each in (scales, scales if offsets is None else offsets))
@@ -247,7 +247,7 @@ def dequantize(
     table = scales if levels is None else torch.nn.functional.pad(levels, (0, LANES - len(levels)))
     over_rows(
         lambda first, last: _decode_rows(
-            _KINDS[dtype],
+            _DTYPES[dtype],
             levels is not None,
             packed.data_ptr(),
             rows,

@@ -20,7 +20,7 @@ matrix is made and multiplied, by counting operations on an H100 or H200, betwee
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def kind_for(device: torch.device) -> str:
+def set_for(device: torch.device) -> str:
     """`cpu`, `cuda` or `reference`: the fastest set for tensors on `device`. Without Triton, CUDA has the last."""
     if device.type == "cpu" or (device.type == "cuda" and _HAS_TRITON):
         return device.type
@@ -29,8 +29,8 @@ def kind_for(device: torch.device) -> str:
 
 def kernels_for(device: torch.device, family: str = "") -> ModuleType:
     """The kernels of a family ("", "fake", "entropy") for `device`: numba and Triton are imported at the first call."""
-    kind = kind_for(device)
-    return import_module(f"quadapt.kernels.{family}_{kind}" if family else f"quadapt.kernels.{kind}")
+    chosen = set_for(device)
+    return import_module(f"quadapt.kernels.{family}_{chosen}" if family else f"quadapt.kernels.{chosen}")
 
 
 def few(x: Tensor, group_size: int, columns: int) -> bool:
@@ -39,7 +39,7 @@ def few(x: Tensor, group_size: int, columns: int) -> bool:
     A rule, not a timing: the same model must take the same path, and give the same bits, each time.
     """
     return (
-        kind_for(x.device) == "cuda"
+        set_for(x.device) == "cuda"
         and 1 <= x.numel() // columns <= MOST_TOKENS
         and x.dtype != torch.float64
         and (group_size % 8 == 0 or group_size >= columns)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quadapt.kernels import fake_reference
 from quadapt.kernels.compiled import jit
-from quadapt.kernels.cpu import _KINDS, _decode_run, _f32, _u8
+from quadapt.kernels.cpu import _DTYPES, _decode_run, _f32, _u8
 from quadapt.kernels.fake_lanes import CODES, LEVELS, WEIGHTS, add_low_rank16, gradient16, quantize16, sum16
 from quadapt.kernels.fake_reference import Grid
 from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, convert16
@@ -39,7 +39,7 @@ def _copy(source, target, nbytes):
 
 @jit
 def _convert(have, want, source, count, target):
-    """At least `count` numbers of one kind into another; one of the two kinds is float32."""
+    """At least `count` numbers of one dtype into another; one of the two is float32."""
     for _ in range(0, count, LANES):
         if have == BF16:
             convert16(BF16, FP32, source, target)
@@ -58,10 +58,10 @@ def _convert(have, want, source, count, target):
 @jit
 def _read(row, base, spare, value, runs):
     """One row of the base as float32: weights, real codes (multiples of `unit`), or the levels of codes."""
-    kind, _, nbytes, bits, unit, lookup, table = base
+    dtype, _, nbytes, bits, unit, lookup, table = base
     _copy(row, spare, nbytes)
-    if kind != _BYTES:
-        _convert(kind, FP32, spare, runs * LANES, value)
+    if dtype != _BYTES:
+        _convert(dtype, FP32, spare, runs * LANES, value)
     elif lookup and bits == 8:
         levels, codes, found = (
             numba.carray(_f32(table), 256),
@@ -75,15 +75,15 @@ def _read(row, base, spare, value, runs):
 
 
 @jit
-def _write(kind, value, done, row, columns):
+def _write(dtype, value, done, row, columns):
     """One row of float32 as weights, or as codes of a byte each."""
-    if kind == _BYTES:
+    if dtype == _BYTES:
         values, codes = numba.carray(_f32(value), columns), numba.carray(_u8(done), columns)
         for i in range(columns):
             codes[i] = np.uint8(values[i])
     else:
-        _convert(FP32, kind, value, columns, done)
-    _copy(done, row, columns * (4 if kind == FP32 else (1 if kind == _BYTES else 2)))
+        _convert(FP32, dtype, value, columns, done)
+    _copy(done, row, columns * (4 if dtype == FP32 else (1 if dtype == _BYTES else 2)))
 
 
 @jit
@@ -121,7 +121,7 @@ def _gradient_run(mode, runs, value, G, sums, scale, offset, top, mask):
 def _rows(shape, base, factors, grid, mode, top, target, mask, G, sums, first, last):
     """Rows `first` to `last`: their weights or codes to `target`; with `G`, gradients as in `fake.fake_gradients`."""
     rows, columns, group, rank = shape
-    kind, written, row_written = target
+    dtype, written, row_written = target
     groups, runs = -(-columns // group), -(-columns // LANES)
     scales, offsets = numba.carray(_f32(grid[0]), (rows, groups)), numba.carray(_f32(grid[1]), (rows, groups))
     total = numba.carray(_f32(sums), (2, rows, groups))
@@ -141,11 +141,11 @@ def _rows(shape, base, factors, grid, mode, top, target, mask, G, sums, first, l
                 _gradient_run(mode, count, value + at, masked + at, added, scale, offset, top, mask)
                 total[0, row, k], total[1, row, k] = sum16(added), sum16(added + 4 * LANES)
             else:
-                _quantize_run(mode, kind != _BYTES, count, value + at, scale, offset, top)
+                _quantize_run(mode, dtype != _BYTES, count, value + at, scale, offset, top)
         if G:
             _copy(masked, G + 4 * row * columns, 4 * columns)
-        if kind >= 0:
-            _write(kind, value, done, written + row * row_written, columns)
+        if dtype >= 0:
+            _write(dtype, value, done, written + row * row_written, columns)
 
 
 def quantize(
@@ -187,7 +187,7 @@ def gradients(
     plain = (
         G.dtype == torch.float32
         and G.is_contiguous()
-        and (dense is None or (dense.is_contiguous() and dense.dtype in _KINDS))
+        and (dense is None or (dense.is_contiguous() and dense.dtype in _DTYPES))
     )
     if scales.dtype != torch.float32 or not plain or not _whole_vectors(grid):
         return fake_reference.gradients(G, base, A, B, scales, offsets, levels, grid, slack, dense)
@@ -229,10 +229,12 @@ def _arguments(
     base, scales, offsets = base.contiguous(), scales.contiguous(), offsets.contiguous()
     A, B = (scales if A is None else _blocks(A)), (scales if B is None else B.contiguous())
     table = scales if levels is None else torch.nn.functional.pad(levels, (0, max(0, LANES - len(levels))))
-    kinds = {**_KINDS, torch.uint8: _BYTES}
+    dtypes = {**_DTYPES, torch.uint8: _BYTES}
     unit, row_bytes = np.float32(2.0 ** (grid.bits - grid.base_bits)), base.shape[1] * base.itemsize
-    read = (kinds[base.dtype], base.data_ptr(), row_bytes, grid.base_bits, unit, levels is not None, table.data_ptr())
-    written = (-1, 0, 0) if target is None else (kinds[target.dtype], target.data_ptr(), grid.columns * target.itemsize)
+    read = (dtypes[base.dtype], base.data_ptr(), row_bytes, grid.base_bits, unit, levels is not None, table.data_ptr())
+    written = (-1, 0, 0)
+    if target is not None:
+        written = (dtypes[target.dtype], target.data_ptr(), grid.columns * target.itemsize)
     shape = (len(base), grid.columns, grid.group_size, 0 if A is scales else A.shape[1])
     where = (A.data_ptr(), B.data_ptr()), (scales.data_ptr(), offsets.data_ptr())
     mode = WEIGHTS if base.is_floating_point() else (CODES if levels is None else LEVELS)

@@ -28,8 +28,8 @@ def _ahead(builder: Any, address: Any, vectors: int) -> Any:
 
 def _rint(builder: Any, value: Any) -> Any:
     """Round 16 float32 numbers to whole ones, halves to even."""
-    kind = ir.FunctionType(_vector(_F32), [_vector(_F32)])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.rint.v16f32"), [value])
+    signature = ir.FunctionType(_vector(_F32), [_vector(_F32)])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, "llvm.rint.v16f32"), [value])
 
 
 def _code(builder: Any, mode: int, value: Any, scale: Any, offset: Any, top: Any) -> tuple[Any, Any]:

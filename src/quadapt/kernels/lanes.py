@@ -45,8 +45,8 @@ def _all(element: ir.Type, value: int, lanes: int = LANES) -> ir.Constant:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
 
 
-def _load(builder: Any, address: Any, kind: ir.Type) -> Any:
-    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+def _load(builder: Any, address: Any, type_: ir.Type) -> Any:
+    value = builder.load(builder.inttoptr(address, type_.as_pointer()))
     value.align = 1
     return value
 
@@ -72,8 +72,8 @@ def _lookup(builder: Any, table: Any, codes: Any) -> Any:
     """`table[codes]` for a table of 16 floats: one register permutation, or compare and select where there is none."""
     vector = _vector(_F32)
     if _HAS_AVX512:
-        kind = ir.FunctionType(vector, [vector, _vector(_I32)])
-        permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+        signature = ir.FunctionType(vector, [vector, _vector(_I32)])
+        permute = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512.permvar.sf.512")
         return builder.call(permute, [_load(builder, table, vector), codes])
     value = _splat(builder, _load(builder, table, _F32))
     for level in range(1, LANES):
@@ -83,11 +83,11 @@ def _lookup(builder: Any, table: Any, codes: Any) -> Any:
     return value
 
 
-def _narrow(builder: Any, value: Any, kind: int) -> Any:
-    """Round `<16 x float>` to the output kind, halves to even."""
-    if kind == FP16:
+def _narrow(builder: Any, value: Any, dtype: int) -> Any:
+    """Round `<16 x float>` to the output dtype, halves to even."""
+    if dtype == FP16:
         return builder.fptrunc(value, _vector(ir.HalfType())) if _HAS_FP16 else _half_of(builder, value)
-    if kind == BF16:
+    if dtype == BF16:
         bits = builder.bitcast(value, _vector(_I32))
         odd = builder.and_(builder.lshr(bits, _all(_I32, 16)), _all(_I32, 1))
         rounded = builder.add(builder.add(bits, _all(_I32, 0x7FFF)), odd)
@@ -132,14 +132,14 @@ def _float_of(builder: Any, bits: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def decode16(
-    typingctx: Any, kind: Any, lookup: Any, source: Any, bits: Any, scale: Any, offset: Any, table: Any, target: Any
+    typingctx: Any, dtype: Any, lookup: Any, source: Any, bits: Any, scale: Any, offset: Any, table: Any, target: Any
 ) -> Any:
     """Write 16 weights `scale * level + offset` at address `target`.
 
-    `kind` and `lookup` are literals: the output dtype, and whether levels come from the 16 floats at `table` or are the
-    codes themselves. Reads up to 6 bytes past the last code. The product is rounded before the sum, as in torch.
+    `dtype` and `lookup` are literals: the dtype written, and whether levels come from the 16 floats at `table` or are
+    the codes themselves. Reads up to 6 bytes past the last code. The product is rounded before the sum, as in torch.
     """
-    signature = types.void(kind, lookup, types.intp, types.intp, types.float32, types.float32, types.intp, types.intp)
+    signature = types.void(dtype, lookup, types.intp, types.intp, types.float32, types.float32, types.intp, types.intp)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, _, source, bits, scale, offset, table, target = args
@@ -155,7 +155,7 @@ def decode16(
 
 @intrinsic(prefer_literal=True)
 def convert16(typingctx: Any, have: Any, want: Any, source: Any, target: Any) -> Any:
-    """Read 16 floats of kind `have` at `source`, write them as kind `want` at `target` (both literals)."""
+    """Read 16 floats of dtype `have` at `source`, write them as dtype `want` at `target` (both literals)."""
     signature = types.void(have, want, types.intp, types.intp)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

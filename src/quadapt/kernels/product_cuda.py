@@ -148,8 +148,8 @@ def product(
         CODES=word_codes(bits),
         WIDE=wide,
         LOOKUP=levels is not None,
-        SCALES=_kind(scales),
-        OFFSETS=_kind(offsets),
+        SCALES=_storage(scales),
+        OFFSETS=_storage(offsets),
         TOKENS=size,
         ROWS=tile,
         WORDS=min(_WORDS, power(parts(columns, word_codes(bits)))),
@@ -163,7 +163,7 @@ def _held(tensors: Sequence[Tensor], other: Tensor) -> tuple[Tensor, Tensor, Ten
     return (values, tensors[1], tensors[2]) if len(tensors) == 4 else (values, other, other)
 
 
-def _kind(tensors: Sequence[Tensor]) -> int:
+def _storage(tensors: Sequence[Tensor]) -> int:
     """How scales or offsets are held, by what there is of them."""
     if not tensors:
         return IMPLIED.value

@@ -23,7 +23,7 @@ from quadapt.kernels.reference import midpoints
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-FLOATS, DOUBLE, INTEGER, IMPLIED = (tl.constexpr(kind) for kind in range(4))
+FLOATS, DOUBLE, INTEGER, IMPLIED = (tl.constexpr(number) for number in range(4))
 """How scales or offsets are held: as floats `[out, groups]`; as doubly quantized codes; as zero-points of a byte (the
 offset is `-scale * zero`); or not at all (zero for a table of levels, the middle for integers)."""
 
@@ -46,11 +46,11 @@ def word_codes(bits: int) -> int:
 def words_of(packed: Tensor, bits: int) -> tuple[Tensor, bool]:
     """Packed rows as the kernels read them: whole words in one load where rows are aligned to them, or bytes."""
     packed = packed.contiguous()
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int32}.get(bits)
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int32}.get(bits)
     places = (packed.shape[1], packed.storage_offset(), packed.data_ptr())
-    if kind is None or any(place % kind.itemsize for place in places):
+    if word is None or any(place % word.itemsize for place in places):
         return packed, False
-    return packed.view(kind), True
+    return packed.view(word), True
 
 
 def thresholds(levels: Tensor | None, scales: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ def read_words(packed, row, word, rows, row_bytes, BITS: tl.constexpr, CODES: tl
 
 
 @triton.jit
-def held(values, absmax, mean, unit, at, inside, KIND: tl.constexpr):
+def held(values, absmax, mean, unit, at, inside, STORAGE: tl.constexpr):
     """Scales or offsets at the flat positions `at`, float32, in the operations of `ValueStorage.decode`."""
-    if KIND == DOUBLE:
+    if STORAGE == DOUBLE:
         code = tl.load(values + at, mask=inside, other=0).to(tl.int32)
         scaled = tl.load(unit + code) * tl.load(absmax + at // SUPER, mask=inside, other=0)
         return scaled + tl.load(mean)
