@@ -119,8 +119,8 @@ class BlockAP(BlockRounding):
                 "Give more text, or a smaller --calibration-length"
             )
         count = min(len(examples) - 1, max(1, round(self.held_out * len(examples))))
-        held, seen, device = examples[:count], examples[count:], layers[0].source.device
-        first = best = _error(block, held, device)
+        measured, seen, device = examples[:count], examples[count:], layers[0].source.device
+        first = best = _error(block, measured, device)
         if not math.isfinite(first):
             raise CalibrationError("the block's outputs are not finite. Calibrate in float32 (--dtype float32)")
         kept = [layer.state() for layer in layers]
@@ -131,7 +131,7 @@ class BlockAP(BlockRounding):
             for at in torch.randperm(len(seen), generator=generator).tolist():
                 step(block, seen[at].on(device), optimizer)
                 schedule.step()
-            error = _error(block, held, device)
+            error = _error(block, measured, device)
             if error < best:
                 best, kept = error, [layer.state() for layer in layers]
         for layer, state in zip(layers, kept, strict=True):
@@ -170,8 +170,8 @@ class BlockAPLinear(nn.Module):
     def __init__(self, linear: nn.Linear, layout: Layout, range_: str = "minmax") -> None:
         super().__init__()
         weight = as_float(linear.weight.detach()).clone()
-        scales, held = find_grid(weight, layout, range_)
-        shift = implied_offsets(layout, scales, held)
+        scales, offsets = find_grid(weight, layout, range_)
+        shift = implied_offsets(layout, scales, offsets)
         assert shift is not None  # integers have offsets, if only implied ones
         half = 2 ** (layout.format.bits - 1)
         self.adapter, self.bias = _quantizer(layout), linear.bias
@@ -211,10 +211,10 @@ class BlockAPLinear(nn.Module):
 
 def _quantizer(layout: Layout) -> L4Q:
     """L4Q's forward without `A` and `B`: over a weight that trains itself."""
-    held = layout.storage.of_scales.trained
+    scales = layout.storage.of_scales.trained
     format = layout.format
     assert format.zero != "default"
-    return L4Q(bits=format.bits, group_size=format.group_size, offsets=format.zero, order="round-clamp", scales=held)
+    return L4Q(bits=format.bits, group_size=format.group_size, offsets=format.zero, order="round-clamp", scales=scales)
 
 
 def step(block: nn.Module, example: Example, optimizer: torch.optim.Optimizer) -> None:

@@ -39,9 +39,9 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a dense weight
         self.in_features, self.out_features, self.layout = layout.columns, layout.out, layout
         for name, shape in layout.shapes.items():
-            kind = torch.int32 if name == "perm" else torch.uint8
+            stored = torch.int32 if name == "perm" else torch.uint8
             self.register_parameter(
-                name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False)
+                name, nn.Parameter(torch.empty(shape, dtype=stored, device=device), requires_grad=False)
             )
         kept = nn.Parameter(torch.empty(layout.out, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", kept)
@@ -97,5 +97,7 @@ class QuantLinear(nn.Linear):
 
 def autocast(x: Tensor) -> Tensor:
     """Cast `x` as autocast would before a matrix product (a custom function's inputs are not cast by it)."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))

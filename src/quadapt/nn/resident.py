@@ -30,20 +30,20 @@ def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
         module: A block, a layer, or a model whose blocks are taken out.
         device: The device to move to, as `indexed` gives it.
     """
-    held: list[tuple[dict[str, Any], str, Tensor]] = [
+    away: list[tuple[dict[str, Any], str, Tensor]] = [
         (owner, name, tensor)
         for each in module.modules()
         for owner in (each._parameters, each._buffers)
         for name, tensor in owner.items()
         if tensor is not None and tensor.device != device
     ]
-    copies = {id(tensor): _copy(tensor, device) for _, _, tensor in held}  # tied tensors stay tied
+    copies = {id(tensor): _copy(tensor, device) for _, _, tensor in away}  # tied tensors stay tied
     try:
-        for owner, name, tensor in held:
+        for owner, name, tensor in away:
             owner[name] = copies[id(tensor)]
         yield
     finally:
-        for owner, name, tensor in held:
+        for owner, name, tensor in away:
             owner[name] = tensor
 
 

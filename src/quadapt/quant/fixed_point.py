@@ -71,10 +71,10 @@ class FixedPoint(Rounding):
         bits, step = layout.format.bits, _step(layout.format.bits)
         codes = unpack(weight.packed, BITS, layout.columns)
         coarse = (codes.float() / step).round().clamp_max(2**bits - 1).to(torch.uint8)
-        scales, held = weight.scales * step, _held(weight, weight.scales * step)
+        scales, offsets = weight.scales * step, _offsets(weight, weight.scales * step)
         permuted = weight.layout.permuted
         perm = weight.tensors["perm"] if permuted else None
-        return QuantWeight.build(replace(layout, permuted=permuted), pack(coarse, bits), scales, held, perm)
+        return QuantWeight.build(replace(layout, permuted=permuted), pack(coarse, bits), scales, offsets, perm)
 
     def _fine(self, coarse: QuantWeight, real: Tensor) -> QuantWeight:
         """The base: real-valued codes `[out, in]` in stored order, each kept within the cell of its code."""
@@ -86,7 +86,7 @@ class FixedPoint(Rounding):
             fine = torch.clamp((real[rows] * step).round(), codes - inside, codes + inside)
             packed.append(pack(fine.clamp(0, 2**BITS - 1).to(torch.uint8), BITS))
         scales, perm = coarse.scales / step, coarse.tensors.get("perm")
-        return QuantWeight.build(self.stored(coarse.layout), torch.cat(packed), scales, _held(coarse, scales), perm)
+        return QuantWeight.build(self.stored(coarse.layout), torch.cat(packed), scales, _offsets(coarse, scales), perm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def _step(bits: int) -> int:
     return int(2 ** (BITS - bits))
 
 
-def _held(weight: QuantWeight, scales: Tensor) -> Tensor | None:
+def _offsets(weight: QuantWeight, scales: Tensor) -> Tensor | None:
     """What is stored for the offsets of a weight, in steps of other scales where these are zero-points."""
     if weight.format.zero == "none":
         return None

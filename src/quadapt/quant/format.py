@@ -99,12 +99,12 @@ class Format:
     @property
     def name(self) -> str:
         """The short name that reports use: `int4-g32`, `nf2-sym-g64`, `int8-sym-row`."""
-        kind, dash, more = self.levels.partition("-")
-        width = "" if kind == "fp4" else str(self.bits)
+        levels, dash, more = self.levels.partition("-")
+        width = "" if levels == "fp4" else str(self.bits)
         of_integers = {"none": "-sym", "integer": "-zp", "float": ""}
         zero = (of_integers if self.levels == "int" else {"none": "", "float": "-shift"})[self.zero]
         row = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
-        return f"{kind}{width}{dash}{more}{zero}-{row}"
+        return f"{levels}{width}{dash}{more}{zero}-{row}"
 
     def width(self, columns: int) -> int:
         """How many inputs a full group has, in a row of `columns` inputs."""

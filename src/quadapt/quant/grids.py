@@ -50,8 +50,8 @@ def spanning(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor 
     if zero == "integer":  # GPTQ's form: the range contains zero, and zero is a level
         low, high = low.clamp(max=0), high.clamp(min=0)
         scales = _positive((high - low) / (2**bits - 1))
-        held = layout.storage.of_scales.rounded(scales) if layout.storage.of_scales.shared > 1 else scales
-        return scales, (-low / held).round().clamp(0, 2**bits - 1)
+        stored = layout.storage.of_scales.rounded(scales) if layout.storage.of_scales.shared > 1 else scales
+        return scales, (-low / stored).round().clamp(0, 2**bits - 1)
     half = 2 ** (bits - 1)  # levels -half .. half - 1 about zero; neither tail is clipped
     if not layout.storage.of_scales.signed:
         return _positive(torch.maximum(-low / half, high / (half - 1))), None

@@ -97,16 +97,16 @@ class Layout:
         return self.bits / (self.out * self.columns)
 
 
-def from_fields(kind: type[T], fields: Mapping[str, Any]) -> T:
+def from_fields(cls: type[T], fields: Mapping[str, Any]) -> T:
     """Make a format or storage of the fields that were written: all of them, since no default may stand in for one.
 
     Raises:
         TypeError: One is missing or unknown.
     """
-    missing = [name for name in kind.__dataclass_fields__ if name not in fields]  # type: ignore[attr-defined]
+    missing = [name for name in cls.__dataclass_fields__ if name not in fields]  # type: ignore[attr-defined]
     if missing:
-        raise TypeError(f"{kind.__name__.lower()} lacks {', '.join(missing)}")
-    return kind(**fields)
+        raise TypeError(f"{cls.__name__.lower()} lacks {', '.join(missing)}")
+    return cls(**fields)
 
 
 @cache
@@ -180,11 +180,11 @@ class QuantWeight:
     @property
     def offsets(self) -> Tensor | None:
         """The offset of each group, float32 `[out, groups]`: stored, or implied by the format; None if all are zero."""
-        held = self.layout.storage.of_offsets
-        if held.implied:
+        storage = self.layout.storage.of_offsets
+        if storage.implied:
             return None if self.format.levels != "int" else -self.scales * 2 ** (self.format.bits - 1)
-        values = held.decode(*self._stored("offsets"))
-        return values if held.free else -self.scales * values
+        values = storage.decode(*self._stored("offsets"))
+        return values if storage.free else -self.scales * values
 
     def operand(self, name: Name) -> Tensor | None:
         """Scales or offsets in the form that `kernels.dequantize` takes: bytes of floats where they are stored so."""

@@ -147,7 +147,7 @@ class MergedForm:
 
 def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All in the widest of their dtypes."""
-    kind = tensors[0].dtype
+    dtype = tensors[0].dtype
     for tensor in tensors[1:]:
-        kind = torch.promote_types(kind, tensor.dtype)
-    return tuple(tensor.to(kind) for tensor in tensors)
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)

@@ -48,11 +48,11 @@ class CodesGrid(GridAdapter):
         format = replace(base.format, zero="float") if self.frees_offsets else base.format
         assert format.zero != "default"
         anew, storage = self.scales != "base", base.storage
-        held = Storage.floating(self.scales, format.zero) if anew else storage.trained(format.zero)
+        trained = Storage.floating(self.scales, format.zero) if anew else storage.trained(format.zero)
         if self.moves_scales or anew:
-            storage = replace(storage, scales=held.scales)
+            storage = replace(storage, scales=trained.scales)
         if self.frees_offsets or (storage.of_offsets.free and (self.moves_offsets or anew)):
-            storage = replace(storage, offsets=held.offsets)
+            storage = replace(storage, offsets=trained.offsets)
         return replace(base, format=format, storage=storage)
 
     def how(self, layout: Layout) -> FakeQuant:

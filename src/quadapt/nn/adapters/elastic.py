@@ -90,11 +90,11 @@ def _connect(factor: Tensor, beta: Tensor) -> Tensor:
     Elements of `M^T` are `g / inputs` where input and output lie in the same of `g = gcd` even runs, else zero.
     """
     outputs, inputs = factor.shape
-    runs, kind = math.gcd(outputs, inputs), torch.promote_types(factor.dtype, torch.float32)
+    runs, dtype = math.gcd(outputs, inputs), torch.promote_types(factor.dtype, torch.float32)
     row = torch.arange(outputs, device=factor.device) // (outputs // runs)
     column = torch.arange(inputs, device=factor.device) // (inputs // runs)
     joined = row[:, None] == column
-    return factor.to(kind) + torch.where(joined, beta.to(kind) * (runs / inputs), 0)
+    return factor.to(dtype) + torch.where(joined, beta.to(dtype) * (runs / inputs), 0)
 
 
 def _add_mean(y: Tensor, x: Tensor, lora_B: Tensor, strength: Tensor) -> Tensor:

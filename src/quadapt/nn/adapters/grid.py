@@ -91,13 +91,13 @@ class GridAdapter(Adapter):
 
     def forward(self, x: Tensor, source: Source, params: Params, scaling: float, dropout: Dropout = same) -> Tensor:
         layout = self.layout_of(source)
-        scales, held = self.grid(source, params, scaling)
+        scales, offsets = self.grid(source, params, scaling)
         A, B = self.inside(params)
         return fake_quant_matmul(
             source.stored_order(x) if isinstance(source, QuantWeight) else x,
             source.packed if isinstance(source, QuantWeight) else source,
             scales,
-            _shift(layout, scales, held),
+            _shift(layout, scales, offsets),
             how=self.how(layout),
             A=A,
             B=B,
@@ -108,13 +108,13 @@ class GridAdapter(Adapter):
     def quantized(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         """What the quantizer gives: codes, scales and offsets, those that forward computes with."""
         layout = self.layout_of(source)
-        scales, held = self.grid(source, params, scaling)
+        scales, offsets = self.grid(source, params, scaling)
         A, B = self.inside(params)
         base = source.packed if isinstance(source, QuantWeight) else source
-        shift = _shift(layout, scales, held)
+        shift = _shift(layout, scales, offsets)
         codes = fake_quant_codes(base, scales, shift, how=self.how(layout), A=A, B=B, scaling=scaling)
         perm = source.tensors["perm"] if isinstance(source, QuantWeight) and layout.permuted else None
-        return QuantWeight.build(layout, pack(codes, layout.format.bits), scales, held, perm)
+        return QuantWeight.build(layout, pack(codes, layout.format.bits), scales, offsets, perm)
 
     def merge(self, source: Source, params: Params, scaling: float) -> QuantWeight:
         return self.quantized(source, params, scaling)
@@ -153,9 +153,9 @@ def grown(rho: Tensor) -> Tensor:
     return rho.double().exp().float()
 
 
-def _shift(layout: Layout, scales: Tensor, held: Tensor | None) -> Tensor:
+def _shift(layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
     """Offsets in units of weights; zeros where the form has none."""
-    offsets = implied_offsets(layout, scales, held)
+    offsets = implied_offsets(layout, scales, offsets)
     return torch.zeros_like(scales) if offsets is None else offsets
 
 

@@ -173,10 +173,11 @@ class QATLoRA(L4Q):
         return super().dense(source, params, scaling) + scaling * (params["B"].float() @ params["A"].float())
 
 
-def _up(scales: Tensor, held: ValueStorage) -> Tensor:
+def _up(scales: Tensor, storage: ValueStorage) -> Tensor:
     """The next number that storage can hold: a scale that is rounded down would clip its group's extreme."""
-    flat = torch.ones_like(scales) if held.local else torch.zeros_like(scales)  # in a super-block a one would be large
-    return held.above(torch.where(scales != 0, scales, flat))
+    # In a super-block a one would be large.
+    flat = torch.ones_like(scales) if storage.local else torch.zeros_like(scales)
+    return storage.above(torch.where(scales != 0, scales, flat))
 
 
 def _moments(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -96,10 +96,10 @@ class Pooled(LowRank, CodesAdapter):
         change = self._strength(weight.layout, scaling) * (B.double() @ A.double())
         base = weight.offsets
         return weight.with_offsets(
-            (change if base is None else base + change).float(), self._kind(weight.layout.storage)
+            (change if base is None else base + change).float(), self._storage(weight.layout.storage)
         )
 
-    def _kind(self, storage: Storage) -> str:
+    def _storage(self, storage: Storage) -> str:
         if self.offsets != "base":
             return self.offsets
         return storage.floats

@@ -28,7 +28,7 @@ class Floats(ValueStorage):
 
     summary: ClassVar[str] = "one float for each group"
 
-    kind: str
+    dtype_name: str
     """The name of the dtype: fp16 or fp32."""
 
     @property
@@ -37,11 +37,11 @@ class Floats(ValueStorage):
 
     @property
     def name(self) -> str:
-        return self.kind
+        return self.dtype_name
 
     @property
     def dtype(self) -> torch.dtype:
-        return FLOATS[self.kind]
+        return FLOATS[self.dtype_name]
 
     def encode(self, values: Tensor, *, centre: bool) -> dict[str, Tensor]:
         return {"": as_bytes(values.float().to(self.dtype))}

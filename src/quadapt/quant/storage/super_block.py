@@ -58,7 +58,7 @@ class SuperBlock(ValueStorage):
     for_offsets: ClassVar[bool] = False
     suffixes: ClassVar[tuple[str, ...]] = ("", "_constant")
 
-    kind: str
+    own_name: str
     """The name of the storage, which begins with that of GGML's type."""
 
     bits: int
@@ -71,11 +71,11 @@ class SuperBlock(ValueStorage):
     """The widths of the weights' codes for which GGML has a type."""
 
     grid_zero: Zero = "float"
-    """The kind of offsets that GGML's type has, in the words of :attr:`Format.zero`."""
+    """The zero of offsets that GGML's type has, in the words of :attr:`Format.zero`."""
 
     @property
     def name(self) -> str:
-        return self.kind
+        return self.own_name
 
     @property
     def family(self) -> str:
@@ -108,11 +108,11 @@ class SuperBlock(ValueStorage):
 
     @property
     def beside(self) -> str | None:
-        return f"{self.kind}-min"
+        return f"{self.own_name}-min"
 
     @property
     def trained(self) -> str:
-        return self.kind
+        return self.own_name
 
     @property
     def top(self) -> int:
@@ -121,13 +121,13 @@ class SuperBlock(ValueStorage):
 
     def check(self, format: Format) -> None:
         if format.levels != "int":
-            raise ConfigError(f"{self.kind} is the grid of integers, not of {format.name}. Use levels='int', or fp16")
+            raise ConfigError(f"{self.name} is the grid of integers, not of {format.name}. Use levels='int', or fp16")
         fits = format.bits in self.widths
         if fits and format.group_size == self.group_size and format.zero == self.grid_zero:
             return
         widths = " or ".join(map(str, self.widths))
         raise ConfigError(
-            f"{self.kind} is the grid of integers of {widths} bits in groups of {self.group_size} with "
+            f"{self.name} is the grid of integers of {widths} bits in groups of {self.group_size} with "
             f"zero={self.grid_zero!r}, not of {format.name}. Use --scales k-quant, which chooses the group size and "
             "the zero for the bits, or fp16"
         )
@@ -162,7 +162,7 @@ class SuperBlock(ValueStorage):
     def fits_offsets(self, most: float) -> bool:
         return most / self.top <= LARGEST
 
-    # --- what the kinds differ in ---
+    # --- what the types differ in ---
 
     @property
     def _shift(self) -> int:
@@ -185,7 +185,7 @@ class SuperBlock(ValueStorage):
 class Minima(SuperBlock):
     """Offsets that are never positive, as codes from zero of one float16 for each super-block: `offset = -dmin * m`.
 
-    Beside scales of the same kind. A range that is held so contains zero, or lies below it; a positive offset is held
+    Beside scales of the same type. A range that is held so contains zero, or lies below it; a positive offset is held
     as zero.
     """
 
@@ -284,4 +284,4 @@ Q6_K = register(SignedSuperBlock("q6_k", bits=8, group_size=16, widths=(6,), gri
 """Scales of GGML's Q6_K, which is symmetric."""
 
 for _each in (Q4_K, Q2_K):
-    register(Minima(f"{_each.kind}-min", bits=_each.bits, group_size=_each.group_size, widths=_each.widths))
+    register(Minima(f"{_each.own_name}-min", bits=_each.bits, group_size=_each.group_size, widths=_each.widths))
