@@ -11,7 +11,7 @@ import torch
 from commands import SHORT, byte_tokenizer, give, logits, quadapt, write_data
 
 from quadapt import load
-from quadapt.model.embeddings import held_as
+from quadapt.model.embeddings import recognized
 from quadapt.model.quantize import quantized_layers
 
 
@@ -82,7 +82,7 @@ def test_embeddings_go_out_as_they_were_trained_with(method: str, kind: str) -> 
     dense = load("dense")[0]
     for name in ("model.embed_tokens", "lm_head"):
         ours, before = (each.get_submodule(name).weight for each in (model, dense))
-        assert held_as(ours, kind) is not None
+        assert recognized(ours, kind) is not None
         assert 0 < float((ours - before).norm() / before.norm()) < 0.03
     said = quadapt("export", "merged", "--output", "model.gguf")["reports"][0]
     types = {row["name"]: row["type"] for row in said["tensors"]}

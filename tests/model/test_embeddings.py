@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from quadapt.errors import ConfigError
-from quadapt.model.embeddings import TYPES, held_as, quantized, round_embeddings
+from quadapt.model.embeddings import TYPES, quantized, recognized, round_embeddings
 
 
 class Model(nn.Module):
@@ -46,7 +46,7 @@ def test_rounding_twice_changes_nothing(kind: str, values: np.ndarray, narrow: b
     once = quantized(torch.from_numpy(values), kind, narrow=narrow).dequantize()
     assert bool(torch.isfinite(once).all())
     assert torch.equal(quantized(once, kind, narrow=narrow).dequantize(), once)
-    found = held_as(once, kind)
+    found = recognized(once, kind)
     assert found is not None
     assert torch.equal(found.dequantize(), once)
     if narrow:
@@ -65,7 +65,7 @@ def test_rounding_twice_changes_nothing(kind: str, values: np.ndarray, narrow: b
 @pytest.mark.parametrize("tied", [False, True])
 def test_embedding_and_head_are_rounded_in_place(kind: str, dtype: torch.dtype, most: float, tied: bool) -> None:
     model, before = Model(tied=tied, dtype=dtype), Model(tied=tied, dtype=dtype)
-    assert held_as(model.embed.weight, kind) is None
+    assert recognized(model.embed.weight, kind) is None
     layouts = round_embeddings(model, kind, {})
     assert list(layouts) == (["embed"] if tied else ["embed", "head"])
     assert {each.bits_per_weight for each in layouts.values()} == {{"q8_0": 8.5, "q6_k": 6.5625}[kind]}
@@ -73,7 +73,7 @@ def test_embedding_and_head_are_rounded_in_place(kind: str, dtype: torch.dtype, 
     for name in layouts:
         new, old = model.get_submodule(name).weight, before.get_submodule(name).weight
         assert new.dtype == dtype
-        assert held_as(new, kind) is not None
+        assert recognized(new, kind) is not None
         assert 0 < float((new.float() - old.float()).norm() / old.float().norm()) < most
 
 

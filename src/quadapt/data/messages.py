@@ -190,11 +190,11 @@ def _joined(content: Any) -> Any:
     texts = []
     for number, part in enumerate(content, start=1):
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind != "text":
+        type_ = part.get("type", "text") if isinstance(part, dict) else "text"
+        if type_ != "text":
             raise DataError(
-                f"part {number} of its content is of the type {kind!r}, and only text can be trained on. Remove it, or "
-                "delete the row"
+                f"part {number} of its content is of the type {type_!r}, and only text can be trained on. Remove it, "
+                "or delete the row"
             )
         if not isinstance(text, str):
             raise DataError(f"part {number} of its content is {describe(part)}. Use {{'type': 'text', 'text': ..}}")

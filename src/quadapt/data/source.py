@@ -298,12 +298,12 @@ def _csv_row(header: list[str], cells: Any) -> Any:
 
 
 def _table_rows(path: Path) -> Source:
-    kind = "Parquet" if data_suffix(path) == ".parquet" else "Arrow"
+    file_format = "Parquet" if data_suffix(path) == ".parquet" else "Arrow"
     try:
-        data = load_dataset(kind.lower(), data_files=str(path), split="train")
+        data = load_dataset(file_format.lower(), data_files=str(path), split="train")
     except (DatasetsError, OSError, ValueError) as error:
         reason = shorten(str(error.__cause__ or error), 200)
-        raise DataError(f"{path}: cannot be read as {kind} ({reason}). Write the file anew") from error
+        raise DataError(f"{path}: cannot be read as {file_format} ({reason}). Write the file anew") from error
     yield from _numbered(data, str(path))
 
 

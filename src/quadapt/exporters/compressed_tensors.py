@@ -50,20 +50,20 @@ def export_compressed_tensors(
     refuse_adapters(model)
     if dtype not in _DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown. Use {', '.join(_DTYPES)}")
-    kind, path = _DTYPES[dtype], Path(folder)
+    torch_dtype, path = _DTYPES[dtype], Path(folder)
     found = dict(tensors_of(model))
     sources = as_stored(model, found)
     layers = {n.removesuffix(".weight"): s for n, s in found.items() if isinstance(s, QuantWeight)}
     for name, weight in layers.items():
-        why = cannot_hold(weight, kind)
+        why = cannot_hold(weight, torch_dtype)
         if why:
             raise ExportError(f"{name}: {why}")
     tensors: dict[str, Tensor] = {}
     for name, source in sources.items():
         if isinstance(source, QuantWeight):
-            tensors |= {f"{name}_{part}": tensor for part, tensor in packed(source, kind).items()}
+            tensors |= {f"{name}_{part}": tensor for part, tensor in packed(source, torch_dtype).items()}
         else:
-            tensors[name] = source.to(kind if source.is_floating_point() else source.dtype).contiguous()
+            tensors[name] = source.to(torch_dtype if source.is_floating_point() else source.dtype).contiguous()
     tensors = {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items())}
     with new_folder(path) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
@@ -88,7 +88,7 @@ def export_compressed_tensors(
         bytes=size_of(path),
         tensors=rows,
         bits_per_weight=bits,
-        notes=tuple(rounded_besides(sources, kind)),
+        notes=tuple(rounded_besides(sources, torch_dtype)),
     )
 
 
@@ -109,20 +109,20 @@ def cannot_hold_layout(layout: Layout) -> str:
     return "its inputs are permuted. Use --format hf" if layout.permuted else ""
 
 
-def cannot_hold(weight: QuantWeight, kind: torch.dtype) -> str:
-    """Why the format cannot hold a weight bit for bit with scales in `kind`; an empty string if it can."""
+def cannot_hold(weight: QuantWeight, dtype: torch.dtype) -> str:
+    """Why the format cannot hold a weight bit for bit with scales in `dtype`; an empty string if it can."""
     why = cannot_hold_layout(weight.layout)
-    if not why and not torch.equal(weight.scales.to(kind).float(), weight.scales):
-        why = f"its scales are not exact in {kind}. Use --dtype float32"
+    if not why and not torch.equal(weight.scales.to(dtype).float(), weight.scales):
+        why = f"its scales are not exact in {dtype}. Use --dtype float32"
     return why
 
 
-def packed(weight: QuantWeight, kind: torch.dtype) -> dict[str, Tensor]:
+def packed(weight: QuantWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """A weight as that package stores it: `packed`, `scale`, `shape`, and `zero_point` if it is asymmetric."""
     layout, bits = weight.layout, weight.format.bits
     found = {
         "packed": _words(weight.packed),
-        "scale": weight.scales.to(kind),
+        "scale": weight.scales.to(dtype),
         "shape": torch.tensor([layout.out, layout.columns]),
     }
     if layout.format.zero == "integer":
@@ -138,12 +138,12 @@ def _words(rows: Tensor) -> Tensor:
 
 def _save_config(model: Any, layers: Mapping[str, QuantWeight], dtype: str, folder: Path) -> None:
     config = copy.deepcopy(model.config)
-    kinds: dict[Any, list[str]] = {}
+    by_format: dict[Any, list[str]] = {}
     for name, weight in layers.items():
-        kinds.setdefault(weight.format, []).append(name)
+        by_format.setdefault(weight.format, []).append(name)
     groups = {
         f"group_{at}": {
-            "targets": ["Linear"] if len(kinds) == 1 else names,
+            "targets": ["Linear"] if len(by_format) == 1 else names,
             "weights": {
                 "num_bits": format.bits,
                 "type": "int",
@@ -155,7 +155,7 @@ def _save_config(model: Any, layers: Mapping[str, QuantWeight], dtype: str, fold
             "input_activations": None,
             "output_activations": None,
         }
-        for at, (format, names) in enumerate(kinds.items())
+        for at, (format, names) in enumerate(by_format.items())
     }
     plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     config.quantization_config = {

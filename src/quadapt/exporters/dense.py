@@ -53,10 +53,10 @@ def export_hf(
     if dtype not in _DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown. Use {', '.join(_DTYPES)}")
     refuse_adapters(model)
-    kind, path = _DTYPES[dtype], Path(folder)
+    torch_dtype, path = _DTYPES[dtype], Path(folder)
     sources = as_stored(model, dict(tensors_of(model)))
     meta = {
-        name: torch.empty(shape_of(source), dtype=_target(source, kind), device="meta")
+        name: torch.empty(shape_of(source), dtype=_target(source, torch_dtype), device="meta")
         for name, source in sources.items()
     }
     shards = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
@@ -65,7 +65,7 @@ def export_hf(
         for file in progress(list(shards.filename_to_tensors)):
             tensors = {}
             for name in shards.filename_to_tensors[file]:
-                tensors[name], moves[name] = _densify(name, sources[name], kind)
+                tensors[name], moves[name] = _densify(name, sources[name], torch_dtype)
             save_file(tensors, partial / file, metadata={"format": "pt"})
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -85,17 +85,17 @@ def export_hf(
     )
 
 
-def _target(source: Source, kind: torch.dtype) -> torch.dtype:
-    return kind if isinstance(source, QuantWeight) or source.is_floating_point() else source.dtype
+def _target(source: Source, dtype: torch.dtype) -> torch.dtype:
+    return dtype if isinstance(source, QuantWeight) or source.is_floating_point() else source.dtype
 
 
-def _densify(name: str, source: Source, kind: torch.dtype) -> tuple[Tensor, float]:
+def _densify(name: str, source: Source, dtype: torch.dtype) -> tuple[Tensor, float]:
     """A tensor as it is saved, and how far the cast moved a weight at most, in quantization steps."""
     exact = source.dequantize() if isinstance(source, QuantWeight) else source
-    dense = exact.to(device="cpu", dtype=_target(source, kind)).contiguous()
+    dense = exact.to(device="cpu", dtype=_target(source, dtype)).contiguous()
     if not bool(torch.isfinite(dense).all()):
         raise ExportError(
-            f"{name}: has values that are infinite or NaN in {kind}. Use dtype='bfloat16', or repair the model"
+            f"{name}: has values that are infinite or NaN in {dtype}. Use dtype='bfloat16', or repair the model"
         )
     return dense, largest_move(source, exact, dense) if isinstance(source, QuantWeight) else 0.0
 
@@ -122,12 +122,12 @@ def _row(name: str, tensor: Tensor, source: Source, move: float) -> TensorRow:
 
 
 def _notes(sources: dict[str, Source], moves: dict[str, float], dtype: str) -> tuple[str, ...]:
-    kind, notes = _DTYPES[dtype], []
+    torch_dtype, notes = _DTYPES[dtype], []
     worst = max(moves, key=lambda name: moves[name])
     if moves[worst]:
         notes.append(
             f"{dtype} does not hold the quantized weights exactly: it moves them by up to {moves[worst]:.4f} "
             f"of a quantization step ({worst}). float32 and GGUF hold them exactly"
         )
-    notes += rounded_besides(sources, kind)
+    notes += rounded_besides(sources, torch_dtype)
     return tuple(notes)

@@ -26,7 +26,7 @@ from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
 from quadapt.model.embeddings import TYPES as EMBEDDINGS
-from quadapt.model.embeddings import held_as
+from quadapt.model.embeddings import recognized
 from quadapt.model.quantize import Progress
 from quadapt.quant.weight import QuantWeight
 
@@ -53,7 +53,7 @@ class Entry:
         return interleave(rows, self.heads) if self.heads else rows
 
     def _blocks(self) -> np.ndarray:
-        source = self.source if isinstance(self.source, QuantWeight) else held_as(self.source, self.row.type.lower())
+        source = self.source if isinstance(self.source, QuantWeight) else recognized(self.source, self.row.type.lower())
         assert source is not None
         return bytes_of(source)
 
@@ -142,8 +142,8 @@ def _row(name: str, source: Source, dense: str) -> TensorRow:
             raise ExportError(
                 f"{name}: its dtype {source.dtype} is not one of {', '.join(map(str, TYPES))}. Cast the model"
             )
-        kind = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
-        return TensorRow(name=name, type=kind, shape=shape, nbytes=prod(shape) * DTYPES[kind].itemsize)
+        type_name = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
+        return TensorRow(name=name, type=type_name, shape=shape, nbytes=prod(shape) * DTYPES[type_name].itemsize)
     why, block = why_not(source), type_for(source.layout)
     if block is not None and not why:
         nbytes = prod(shape) // block.weights * block.nbytes
@@ -161,10 +161,10 @@ def _rounded_to(config: Any) -> dict[str, str]:
 
 def _embedding_row(row: TensorRow, source: Tensor, wished: str) -> TensorRow:
     """The row of an embedding or a head: of a type of blocks if one holds its very values."""
-    for kind in EMBEDDINGS:
-        held = held_as(source, kind)
-        if held is not None:
-            return replace(row, type=kind.upper(), nbytes=held.layout.bits // 8)
+    for type_name in EMBEDDINGS:
+        stored = recognized(source, type_name)
+        if stored is not None:
+            return replace(row, type=type_name.upper(), nbytes=stored.layout.bits // 8)
     if not wished:
         return row
     return replace(row, note=f"was rounded to {wished} once, and no longer has such values: left as {row.type}")
@@ -175,8 +175,9 @@ def write_tensors(writer: GGUFWriter, entries: Sequence[Entry], progress: Progre
     import gguf
 
     for row in (entry.row for entry in entries):
-        kind = gguf.GGMLQuantizationType[row.type]
-        writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, kind)  # kind overrides float32
+        ggml_type = gguf.GGMLQuantizationType[row.type]
+        # The type overrides float32.
+        writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, ggml_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -47,23 +47,23 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ExportError: It is not one that can be written, or it computes what llama.cpp would not.
     """
-    kind = type(model).__name__
-    if kind not in FAMILIES:
+    class_name = type(model).__name__
+    if class_name not in FAMILIES:
         raise ExportError(
-            f"{kind}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf, and llama.cpp's own converter"
+            f"{class_name}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf, and llama.cpp's own converter"
         )
     config: Any = model.config
     if config.hidden_act != "silu":
         raise ExportError(
-            f"config.hidden_act={config.hidden_act!r}: llama.cpp computes {kind} with silu. Use --format hf"
+            f"config.hidden_act={config.hidden_act!r}: llama.cpp computes {class_name} with silu. Use --format hf"
         )
-    rope, known = _rope(config), ["default", "linear", *(["llama3"] if FAMILIES[kind].rope_factors else [])]
+    rope, known = _rope(config), ["default", "linear", *(["llama3"] if FAMILIES[class_name].rope_factors else [])]
     if rope["rope_type"] not in known or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(
-            f"config.rope_parameters={rope}: for {kind} rope_type {' or '.join(known)} over whole heads "
+            f"config.rope_parameters={rope}: for {class_name} rope_type {' or '.join(known)} over whole heads "
             "can be written. Use --format hf"
         )
-    return FAMILIES[kind]
+    return FAMILIES[class_name]
 
 
 def namer(family: Family, blocks: int) -> Callable[[str], str]:

@@ -160,7 +160,7 @@ def _read(data: dict[str, Any], size: int) -> _Vocabulary:
         for token in data["added_tokens"]
         if token["lstrip"] or token["rstrip"] or token["single_word"]
     ]
-    if any(kind == "ByteLevel" for kind, _ in _steps(data["pre_tokenizer"], "pretokenizers")):
+    if any(type_ == "ByteLevel" for type_, _ in _steps(data["pre_tokenizer"], "pretokenizers")):
         pre, more = _pre(data)
         return _Vocabulary(
             model="gpt2",
@@ -198,7 +198,7 @@ def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]
             "not belong together"
         )
 
-    def kind(index: int) -> TokenType:
+    def token_type(index: int) -> TokenType:
         if index not in names:
             return TokenType.UNUSED
         if data["model"]["byte_fallback"] and re.fullmatch("<0x[0-9A-F]{2}>", names[index]):
@@ -209,7 +209,7 @@ def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]
             return TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
         return TokenType.NORMAL
 
-    return [names.get(index, f"[PAD{index}]") for index in range(size)], [kind(index) for index in range(size)]
+    return [names.get(index, f"[PAD{index}]") for index in range(size)], [token_type(index) for index in range(size)]
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[tuple[str, Any]]:
@@ -246,7 +246,7 @@ def _pre(data: dict[str, Any]) -> tuple[str, list[str]]:
             f"{whole} is not one that is known to be llama.cpp's {' or '.join(_PRE_TOKENIZERS.values())}"
             ". Use --format hf"
         )
-    normalizers = [kind for kind, _ in _steps(data["normalizer"], "normalizers")]
+    normalizers = [type_ for type_, _ in _steps(data["normalizer"], "normalizers")]
     if normalizers not in ([], ["NFC"]):
         raise ExportError(f"tokenizer.json: llama.cpp has no normalizer {' + '.join(normalizers)}. Use --format hf")
     return pre, ["the tokenizer composes characters (NFC), llama.cpp takes them as they come"] if normalizers else []

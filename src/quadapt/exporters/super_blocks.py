@@ -134,9 +134,9 @@ def _numbers(weight: QuantWeight) -> dict[str, Tensor]:
     layout, found = weight.layout, dict[str, Tensor]()
     count = layout.columns // SUPER_BLOCK
     for name in ("scales", "offsets"):
-        held = layout.storage.of(name)
-        if not held.implied:
-            codes = unpack(weight.tensors[name], held.bits, layout.groups)  # type: ignore[attr-defined]
+        storage = layout.storage.of(name)
+        if not storage.implied:
+            codes = unpack(weight.tensors[name], storage.bits, layout.groups)  # type: ignore[attr-defined]
             found[name] = codes.cpu().unflatten(1, (count, -1))
             found[f"{name}_constant"] = weight.tensors[f"{name}_constant"].cpu().unflatten(1, (count, 2))
     return found

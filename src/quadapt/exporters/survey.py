@@ -156,7 +156,7 @@ def formats_page(layouts: Mapping[str, Layout]) -> str:
     Args:
         layouts: Layouts by the words that name them in the table: "QA-LoRA, merged", "symmetric int8", ..
     """
-    exporters = [kind() for kind in EXPORTERS.values() if kind.takes == "model"]
+    exporters = [cls() for cls in EXPORTERS.values() if cls.takes == "model"]
     asked = {name: survey(Subject(matrices={_LAYERS: layout}), exporters) for name, layout in layouts.items()}
     head = ["layout", *(exporter.name for exporter in exporters)]
     lines = [_row(head), _row(["---"] * len(head))]

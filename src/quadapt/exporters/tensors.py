@@ -49,8 +49,8 @@ def refuse_adapters(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    adapted = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, wrappers)]
     if adapted:
         raise ExportError(
             f"{adapted[0]}: carries an adapter, which is not part of this format. Merge it first "
@@ -64,19 +64,19 @@ def shape_of(source: Source) -> tuple[int, ...]:
     return (source.layout.out, source.layout.columns) if isinstance(source, QuantWeight) else tuple(source.shape)
 
 
-def rounded_besides(sources: Mapping[str, Source], kind: torch.dtype) -> list[str]:
+def rounded_besides(sources: Mapping[str, Source], dtype: torch.dtype) -> list[str]:
     """A note on the tensors of unquantized layers that a dtype cannot hold as they are; nothing if it holds all."""
     rounded = [
         name
         for name, source in sources.items()
         if isinstance(source, Tensor)
         and source.is_floating_point()
-        and not torch.equal(source.to(kind).to(source.dtype), source)
+        and not torch.equal(source.to(dtype).to(source.dtype), source)
     ]
-    dtype = str(kind).removeprefix("torch.")
     if not rounded:
         return []
-    return [f"{len(rounded)} tensors that are not quantized are rounded to {dtype}: {', '.join(rounded)}"]
+    short = str(dtype).removeprefix("torch.")
+    return [f"{len(rounded)} tensors that are not quantized are rounded to {short}: {', '.join(rounded)}"]
 
 
 def as_stored(model: Any, sources: dict[str, Source]) -> dict[str, Source]:

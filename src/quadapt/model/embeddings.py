@@ -89,15 +89,15 @@ TYPES: Mapping[str, EmbeddingType] = {
 """The types that embeddings may lie on, by the names that settings have for them; GGML writes these in capitals."""
 
 
-def quantized(weight: Tensor, kind: str, *, narrow: bool) -> QuantWeight:
+def quantized(weight: Tensor, type_name: str, *, narrow: bool) -> QuantWeight:
     """Some rows `[rows, in]` (any float dtype) in codes and scales of a type.
 
     Args:
         weight: The rows, of which each is rounded by itself.
-        kind: The name of the type in `TYPES`.
+        type_name: The name of the type in `TYPES`.
         narrow: Whether the values are to fit float16 and bfloat16.
     """
-    chosen, rows = TYPES[kind], weight.float()
+    chosen, rows = TYPES[type_name], weight.float()
     layout = chosen.layout(*weight.shape)
     half, scales = 2 ** (layout.format.bits - 1), chosen.scales(rows, narrow)
     codes = rows / expand(scales, layout.format.group_size, layout.columns)
@@ -105,31 +105,31 @@ def quantized(weight: Tensor, kind: str, *, narrow: bool) -> QuantWeight:
     return QuantWeight.build(layout, pack((codes + half).to(torch.uint8), layout.format.bits), scales, None)
 
 
-def held_as(weight: Tensor, kind: str) -> QuantWeight | None:
+def recognized(weight: Tensor, type_name: str) -> QuantWeight | None:
     """The quantized matrix whose values are those of `weight`, bit for bit; None if they are on no such grid."""
-    if weight.ndim != 2 or weight.shape[1] % TYPES[kind].columns or not weight.is_floating_point():
+    if weight.ndim != 2 or weight.shape[1] % TYPES[type_name].columns or not weight.is_floating_point():
         return None
-    for narrow in (False,) if TYPES[kind].wide else (False, True):
+    for narrow in (False,) if TYPES[type_name].wide else (False, True):
         parts = []
         for rows in row_chunks(weight):
-            parts.append(quantized(weight[rows], kind, narrow=narrow))
+            parts.append(quantized(weight[rows], type_name, narrow=narrow))
             if not torch.equal(parts[-1].dequantize(), weight[rows].float()):
                 break
         else:
             tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-            return QuantWeight(TYPES[kind].layout(*weight.shape), tensors)
+            return QuantWeight(TYPES[type_name].layout(*weight.shape), tensors)
     return None
 
 
 @torch.no_grad()
 def round_embeddings(
-    model: nn.Module, kind: str, left_out: Mapping[str, object], dtype: torch.dtype | None = None
+    model: nn.Module, type_name: str, left_out: Mapping[str, object], dtype: torch.dtype | None = None
 ) -> dict[str, Layout]:
     """Bring the input embedding, and a head that is not quantized, onto the values of a type, in place.
 
     Args:
         model: The dense model, of transformers.
-        kind: The name of the type in `TYPES`.
+        type_name: The name of the type in `TYPES`.
         left_out: Layers that are quantized, by name, and so stay.
         dtype: The dtype that the model is cast to later, if it is.
 
@@ -141,18 +141,18 @@ def round_embeddings(
     """
     found = {}
     for name, module in _embeddings(model, left_out).items():
-        values = _rounded(name, module.weight, kind, dtype or module.weight.dtype)
+        values = _rounded(name, module.weight, type_name, dtype or module.weight.dtype)
         module.weight.data = values
-        found[name] = TYPES[kind].layout(*values.shape)
+        found[name] = TYPES[type_name].layout(*values.shape)
     return found
 
 
 def check_embeddings(
-    model: nn.Module, kind: str, left_out: Mapping[str, object], dtype: torch.dtype | None = None
+    model: nn.Module, type_name: str, left_out: Mapping[str, object], dtype: torch.dtype | None = None
 ) -> None:
     """Raise ConfigError if shapes and dtype already tell that :func:`round_embeddings` will; weights are not read."""
     for name, module in _embeddings(model, left_out).items():
-        _check(name, module.weight.shape[1], kind, dtype or module.weight.dtype)
+        _check(name, module.weight.shape[1], type_name, dtype or module.weight.dtype)
 
 
 def _embeddings(model: Any, left_out: Mapping[str, object]) -> dict[str, Any]:
@@ -167,33 +167,33 @@ def _embeddings(model: Any, left_out: Mapping[str, object]) -> dict[str, Any]:
     return found
 
 
-def _check(name: str, columns: int, kind: str, final: torch.dtype) -> None:
-    chosen, dtype = TYPES[kind], str(final).removeprefix("torch.")
+def _check(name: str, columns: int, type_name: str, final: torch.dtype) -> None:
+    chosen, dtype = TYPES[type_name], str(final).removeprefix("torch.")
     if columns % chosen.columns:
         fits = [f"embeddings={each!r}" for each, other in TYPES.items() if columns % other.columns == 0]
         raise ConfigError(
-            f"{name}: {columns} numbers a row are no multiple of {chosen.columns}, as {kind} needs. "
+            f"{name}: {columns} numbers a row are no multiple of {chosen.columns}, as {type_name} needs. "
             f"Use {' or '.join([*fits, 'embeddings=' + repr('float')])}"
         )
     if final != torch.float32 and chosen.wide:
         raise ConfigError(
-            f"{name}: {dtype} does not hold the values of {kind}, which need float32. Use embeddings='q8_0', or load "
-            "the model in float32 (--dtype float32)"
+            f"{name}: {dtype} does not hold the values of {type_name}, which need float32. Use embeddings='q8_0', or "
+            "load the model in float32 (--dtype float32)"
         )
 
 
-def _rounded(name: str, weight: Tensor, kind: str, final: torch.dtype) -> Tensor:
-    _check(name, weight.shape[1], kind, final)
+def _rounded(name: str, weight: Tensor, type_name: str, final: torch.dtype) -> Tensor:
+    _check(name, weight.shape[1], type_name, final)
     narrow, dtype = final != torch.float32, str(final).removeprefix("torch.")
     if not bool(torch.isfinite(weight).all()):
-        raise ConfigError(f"{name}: has NaN or infinite values. Repair the model before rounding it to {kind}")
+        raise ConfigError(f"{name}: has NaN or infinite values. Repair the model before rounding it to {type_name}")
     kept = torch.empty_like(weight, requires_grad=False)
     for rows in row_chunks(weight):
-        values = quantized(weight[rows], kind, narrow=narrow).dequantize()
+        values = quantized(weight[rows], type_name, narrow=narrow).dequantize()
         kept[rows] = values
         if not (torch.equal(kept[rows].float(), values) and torch.equal(values.to(final).float(), values)):
             raise ConfigError(
-                f"{name}: {dtype} does not hold its values rounded to {kind}. Use embeddings='float', or load the "
+                f"{name}: {dtype} does not hold its values rounded to {type_name}. Use embeddings='float', or load the "
                 "model in float32 (--dtype float32)"
             )
     return kept
