@@ -55,11 +55,11 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.inputs.append(hidden_states)
         self.calls.append({"args": args, "kwargs": kwargs})
-        block, kind = self._block[0], type(self._block[0])
-        if kind not in self._gives:
+        block, cls = self._block[0], type(self._block[0])
+        if cls not in self._gives:
             with torch.no_grad(), resident(block, self._device):
                 output = block(hidden_states, *args, **kwargs)
-            self._gives[kind] = len(output) if isinstance(output, (tuple, list)) else None
+            self._gives[cls] = len(output) if isinstance(output, (tuple, list)) else None
         return self.as_block(hidden_states)
 
     def as_block(self, hidden_states: Tensor) -> Any:
@@ -167,7 +167,7 @@ class BlockWalk:
         for hidden, call, one, target in walk:
             for start in range(0, len(hidden), size):
                 rows = slice(start, start + size)
-                args, kwargs = (_part(call[kind], one[kind], rows, len(hidden)) for kind in ("args", "kwargs"))
+                args, kwargs = (_part(call[part], one[part], rows, len(hidden)) for part in ("args", "kwargs"))
                 found.append(Example(hidden[rows], args, kwargs, target[rows]))
         return found
 

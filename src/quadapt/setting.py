@@ -85,10 +85,10 @@ def settings_of(piece: type) -> dict[str, dataclasses.Field[Any]]:
 def words_of(piece: type) -> dict[str, str]:
     """The strings below the fields of a class and of those that it is derived from, each on one line, by field."""
     found: dict[str, str] = {}
-    for kind in reversed(piece.__mro__):
-        if not dataclasses.is_dataclass(kind):
+    for cls in reversed(piece.__mro__):
+        if not dataclasses.is_dataclass(cls):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         assert isinstance(body, ast.ClassDef)
         for one, after in zip(body.body, body.body[1:], strict=False):
             if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and _is_text(after):

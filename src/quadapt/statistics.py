@@ -38,17 +38,17 @@ _TOGETHER = 8
 
 
 class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
-    """Statistics by layer, in files of a folder: one for each block and kind.
+    """Statistics by layer, in files of a folder: one for each block and statistic.
 
     Symmetric matrices are kept as their upper triangle, in float32. What is read is mapped, not held.
 
     Args:
         folder: Made if it does not exist. A damaged file counts as missing.
-        kinds: What to read of a layer.
+        wanted: What to read of a layer, by name.
     """
 
-    def __init__(self, folder: Path, kinds: Iterable[str] = (MOMENT, FISHER)) -> None:
-        self.folder, self.kinds = folder, tuple(kinds)
+    def __init__(self, folder: Path, wanted: Iterable[str] = (MOMENT, FISHER)) -> None:
+        self.folder, self.wanted = folder, tuple(wanted)
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
         self._layers: dict[str, dict[str, tuple[Path, str]]] = {}
@@ -57,23 +57,23 @@ class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
                 self._note(path)
 
     def _note(self, path: Path) -> None:
-        kind = path.name.partition("@")[0]
+        statistic = path.name.partition("@")[0]
         try:
             with safe_open(path, framework="pt") as file:
-                held = json.loads(file.metadata()["layers"])
+                layers = json.loads(file.metadata()["layers"])
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return
-        for layer, tensor in held.items():
-            self._layers.setdefault(layer, {})[kind] = (path, tensor)
+        for layer, tensor in layers.items():
+            self._layers.setdefault(layer, {})[statistic] = (path, tensor)
 
     def __getitem__(self, layer: str) -> dict[str, Tensor]:
-        """Statistics of a layer by kind, those that there are."""
+        """Statistics of a layer by name, those that there are."""
         found = {}
-        for kind, (path, name) in self._layers[layer].items():
-            if kind in self.kinds:
+        for statistic, (path, name) in self._layers[layer].items():
+            if statistic in self.wanted:
                 with safe_open(path, framework="pt") as file:
                     tensor = file.get_tensor(name)
-                found[kind] = _square(tensor) if kind == MOMENT else tensor
+                found[statistic] = _square(tensor) if statistic == MOMENT else tensor
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -82,18 +82,18 @@ class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
     def __len__(self) -> int:
         return len(self._layers)
 
-    def missing(self, kind: str, layers: Iterable[str]) -> list[str]:
-        """Layers of which a kind is not there."""
-        return [layer for layer in layers if kind not in self._layers.get(layer, {})]
+    def missing(self, statistic: str, layers: Iterable[str]) -> list[str]:
+        """Layers of which a statistic is not there."""
+        return [layer for layer in layers if statistic not in self._layers.get(layer, {})]
 
-    def keep(self, kind: str, unit: str, groups: Iterable[tuple[Sequence[str], Tensor]]) -> None:
+    def keep(self, statistic: str, unit: str, groups: Iterable[tuple[Sequence[str], Tensor]]) -> None:
         """Write statistics of a unit, each shared by some layers, under a temporary name, and rename."""
         tensors: dict[str, Tensor] = {}
         layers: dict[str, str] = {}
         for at, (names, tensor) in enumerate(groups):
-            tensors[str(at)] = _triangle(tensor) if kind == MOMENT else tensor.float().contiguous().cpu()
+            tensors[str(at)] = _triangle(tensor) if statistic == MOMENT else tensor.float().contiguous().cpu()
             layers |= dict.fromkeys(names, str(at))
-        path = self.folder / f"{kind}@{unit}.safetensors"
+        path = self.folder / f"{statistic}@{unit}.safetensors"
         _write(path, tensors, {"layers": json.dumps(layers)})
         self._note(path)
 

@@ -83,25 +83,25 @@ def check_plannable(method: Method) -> None:
         )
 
 
-def adapter_bits(method: Method, layout: Layout, rank: int, kind: str) -> int:
-    """Bits of the adapter over a matrix: its two factors as `kind` (fp16 or nf8), rounded up.
+def adapter_bits(method: Method, layout: Layout, rank: int, dtype: str) -> int:
+    """Bits of the adapter over a matrix: its two factors as `dtype` (fp16 or nf8), rounded up.
 
     Source: LQ-LoRA (arXiv 2311.12023) section 4.3, which stores them as NF8 in its compression runs.
     """
     inputs = method.adapter.inputs(layout)
-    return math.ceil(rank * (layout.out + inputs) * ADAPTER_BITS[kind]) if inputs else 0
+    return math.ceil(rank * (layout.out + inputs) * ADAPTER_BITS[dtype]) if inputs else 0
 
 
-def effective_bits(shapes: Iterable[tuple[int, int]], bits: float, rank: int, kind: str = "nf8") -> float:
+def effective_bits(shapes: Iterable[tuple[int, int]], bits: float, rank: int, dtype: str = "nf8") -> float:
     """Bits per weight with LoRA factors of `rank` beside every matrix.
 
     Args:
         shapes: The shapes of the matrices, `(out, in)`.
         bits: Bits per weight, without the factors.
         rank: The rank of the factors.
-        kind: How they are held: nf8, as LQ-LoRA counts (2.75 bits are 2.951 for Llama 2 7B at rank 64), or fp16.
+        dtype: How they are stored: nf8, as LQ-LoRA counts (2.75 bits are 2.951 for Llama 2 7B at rank 64), or fp16.
     """
     shapes = list(shapes)
     weights = sum(out * columns for out, columns in shapes)
     factors = sum(rank * (out + columns) for out, columns in shapes)
-    return bits + float(factors * ADAPTER_BITS[kind] / weights)
+    return bits + float(factors * ADAPTER_BITS[dtype] / weights)

@@ -18,7 +18,7 @@ VERSION = 1
 """The version of a plan's file that this code writes; a file of a later version is refused."""
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "method": (str,),
     "model": (dict,),
     "budget": (int, float),
@@ -137,8 +137,8 @@ class BudgetPlan:
                 for name, each in value["layers"].items()
             }
             about = {name: value[name] for name in BudgetPlan.__dataclass_fields__ if name != "layers"}
-            for name, kinds in _KINDS.items():
-                if not isinstance(about[name], kinds) or isinstance(about[name], bool):
+            for name, types in _FIELD_TYPES.items():
+                if not isinstance(about[name], types) or isinstance(about[name], bool):
                     raise TypeError(f"{name} is {about[name]!r:.80}")
             if not layers:
                 raise ValueError("it has no layers")

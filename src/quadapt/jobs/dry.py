@@ -195,7 +195,7 @@ def tuning_first(config: TuneConfig, name: str, *, seq_len: int) -> MemoryEstima
     trains = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
     if config.run.gradient_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
-    step = memory.held(memory.step_bytes(model, config.run.batch_size, seq_len), device)
+    step = memory.taken_by_step(memory.step_bytes(model, config.run.batch_size, seq_len), device)
     return MemoryEstimate(libraries=memory.library_bytes(device), weights=weights, adapters=4 * trains, step=step)
 
 
@@ -209,12 +209,12 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[
     if config.run.gradient_checkpointing:
         model.activation_checkpointing_enable()
     teacher, step = _teacher(config, found, seq_len), memory.step_bytes(model, config.run.batch_size, seq_len)
-    extra = 0 if teacher is None else memory.held(teacher.beyond(3 * trainable + step), device)
+    extra = 0 if teacher is None else memory.taken_by_step(teacher.beyond(3 * trainable + step), device)
     return MemoryEstimate(
         libraries=memory.library_bytes(device),
         weights=weights,
         adapters=4 * trainable,
-        step=memory.held(step, device),
+        step=memory.taken_by_step(step, device),
         teacher=extra,
     )
 

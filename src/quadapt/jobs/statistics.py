@@ -64,7 +64,7 @@ def statistics_for(
             f"{folder}: cannot be written ({error.strerror}). Statistics are kept there; set QUADAPT_CACHE to another "
             "folder"
         ) from error
-    missing = {kind: files.missing(kind, layers) for kind in needs}
+    missing = {statistic: files.missing(statistic, layers) for statistic in needs}
     if not any(missing.values()):
         ui.say(f"statistics of the full-precision model: from {folder}")
         return files

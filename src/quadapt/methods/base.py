@@ -110,7 +110,7 @@ class Method:
         grid: dict[str, Any] = {
             name: left.pop(name) for name in ("levels", "bits", "group_size", "zero") if name in left
         }
-        found = self._held(left.pop("scales", None), grid)
+        found = self._with_scales(left.pop("scales", None), grid)
         for axis, registry in PIECES.items():
             if axis in left:
                 found = replace(found, **{axis: found._piece(axis, registry, left.pop(axis))})
@@ -126,8 +126,8 @@ class Method:
         own = {"levels": self.format.levels, "bits": self.format.bits, "group_size": self.format.group_size}
         return Format(**{**own, "zero": self.format.zero if same else "default", **grid})
 
-    def _held(self, scales: str | None, grid: dict[str, Any]) -> Method:
-        """With another grid, and scales held otherwise, or in the kind of super-blocks for another width.
+    def _with_scales(self, scales: str | None, grid: dict[str, Any]) -> Method:
+        """With another grid, and scales stored otherwise, or in the super-blocks for another width.
 
         Raises:
             ConfigError: Such scales determine a field of the grid, and another value is asked for.
@@ -152,11 +152,11 @@ class Method:
         own = getattr(self, axis)
         if not isinstance(given, str):
             return given
-        kind = registry[given]
-        if type(own) is kind:
+        cls = registry[given]
+        if type(own) is cls:
             return own
         kept = {each.name: getattr(own, each.name) for each in fields(own) if each.name == "range"}
-        return kind(**{name: value for name, value in kept.items() if name in kind.__dataclass_fields__})
+        return cls(**{name: value for name, value in kept.items() if name in cls.__dataclass_fields__})
 
     def _owner(self, name: str) -> tuple[str, str]:
         """The axis, and the field of its piece, that are set by a name."""
@@ -169,14 +169,14 @@ class Method:
     def _homeless(self, name: str) -> str:
         """What to say of a setting that none of the pieces has."""
         for axis, registry in PIECES.items():
-            owners = [each for each, kind in registry.items() if name in names_of(kind)]
+            owners = [each for each, cls in registry.items() if name in names_of(cls)]
             if owners:
                 return (
                     f"{name} is a setting of the {axis} {' or '.join(owners)}, and here it is "
                     f"{getattr(self, axis).name}. Use {axis}={owners[0]!r} (--{axis} {owners[0]}), or leave it out"
                 )
-        kinds = {each for each, kind in ADAPTERS.items() if name in names_of(kind)}
-        users = [each for each in METHODS if kinds and method_named(each).adapter.kind in kinds]
+        adapters = {each for each, adapter in ADAPTERS.items() if name in names_of(adapter)}
+        users = [each for each in METHODS if adapters and method_named(each).adapter.kind in adapters]
         if users:
             return (
                 f"{name} is a setting of the adapter of {', '.join(users)}; method={self.name!r} has another "

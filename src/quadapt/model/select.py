@@ -55,7 +55,7 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
                 left[full] = reason
             elif parameter.ndim > 2 or not isinstance(module, nn.Linear):
                 raise ShapeError(
-                    f"{full}: is {_kind(model, module, parameter)}, which cannot be quantized yet. To leave it "
+                    f"{full}: is {_described(model, module, parameter)}, which cannot be quantized yet. To leave it "
                     f"unquantized, list it under skip (--skip {full.rsplit('.', 1)[-1]})"
                 )
             else:
@@ -94,7 +94,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ConfigError(
-                f"target_modules: {pattern!r} matches no quantized layer. There are {', '.join(kinds_of(names))}"
+                f"target_modules: {pattern!r} matches no quantized layer. There are {', '.join(last_parts(names))}"
             )
     return [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]
 
@@ -110,16 +110,16 @@ def refuse_foreign(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             continue
-        held = [
+        tensors = [
             *module.named_parameters(recurse=False),
             *((key, each) for key, each in module.named_buffers(recurse=False) if key == "qweight"),
         ]
-        for key, tensor in held:
+        for key, tensor in tensors:
             narrow = not tensor.is_floating_point() or tensor.itemsize < 2
             if (tensor.ndim >= 2 and narrow) or is_traceable_wrapper_subclass(tensor):
-                kind = str(tensor.dtype).removeprefix("torch.") if narrow else type(tensor).__name__
+                found = str(tensor.dtype).removeprefix("torch.") if narrow else type(tensor).__name__
                 raise ConfigError(
-                    f"{name}.{key}: is {kind} in a {type(module).__name__}, so something else has quantized this "
+                    f"{name}.{key}: is {found} in a {type(module).__name__}, so something else has quantized this "
                     f"model. {advice}"
                 )
 
@@ -132,7 +132,7 @@ class _Known:
         head = getter() if getter is not None else None
         self.head = head if isinstance(head, nn.Module) else None
         self.tied = _tied(model)
-        kept = (getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict"))
+        kept = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("", "_strict"))
         self.wide = [pattern for patterns in kept for pattern in patterns]
         text = language_model(model)
         self.text = {id(module) for module in text.modules()}
@@ -181,14 +181,14 @@ _PLAIN = ("FalconLinear",)
 """Subclasses of nn.Linear that compute what it does."""
 
 
-def _kind(model: nn.Module, module: nn.Module, parameter: Tensor) -> str:
+def _described(model: nn.Module, module: nn.Module, parameter: Tensor) -> str:
     """What a matrix is that cannot be quantized."""
     if parameter.ndim > 2:
         return f"a stack of {parameter.shape[0]} matrices (experts)"
-    kind = type(module).__name__
-    if kind != "Conv1D":
-        return f"a {kind}"
-    others = kinds_of(name for name, each in model.named_modules() if type(each).__name__ == kind)
+    class_name = type(module).__name__
+    if class_name != "Conv1D":
+        return f"a {class_name}"
+    others = last_parts(name for name, each in model.named_modules() if type(each).__name__ == class_name)
     return f"a Conv1D, a linear layer that stores its weight transposed (as {', '.join(others)} of this model do)"
 
 
@@ -206,10 +206,10 @@ def _check_names(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            raise ConfigError(f"{pattern!r} matches no layer. The linear layers are {', '.join(kinds_of(linear))}")
+            raise ConfigError(f"{pattern!r} matches no layer. The linear layers are {', '.join(last_parts(linear))}")
 
 
-def kinds_of(names: Iterable[str]) -> list[str]:
+def last_parts(names: Iterable[str]) -> list[str]:
     """The last parts of some layers' names, each once."""
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
@@ -235,7 +235,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not lists or not weight(max(lists, key=weight)):
         for name, module in model.named_modules():
             if type(module).__name__ == "Conv1D":
-                raise ShapeError(f"{name}: is {_kind(model, module, module.weight)}, which cannot be quantized yet")
+                raise ShapeError(
+                    f"{name}: is {_described(model, module, module.weight)}, which cannot be quantized yet"
+                )
         raise ConfigError(
             f"{type(model).__name__} has no list of blocks to walk through. Only decoder models are supported"
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
 from quadapt.limits import limit_of
-from quadapt.model.select import kinds_of
+from quadapt.model.select import last_parts
 
 TOKENS = 8
 """Length of the sequence that is run."""
@@ -88,7 +88,7 @@ def check_reads(model: Any, layers: Mapping[str, nn.Linear]) -> None:
     if read and not same:
         raise ConfigError(
             f"{min(read)}: {type(model).__name__} reads the weight of this layer in code of its own, and would take "
-            f"codes for weights. List all such layers under skip (--skip {' --skip '.join(kinds_of(read))})"
+            f"codes for weights. List all such layers under skip (--skip {' --skip '.join(last_parts(read))})"
         )
 
 
@@ -96,7 +96,7 @@ def check_reads(model: Any, layers: Mapping[str, nn.Linear]) -> None:
 def _as_codes(layers: Mapping[str, nn.Linear]) -> Iterator[set[str]]:
     """Inside, layers compute as before, and their `weight` is uint8. Gives the names of those where it was read."""
     read: set[str] = set()
-    kinds = {name: type(layer) for name, layer in layers.items()}
+    classes = {name: type(layer) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.__class__ = _Codes
@@ -104,7 +104,7 @@ def _as_codes(layers: Mapping[str, nn.Linear]) -> Iterator[set[str]]:
         yield read
     finally:
         for name, layer in layers.items():
-            layer.__class__ = kinds[name]
+            layer.__class__ = classes[name]
             layer.__dict__.pop("on_read", None)
 
 

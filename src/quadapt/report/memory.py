@@ -61,7 +61,7 @@ class _LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, FakeTensor):
@@ -124,7 +124,7 @@ _FIRST_USE = 100_000_000
 """Code and tables that the first step loads: oneDNN's and numba's kernels."""
 
 
-def held(step: int, device: str) -> int:
+def taken_by_step(step: int, device: str) -> int:
     """Bytes that a step of `step` live bytes takes from the system; a GPU's allocator reports live bytes themselves."""
     return step if device.startswith("cuda") else int(step * _CPU_SLACK)
 

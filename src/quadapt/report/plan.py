@@ -15,18 +15,18 @@ from quadapt.report.ui import UI
 def show_plan(plan: BudgetPlan, ui: UI) -> None:
     """Print what a plan chose, and how good it is."""
     weights = sum(layer.layout.out * layer.layout.columns for layer in plan.layers.values())
-    kinds: dict[str, list[str]] = defaultdict(list)
+    by_name: dict[str, list[str]] = defaultdict(list)
     grids: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, layer in plan.layers.items():
-        kinds[name.rpartition(".")[2]].append(name)
+        by_name[name.rpartition(".")[2]].append(name)
         grids[layer.layout.name, layer.layout.storage.scales].append(name)
     rows = []
-    for kind, names in kinds.items():
+    for part, names in by_name.items():
         layouts = [plan.layers[name].layout for name in names]
         mean = sum(each.bits for each in layouts) / sum(each.out * each.columns for each in layouts)
         least, most = (choose(each.bits_per_weight for each in layouts) for choose in (min, max))
         error = sum(plan.layers[name].error for name in names) / plan.objective if plan.objective else 0.0
-        rows.append((f"{len(names)} x {kind}", f"{mean:.3f}", f"{least:.3f}", f"{most:.3f}", f"{100 * error:.1f} %"))
+        rows.append((f"{len(names)} x {part}", f"{mean:.3f}", f"{least:.3f}", f"{most:.3f}", f"{100 * error:.1f} %"))
     ui.table("by kind of layer", ("layers", "bits", "least", "most", "of the error"), rows)
     table = []
     for (format, scales), names in sorted(grids.items()):
@@ -55,18 +55,18 @@ def draw(plan: BudgetPlan, path: Path, ui: UI) -> str | None:
     except MissingDependency as error:
         ui.say(f"no figure: {error}")
         return None
-    kinds: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    by_name: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for at, (name, layer) in enumerate(plan.layers.items()):
         number = re.search(r"\.(\d+)\.", name)
-        kinds[name.rpartition(".")[2]].append((int(number[1]) if number else at, layer.layout.bits_per_weight))
+        by_name[name.rpartition(".")[2]].append((int(number[1]) if number else at, layer.layout.bits_per_weight))
     canvas = figure.Figure(figsize=(10, 4), layout="constrained")
     lines, bars = canvas.subplots(1, 2, width_ratios=(2, 1), sharey=True)
-    for kind, points in kinds.items():
-        lines.plot(*zip(*sorted(points), strict=True), marker=".", label=kind)
+    for part, points in by_name.items():
+        lines.plot(*zip(*sorted(points), strict=True), marker=".", label=part)
     lines.set(xlabel="block", ylabel="bits per weight", title=f"{plan.method}, budget {plan.budget:g} bits")
     lines.xaxis.get_major_locator().set_params(integer=True)
     lines.legend(fontsize="small")
-    bars.boxplot([[bits for _, bits in points] for points in kinds.values()], tick_labels=list(kinds))
+    bars.boxplot([[bits for _, bits in points] for points in by_name.values()], tick_labels=list(by_name))
     bars.tick_params(axis="x", rotation=60)
     bars.set(title=f"by kind; {plan.bits_per_weight:.3f} on average")
     with writing(path) as temporary:

@@ -106,9 +106,9 @@ class Best(TrainerCallback):
 
     def _adapters(self) -> dict[str, Tensor]:
         """All that training may change: what has a gradient, and what adapters hold besides."""
-        held = {id(parameter) for parameter, _ in declared_params(self._model)}
+        declared = {id(parameter) for parameter, _ in declared_params(self._model)}
         return {
             name: parameter
             for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad or id(parameter) in held
+            if parameter.requires_grad or id(parameter) in declared
         }

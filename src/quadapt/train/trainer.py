@@ -59,7 +59,7 @@ class AdapterTrainer(Trainer):
         also = optimized(whole)
         if not (grid or ternary or also) or self.optimizer is not None:
             return super().create_optimizer(model)
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        make, settings = self.get_optimizer_cls_and_kwargs(self.args)
         rate = self.grid_learning_rate or self.args.learning_rate
         also_rate = self.also_learning_rate or self.args.learning_rate
         decay = self.args.weight_decay
@@ -70,14 +70,14 @@ class AdapterTrainer(Trainer):
             {"params": [p for p in trained if also.get(id(p))], "lr": also_rate, "weight_decay": decay},
         ]
         if ternary:
-            if kind is not torch.optim.AdamW or self.args.max_steps < 1:
+            if make is not torch.optim.AdamW or self.args.max_steps < 1:
                 raise ConfigError(
                     f"optim={self.args.optim}, max_steps={self.args.max_steps}: ternary adapters train by t-SignSGD, "
                     "beside AdamW, and by how many steps there will be. Use optim='adamw_torch' and give max_steps"
                 )
             groups += [{"params": [p for p in trained if id(p) in ternary], "weight_decay": 0.0, "ternary": True}]
-            kind = partial(TernaryAdamW, steps=self.args.max_steps)
-        self.optimizer = kind([group for group in groups if group["params"]], **settings)
+            make = partial(TernaryAdamW, steps=self.args.max_steps)
+        self.optimizer = make([group for group in groups if group["params"]], **settings)
         return self.optimizer
 
     def _declared(self, group: Group, model: Any = None) -> set[int]:
