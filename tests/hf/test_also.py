@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import quadapt
 from quadapt.data import Collator
 from quadapt.errors import ConfigError
-from quadapt.hf.also import KINDS, Narrowing, besides, is_norm, optimized
+from quadapt.hf.also import ROLES, Narrowing, besides, is_norm, optimized
 from quadapt.hf.trained import parts_of
 from quadapt.methods import Recipe
 from quadapt.train import AdapterTrainer, Run, train
@@ -151,11 +151,11 @@ def test_every_kind_of_norm_and_bias_is_found_and_merges_exactly(kind: str) -> N
     one_axis = {name for name, each in model.named_parameters() if each.ndim == 1}
     found = {
         name
-        for each in KINDS["norms"](model)
+        for each in ROLES["norms"](model)
         for name in (f"{each}.{own}" for own, _ in model.get_submodule(each).named_parameters())
-    } | set(KINDS["biases"](model))
+    } | set(ROLES["biases"](model))
     assert found == one_axis
-    kinds = [each for each in ALL if KINDS[each](model) and not (kind == "gpt_neox" and each == "tied")]
+    kinds = [each for each in ALL if ROLES[each](model) and not (kind == "gpt_neox" and each == "tied")]
     adapted = moved(prepared(model, also=kinds))
     wanted = logits(adapted)
     merged, certificate = quadapt.merge(adapted, probe=IDS)
@@ -166,7 +166,7 @@ def test_every_kind_of_norm_and_bias_is_found_and_merges_exactly(kind: str) -> N
 @pytest.mark.parametrize("kind", ["gpt_neox", "phi", "stablelm"])
 def test_biases_alone_train_without_the_weights_beside_them(kind: str, tmp_path: Path) -> None:
     model = family(kind)
-    count = len(KINDS["biases"](model))
+    count = len(ROLES["biases"](model))
     adapted = prepared(model, also="biases")
     names = [name for name, each in adapted.named_parameters() if each.requires_grad and "lora_" not in name]
     assert len(names) == count

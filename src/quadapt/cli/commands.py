@@ -77,10 +77,10 @@ def settings_of(name: str) -> type[Settings]:
     return getattr(config, COMMANDS[name][0])
 
 
-def _command(kind_name: str, where: str) -> Callable[..., None]:
+def _command(class_name: str, where: str) -> Callable[..., None]:
     """A function that typer can read: one parameter for each field of the settings, and --json and --debug."""
-    kind: type[Settings] = getattr(config, kind_name)
-    parameters = [_parameter(name, field) for name, field in kind.model_fields.items()]
+    cls: type[Settings] = getattr(config, class_name)
+    parameters = [_parameter(name, field) for name, field in cls.model_fields.items()]
     parameters.sort(key=lambda parameter: parameter.kind)  # arguments before options
     parameters += [
         _switch("json", "Print the result as JSON on stdout."),
@@ -92,14 +92,14 @@ def _command(kind_name: str, where: str) -> Callable[..., None]:
         values = {name: value for name, value in given.items() if value is not None and value != []}
 
         def work(ui: UI) -> dict[str, Any]:
-            settings = checked(kind, values)  # what is wrong is said before anything is read
+            settings = checked(cls, values)  # what is wrong is said before anything is read
             return _load(where)(settings, ui)
 
         guarded(work, as_json=as_json, debug=debug)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = kind.__doc__
+    command.__doc__ = cls.__doc__
     return command
 
 
@@ -110,9 +110,9 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     if not field.is_required() and field.default not in (None, (), ""):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         words += "" if "Default" in words or isinstance(shown, bool) else f" (default: {shown})"
-    kind = _plain(field.annotation)
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    kind = type(choices[0]) if choices else kind  # `checked` says what is allowed, and in one line
+    type_ = _plain(field.annotation)
+    choices = get_args(type_) if get_origin(type_) is Literal else ()
+    type_ = type(choices[0]) if choices else type_  # `checked` says what is allowed, and in one line
     words += (
         f" ({', '.join(map(str, choices))})" if choices and not all(str(choice) in words for choice in choices) else ""
     )
@@ -120,34 +120,34 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         return inspect.Parameter(
             name,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            annotation=Annotated[kind, typer.Argument(help=words, show_default=False)],
+            annotation=Annotated[type_, typer.Argument(help=words, show_default=False)],
         )
     dashed = name.replace("_", "-")
-    either = kind is bool and (field.default is True or (flag.of_piece and field.default is None))
+    either = type_ is bool and (field.default is True or (flag.of_piece and field.default is None))
     names = [f"--{dashed}/--no-{dashed}"] if either else [f"--{dashed}", *flag.aliases]
-    metavar = "" if kind is bool else "CHOICE" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+    metavar = "" if type_ is bool else "CHOICE" if choices else {int: "N", float: "X"}.get(type_, "TEXT")
     option = typer.Option(*names, help=words, rich_help_panel=flag.panel, show_default=False, metavar=metavar)
     if field.is_required():
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option])
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[type_, option])
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[type_ | None, option]
     )
 
 
 def _plain(annotation: Any) -> Any:
     """The type as typer knows it: without None, and lists for tuples."""
-    kinds = (
-        [kind for kind in get_args(annotation) if kind is not type(None)]
+    types = (
+        [each for each in get_args(annotation) if each is not type(None)]
         if type(None) in get_args(annotation)
         else [annotation]
     )
-    kind = kinds[0]
-    if get_origin(kind) is Annotated:  # a range: `checked` says what is allowed
-        return _plain(get_args(kind)[0])
-    if get_origin(kind) is tuple:
-        item = _plain(get_args(kind)[0])
+    type_ = types[0]
+    if get_origin(type_) is Annotated:  # a range: `checked` says what is allowed
+        return _plain(get_args(type_)[0])
+    if get_origin(type_) is tuple:
+        item = _plain(get_args(type_)[0])
         return list[type(get_args(item)[0]) if get_origin(item) is Literal else item]  # type: ignore[misc]
-    return kind
+    return type_
 
 
 def _switch(name: str, words: str) -> inspect.Parameter:

@@ -75,7 +75,7 @@ def _heads(model: Any) -> list[str]:
     return [name for name, each in model.named_modules() if each is module]
 
 
-KINDS: dict[str, Callable[[Any], list[str]]] = {
+ROLES: dict[str, Callable[[Any], list[str]]] = {
     "norms": _norms,
     "biases": _biases,
     "embeddings": _embeddings,
@@ -108,25 +108,25 @@ class Also:
             settings.modules_to_tie = settings.target_modules_to_tie = None
 
 
-def also(model: Any, kinds: Sequence[str], tokens: Sequence[int] = ()) -> Also:
+def also(model: Any, roles: Sequence[str], tokens: Sequence[int] = ()) -> Also:
     """Find what is to train beside the adapters.
 
     Args:
         model: The base, without adapters.
-        kinds: Of :data:`KINDS`.
+        roles: Of :data:`ROLES`.
         tokens: Tokens whose rows are to train singly.
 
     Raises:
-        ConfigError: The model has nothing of a kind, or holds it in codes, or two wishes contradict each other.
+        ConfigError: The model has nothing of a role, or holds it in codes, or two wishes contradict each other.
     """
-    found = {kind: KINDS[kind](model) for kind in kinds}
-    for kind, names in found.items():
+    found = {role: ROLES[role](model) for role in roles}
+    for role, names in found.items():
         if not names:
-            there = ", ".join(each for each, names_of in KINDS.items() if names_of(model))
+            there = ", ".join(each for each, names_of in ROLES.items() if names_of(model))
             raise ConfigError(
-                f"train_also={kind!r}: {type(model).__name__} has no {kind}. It has {there}. Leave {kind} out"
+                f"train_also={role!r}: {type(model).__name__} has no {role}. It has {there}. Leave {role} out"
             )
-    ends = [name for kind in ("embeddings", "head") for name in found.get(kind, ())]
+    ends = [name for role in ("embeddings", "head") for name in found.get(role, ())]
     if ends and tokens:
         raise ConfigError(
             "train_tokens trains single rows of embedding and head, and train_also all of them. Leave one out"
@@ -175,13 +175,13 @@ class Narrowing:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with the rounded parameters."""
-        held: dict[str, Any] = self._parameters  # type: ignore[attr-defined] # of the module
-        before = {name: held[name] for name in self.stored}
+        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined] # of the module
+        before = {name: parameters[name] for name in self.stored}
         try:
-            held.update({name: narrowed(wide, self.stored[name]) for name, wide in before.items()})
+            parameters.update({name: narrowed(wide, self.stored[name]) for name, wide in before.items()})
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            held.update(before)
+            parameters.update(before)
 
 
 def narrowed(wide: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
@@ -191,8 +191,8 @@ def narrowed(wide: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
 
 
 @cache
-def _narrowing(kind: Any) -> type:
-    return type(f"Narrowing{kind.__name__}", (Narrowing, kind), {})
+def _narrowing(cls: Any) -> type:
+    return type(f"Narrowing{cls.__name__}", (Narrowing, cls), {})
 
 
 def _narrow(module: Any) -> Any:

@@ -91,24 +91,24 @@ def held_tensors(folder: Path) -> dict[str, Tensor]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Files of weights in a folder: safetensors, or pickles if there are none."""
-    return next((files for kind in WEIGHTS if (files := sorted(folder.glob(kind)))), [])
+    return next((files for pattern in WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
 
 
-def check_loaded(model: nn.Module, info: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
+def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
     """Check that a model was given all that it has, and has a place for all that there is.
 
     Args:
         model: The model that transformers has loaded.
         info: What transformers says about it (`output_loading_info=True`); tied weights, and what the model's own class
             ignores, are not in it.
-        held: `held_tensors` of its folder; empty if they are not known.
+        stored: `held_tensors` of its folder; empty if they are not known.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape or dtype, or there is one too many; it is named.
     """
-    for name, stored, wanted in sorted(info["mismatched_keys"]):
+    for name, found, wanted in sorted(info["mismatched_keys"]):
         raise CheckpointError(
-            f"{name}: is {_shape(stored)} in the files, and {_shape(wanted)} by config.json. Either belongs to another "
+            f"{name}: is {_shape(found)} in the files, and {_shape(wanted)} by config.json. Either belongs to another "
             "model: copy both from one source"
         )
     if info["missing_keys"]:
@@ -119,17 +119,17 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], held: Mapping[str, T
     unexpected = {
         name
         for name in info["unexpected_keys"]
-        if not (_OLD_BUFFERS.search(name) and (name not in held or held[name].ndim != 1))
+        if not (_OLD_BUFFERS.search(name) and (name not in stored or stored[name].ndim != 1))
     }
     if unexpected:
         raise CheckpointError(
             f"{_several(unexpected)} in the files, but {type(model).__name__} has nothing of that name and would run "
             "without. config.json belongs to another model, or the model's own code is needed (--trust-remote-code)"
         )
-    _check_dtypes(model, held)
+    _check_dtypes(model, stored)
 
 
-def _check_dtypes(model: Any, held: Mapping[str, Tensor]) -> None:
+def _check_dtypes(model: Any, stored: Mapping[str, Tensor]) -> None:
     """Floats where the model has floats, and codes where it has codes: a cast would make numbers of other bits."""
     state, prefix = model.state_dict(), getattr(model, "base_model_prefix", "")
     codes = {
@@ -137,7 +137,7 @@ def _check_dtypes(model: Any, held: Mapping[str, Tensor]) -> None:
         for name, layer in quantized_layers(model).items()
         for part in layer.layout.shapes
     }
-    for name, tensor in held.items():
+    for name, tensor in stored.items():
         full = name if name in state else f"{prefix}.{name}"
         if full not in state:
             continue  # stored under another name, or ignored

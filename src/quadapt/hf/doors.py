@@ -56,9 +56,9 @@ def check_whole(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], all
                 "adapter_config.json over this model. One of them belongs to another adapter"
             )
         if tensor.dtype not in FLOATS:
-            kind = str(tensor.dtype).removeprefix("torch.")
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{name}: is held as {kind} in the adapter's file, and adapters are float32, float16 or bfloat16. The "
+                f"{name}: is held as {dtype} in the adapter's file, and adapters are float32, float16 or bfloat16. The "
                 "file is damaged; copy it again from its source"
             )
         if not bool(torch.isfinite(tensor).all()):
@@ -89,7 +89,7 @@ def _embeddings(model: Any) -> tuple[str, ...]:
 
 def _of_our_making(names: Iterable[str]) -> bool:
     """Whether tensors are an adapter's of ours, by names that no other has, whatever its config says."""
-    declared = {*FIRST, *(name for kind in ADAPTERS.values() for name in kind.extra)}
+    declared = {*FIRST, *(name for cls in ADAPTERS.values() for name in cls.extra)}
     parts = {f"lora_{name}" for name in declared}
     return any(parts.intersection(name.split(".")) for name in names)
 

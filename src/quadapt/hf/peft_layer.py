@@ -182,8 +182,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
 
     def params(self, name: str) -> dict[str, Tensor]:
         """The parameters of an adapter, by the names that it has declared."""
-        held = {each: getattr(self, f"lora_{each}")[name] for each in self.declared[name]}
-        return {each: one if isinstance(one, Tensor) else one.weight for each, one in held.items()}
+        values = {each: getattr(self, f"lora_{each}")[name] for each in self.declared[name]}
+        return {each: one if isinstance(one, Tensor) else one.weight for each, one in values.items()}
 
     def parts(self, names: list[str] | None = None) -> list[Part]:
         """The adapters at work, by default those that are active, whether switched off or not."""

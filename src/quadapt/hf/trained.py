@@ -55,11 +55,11 @@ class Part:
 
 def listed(parts: Sequence[Part]) -> str:
     """Parts in words: of many of one kind the first few, and how many there are."""
-    kinds: dict[tuple[str, bool], list[str]] = {}
+    by_kind: dict[tuple[str, bool], list[str]] = {}
     for part in parts:
-        kinds.setdefault((part.kind, part.untied), []).append(part.name)
+        by_kind.setdefault((part.kind, part.untied), []).append(part.name)
     words = []
-    for (kind, untied), names in kinds.items():
+    for (kind, untied), names in by_kind.items():
         what = f"{kind}{', untied' if untied else ''}"
         few = len(names) <= MOST_NAMED
         more = f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more, each {what}"

@@ -44,8 +44,8 @@ def inject(
 def about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:
     """How a quantized base was made and what it leaves unquantized; of a dense base there is nothing to say."""
     if not quantized_layers(model):
-        kinds = {layer.adapters[name].kind for layer in adapted_layers(model).values() for name in layer.active()}
-        return {"method": ", ".join(sorted(kinds))}, {}
+        adapters = {layer.adapters[name].kind for layer in adapted_layers(model).values() for name in layer.active()}
+        return {"method": ", ".join(sorted(adapters))}, {}
     config = base_config(model)
     return dict(config.made), config.left
 
@@ -114,12 +114,12 @@ def check_weighted(
     """PEFT's `add_weighted_adapter` works on `lora_A` and `lora_B` alone, and with svd on the dense sum of both."""
     found = stock(self, adapters, combination_type, svd_rank)
     configs = [self.peft_config[name] for name in adapters]
-    kinds = [settings_of(config) for config in configs]
-    if any(kind != kinds[0] for kind in kinds):
+    settings = [settings_of(config) for config in configs]
+    if any(each != settings[0] for each in settings):
         raise ConfigError(
             f"add_weighted_adapter: {', '.join(adapters)} are of other kinds or settings; they do not add"
         )
-    adapter, started = adapter_from(kinds[0]), any(identity_of(config).get("start") for config in configs)
+    adapter, started = adapter_from(settings[0]), any(identity_of(config).get("start") for config in configs)
     if adapter.extra or started or not adapter.stacks:
         raise ConfigError(
             f"add_weighted_adapter adds lora_A and lora_B alone, and a {adapter.kind} adapter trains more, or does "
@@ -172,9 +172,9 @@ def _copy(model: nn.Module, source: str, target: str) -> bool:
     layers = adapted_layers(model).values()
     for layer in layers:
         for part in layer.adapter_layer_names:
-            held: Any = getattr(layer, part)
-            if source in held and target in held:
-                one, other = held[source], held[target]
+            values: Any = getattr(layer, part)
+            if source in values and target in values:
+                one, other = values[source], values[target]
                 pairs = [(one, other)] if isinstance(one, torch.Tensor) else zip(one.parameters(), other.parameters())  # noqa: B905
                 for old, new in pairs:
                     new.copy_(old)

@@ -200,12 +200,12 @@ class Workspace:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release the folder. After an error it stays as it is, for the next run, unless nothing was done in it."""
         if self._lock is None:
             return
-        if kind is not None and self.path != self.output and self.path.is_dir() and not _work_in(self.path):
+        if error_type is not None and self.path != self.output and self.path.is_dir() and not _work_in(self.path):
             _clear(self.path)
         self._lock.release()
 
@@ -228,9 +228,9 @@ def _locked(folder: Path, output: Path) -> filelock.BaseFileLock:
     Raises:
         ConfigError: Another process holds it.
     """
-    kinds: list[type[filelock.BaseFileLock]] = [filelock.FileLock, filelock.SoftFileLock]
-    for kind in kinds:
-        lock = kind(folder / _LOCK, timeout=0)
+    lock_types: list[type[filelock.BaseFileLock]] = [filelock.FileLock, filelock.SoftFileLock]
+    for lock_type in lock_types:
+        lock = lock_type(folder / _LOCK, timeout=0)
         try:
             lock.acquire()
             return lock
@@ -239,7 +239,7 @@ def _locked(folder: Path, output: Path) -> filelock.BaseFileLock:
                 f"another quadapt is writing {str(output)!r}. Wait for it, or use another --output"
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS or kind is kinds[-1]:
+            if error.errno not in _NO_LOCKS or lock_type is lock_types[-1]:
                 raise ConfigError(
                     f"{str(folder / _LOCK)!r} cannot be locked ({error.strerror}). Use --output on another disk"
                 ) from error

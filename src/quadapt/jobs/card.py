@@ -17,11 +17,11 @@ def adapter_card(note: Mapping[str, Any]) -> str:
     """What `quadapt.json` says of an adapter, for people."""
     base = note["base"]
     where = base["hub"] or base["relative"] or base["absolute"]
-    held, kept = note.get("eval_loss"), note["kept"]
+    loss, kept = note.get("eval_loss"), note["kept"]
     lines = [
         f"An adapter ({note['method']}) over {where}, written by quadapt. Load both with `quadapt.load(folder)`.",
         f"Trained for {note['steps']} steps; the loss at the end was {note['final_loss']:.4f} nats per token."
-        + (f" Loss on held-out data: {held:.4f}, at step {kept['step']}, which is what is here." if held else ""),
+        + (f" Loss on held-out data: {loss:.4f}, at step {kept['step']}, which is what is here." if loss else ""),
     ]
     if "from" in note:
         lines.append(

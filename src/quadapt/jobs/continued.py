@@ -45,21 +45,21 @@ class Earlier:
         steps = int(self.folder.note.get("steps") or 0) + int(before.get("steps") or 0)
         return {"adapter": str(self.folder.path.resolve()), "steps": steps}
 
-    def attach(self, model: nn.Module, dropout: float, kinds: Sequence[str] = (), stored: Any = None) -> Any:
+    def attach(self, model: nn.Module, dropout: float, roles: Sequence[str] = (), stored: Any = None) -> Any:
         """The PEFT model with the adapter as it was left, ready to train on.
 
         Args:
             model: The base.
             dropout: The share of the adapter's inputs that is dropped in training.
-            kinds: What trains beside it (:data:`quadapt.hf.also.KINDS`).
+            roles: What trains beside it (:data:`quadapt.hf.also.ROLES`).
             stored: The dtype of the base on disk.
 
         Raises:
             CheckpointError: The base is another one, or the adapter's files are damaged.
         """
-        besides = also(model, kinds)
+        besides = also(model, roles)
         adapted = reading(self.folder.name, attach, model, self.folder.path, dropout=dropout)
-        if kinds:
+        if roles:
             widen(adapted, besides, stored)
         return adapted
 
@@ -75,19 +75,19 @@ def going_on(config: TuneConfig, folder: Folder) -> tuple[TuneConfig, Earlier]:
 
     about: Any = reading(folder.name, PeftConfig.from_pretrained, folder.name)
     base = open_folder(find_base(folder))
-    kind = reading(folder.name, adapter_of, about)
-    if base.kind == "adapter" or (base.kind == "model") != (kind.base == "float"):
+    adapter = reading(folder.name, adapter_of, about)
+    if base.kind == "adapter" or (base.kind == "model") != (adapter.base == "float"):
         raise CheckpointError(
-            f"{folder.name}: a {kind.kind} adapter over {base.name!r}, a {base.kind} model, cannot be trained on. "
+            f"{folder.name}: a {adapter.kind} adapter over {base.name!r}, a {base.kind} model, cannot be trained on. "
             "Train a new one over it"
         )
     settings = (folder.note.get("settings") or {}).items()  # where earlier versions wrote false, it is not given now
     noted = {name: value for name, value in settings if name in FIXED and value is not False}
-    likely = (name for name in METHODS if method_named(name).adapter.kind == kind.kind)
+    likely = (name for name in METHODS if method_named(name).adapter.kind == adapter.kind)
     method = noted.get("method") or next(likely, None)
     if method is None:
-        raise CheckpointError(f"{folder.name}: no method trains {kind.kind} adapters")
-    own = {name: getattr(kind, each.name) for name, each in settings_of(type(kind)).items() if name in FIXED}
+        raise CheckpointError(f"{folder.name}: no method trains {adapter.kind} adapters")
+    own = {name: getattr(adapter, each.name) for name, each in settings_of(type(adapter)).items() if name in FIXED}
     fixed = {**noted, **own, "method": method, "rank": about.r, "alpha": about.lora_alpha}
     need = {"model": config.model, "data": config.data, "output": config.output}
     old = checked(TuneConfig, {**need, **fixed}, f"{folder.name}: ")

@@ -198,13 +198,13 @@ def _from_file(name: str, linears: Mapping[str, nn.Linear]) -> Fisher:
         raise CheckpointError(f"fisher={name!r} does not exist. It is a safetensors file, a tensor for each layer")
     try:
         with safe_open(name, framework="pt") as file:
-            held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
     except SafetensorError as error:
         raise CheckpointError(f"{name}: is damaged, or not safetensors ({error})") from error
     for layer, linear in linears.items():
         shape = tuple(linear.weight.shape)
-        if held.get(layer) != shape:
-            have = f"is {held[layer]}" if layer in held else "is missing"
+        if shapes.get(layer) != shape:
+            have = f"is {shapes[layer]}" if layer in shapes else "is missing"
             raise CalibrationError(f"{name}: {layer} {have}, the weight is {shape}. Gather it on this very model")
 
     def of(layer: str) -> Mapping[str, Tensor]:

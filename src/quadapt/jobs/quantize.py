@@ -223,13 +223,13 @@ def write_model(
 def show_layers(layouts: Mapping[str, Layout], ui: UI, *, rows: Sequence[LayerRow] = (), every: bool = False) -> None:
     """A table of the quantized layers, each of them or a row for each kind; error and time where they were measured."""
     measured = {row.name: row for row in rows}
-    kinds: dict[tuple[str, ...], list[str]] = {}
+    alike: dict[tuple[str, ...], list[str]] = {}
     for name, layout in layouts.items():
         grid = measured[name].format if name in measured else layout.name
-        kind = (name if every else name.rpartition(".")[2], f"{layout.out} x {layout.columns}", grid)
-        kinds.setdefault((*kind, f"{layout.bits_per_weight:.3f}"), []).append(name)
+        key = (name if every else name.rpartition(".")[2], f"{layout.out} x {layout.columns}", grid)
+        alike.setdefault((*key, f"{layout.bits_per_weight:.3f}"), []).append(name)
     table = []
-    for (layer, *about), names in kinds.items():
+    for (layer, *about), names in alike.items():
         cells = [layer if every else f"{len(names)} x {layer}", *about]
         if measured:
             cells.append(f"{sum(measured[name].error for name in names) / len(names):.4f}")

@@ -30,7 +30,7 @@ class Stage:
     name: str
     """The name of the command, which is that of its section in the job file."""
 
-    kind: type[Settings]
+    settings_type: type[Settings]
     """The class of the command's settings."""
 
     work: Callable[[Any, UI], dict[str, Any]]
@@ -107,20 +107,20 @@ def _stages(config: RunConfig, folder: Path, where: str) -> list[Stage]:
         ("export", ExportConfig, export, folder / file, {"model": model}),
     ]
     stages = []
-    for name, kind, work, output, inputs in rows:
+    for name, cls, work, output, inputs in rows:
         section = getattr(config, name)
         if section is not None:
-            settings = _checked(kind, section, {**inputs, "output": str(output)}, f"{where}: {name}.")
-            stages.append(Stage(name, kind, work, output, settings))
+            settings = _checked(cls, section, {**inputs, "output": str(output)}, f"{where}: {name}.")
+            stages.append(Stage(name, cls, work, output, settings))
     return stages
 
 
-def _checked(kind: type[Settings], section: Mapping[str, Any], fixed: Mapping[str, str], where: str) -> Settings:
+def _checked(cls: type[Settings], section: Mapping[str, Any], fixed: Mapping[str, str], where: str) -> Settings:
     """The settings of a stage; what it reads and where it writes is the job's own affair."""
     for name in fixed:
         if name in section:
             raise ConfigError(f"{where}{name} is not a setting: the job's stages hand it on. Leave it out")
-    settings = checked(kind, {**section, **fixed}, where)
+    settings = checked(cls, {**section, **fixed}, where)
     if isinstance(settings, TuneConfig):
         try:
             _ = settings.spec

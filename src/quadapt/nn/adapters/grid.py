@@ -153,9 +153,9 @@ def grown(rho: Tensor) -> Tensor:
     return rho.double().exp().float()
 
 
-def _shift(layout: Layout, scales: Tensor, offsets: Tensor | None) -> Tensor:
+def _shift(layout: Layout, scales: Tensor, stored: Tensor | None) -> Tensor:
     """Offsets in units of weights; zeros where the form has none."""
-    offsets = implied_offsets(layout, scales, offsets)
+    offsets = implied_offsets(layout, scales, stored)
     return torch.zeros_like(scales) if offsets is None else offsets
 
 
