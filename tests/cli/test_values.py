@@ -16,7 +16,7 @@ import quadapt
 from quadapt.cli import COMMANDS
 from quadapt.cli.commands import settings_of
 from quadapt.config import ExportConfig, Settings, TuneConfig, checked, read_job
-from quadapt.config.values import Location, allowed, kinds
+from quadapt.config.values import Location, allowed, types_in
 from quadapt.errors import CheckpointError, ConfigError
 
 NEEDED = {"model": "m", "data": "d", "output": "o", "adapter": "a", "budget": 3}
@@ -86,8 +86,8 @@ FIELDS = [
 def test_no_field_takes_what_cannot_be_meant(kind: type[Settings], name: str, field: FieldInfo) -> None:
     needed = {each: NEEDED[each] for each, about in kind.model_fields.items() if about.is_required()}
     bad: list[Any] = [float("nan"), float("inf"), -(2**70), 2**70, "\0", "\ud800", {"a": 1}, [[1]], b"x", object()]
-    for value in bad if bool in kinds(field.annotation) else [*bad, True]:
-        if isinstance(value, int) and value > 1 and float in kinds(field.annotation):
+    for value in bad if bool in types_in(field.annotation) else [*bad, True]:
+        if isinstance(value, int) and value > 1 and float in types_in(field.annotation):
             continue
         with pytest.raises(ConfigError, match=f"^{name}"):
             checked(kind, {**needed, name: value})
@@ -96,7 +96,7 @@ def test_no_field_takes_what_cannot_be_meant(kind: type[Settings], name: str, fi
 def test_numbers_say_their_range_and_paths_are_paths() -> None:
     for kind in map(settings_of, COMMANDS):
         for name, field in kind.model_fields.items():
-            types = list(kinds(field.annotation))
+            types = list(types_in(field.annotation))
             if int in types or float in types:
                 assert "," in allowed(field) or "from" in allowed(field), name
             if str in types and name not in PLAIN_TEXT:
@@ -114,7 +114,7 @@ def test_the_home_folder_is_found_in_every_path(kind: type[Settings], monkeypatc
     if kind is ExportConfig:  # which needs an output for all formats but "?"
         needed["output"] = NEEDED["output"]
     for name, field in kind.model_fields.items():
-        if str in kinds(field.annotation) and name not in PLAIN_TEXT:
+        if str in types_in(field.annotation) and name not in PLAIN_TEXT:
             assert getattr(kind.model_validate({**needed, name: "~/x"}), name) in ("/home/ada/x", ("/home/ada/x",))
             with pytest.raises(ConfigError, match=f"{name}='~nobody-of-that-name/x': names the home folder"):
                 checked(kind, {**needed, name: "~nobody-of-that-name/x"})

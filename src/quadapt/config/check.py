@@ -17,11 +17,11 @@ from quadapt.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 
 
-def checked(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
+def checked(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     """Check the settings of a command and return them as an object.
 
     Args:
-        kind: The class of the command's settings.
+        cls: The class of the command's settings.
         values: The values that were given, by the name of the setting.
         where: What to put before the name of a setting that is wrong: `job.yaml: tune.`, say.
 
@@ -29,20 +29,20 @@ def checked(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
         ConfigError: A setting is wrong. The message has what is allowed, and what may have been meant.
     """
     try:
-        return kind.model_validate(values)
+        return cls.model_validate(values)
     except ValidationError as error:
         # A name with a typo explains why the right one is missing: it goes first.
         wrong = error.errors(include_url=False)
-        raise ConfigError(_said(kind, min(wrong, key=lambda each: each["type"] != "extra_forbidden"), where)) from None
+        raise ConfigError(_said(cls, min(wrong, key=lambda each: each["type"] != "extra_forbidden"), where)) from None
 
 
-def _said(kind: type[BaseModel], first: ErrorDetails, where: str) -> str:
-    name = str(first["loc"][0]) if first["loc"] else kind.__name__
+def _said(cls: type[BaseModel], first: ErrorDetails, where: str) -> str:
+    name = str(first["loc"][0]) if first["loc"] else cls.__name__
     if first["type"] in ("extra_forbidden", "invalid_key"):
-        near = difflib.get_close_matches(name, kind.model_fields)
-        hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(kind.model_fields)}"
+        near = difflib.get_close_matches(name, cls.model_fields)
+        hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(cls.model_fields)}"
         return f"{where}{shown(name)[1:-1]} is not a setting. {hint}"
-    field = kind.model_fields.get(name)
+    field = cls.model_fields.get(name)
     words = " ".join(((field.description if field else "") or "").split())
     if first["type"] == "missing":
         return f"{where}{name} is missing. {words}"

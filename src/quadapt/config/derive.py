@@ -31,23 +31,23 @@ def fields_of(*pieces: type, own_defaults: bool = False, owners: Mapping[str, Se
             if name in found:
                 continue
             flag = replace(field.metadata["flag"], of_piece=not own_defaults)
-            kind, said = hints[field.name], words[field.name]
+            type_, said = hints[field.name], words[field.name]
             if owners is not None:
                 said = f"{', '.join(owners[name])}: {said}"
             if own_defaults:
                 default = ... if field.default is MISSING else field.default
             else:
-                kind, default = _without(kind, field.default) | None, None
+                type_, default = _without(type_, field.default) | None, None
                 said += "" if "Default" in said else " Default: the method's."
-            found[name] = (Annotated[kind, flag], Field(default, description=said))
+            found[name] = (Annotated[type_, flag], Field(default, description=said))
     return found
 
 
-def _without(kind: Any, default: object) -> Any:
+def _without(type_: Any, default: object) -> Any:
     """A type without the word that stands for its default."""
     if default != "default":
-        return kind
-    words = [word for each in get_args(kind) for word in (get_args(each) or (each,)) if word != default]
+        return type_
+    words = [word for each in get_args(type_) for word in (get_args(each) or (each,)) if word != default]
     return Literal[tuple(words)]
 
 
@@ -55,21 +55,21 @@ def choice(name: str, registry: Registry[Any], words: str, flag: Any) -> Fields:
     """A setting that chooses a piece by its name, or, from Python, is the piece itself."""
 
     def known(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        return value if type(value) in kinds else check(value)
+        return value if type(value) in classes else check(value)
 
-    kinds = {kind for kind in registry.values() if isinstance(kind, type)}
-    each = "; ".join(f"{name}: {kind.summary}" for name, kind in registry.items() if getattr(kind, "summary", ""))
+    classes = {cls for cls in registry.values() if isinstance(cls, type)}
+    each = "; ".join(f"{name}: {cls.summary}" for name, cls in registry.items() if getattr(cls, "summary", ""))
     said = f"{words} {each}. Default: the method's."
     names: Any = Literal[tuple(registry)]
-    kind: Any = Annotated[names | None, WrapValidator(known), replace(flag, of_piece=True)]
-    return {name: (kind, Field(None, description=said))}
+    type_: Any = Annotated[names | None, WrapValidator(known), replace(flag, of_piece=True)]
+    return {name: (type_, Field(None, description=said))}
 
 
 def of_pieces(registry: Mapping[str, type], users: Callable[[str], Sequence[str]] | None = None) -> Fields:
     """The declared settings of all pieces of an axis; the words begin with the names of those that have them."""
     owners: dict[str, list[str]] = {}
-    for name, kind in registry.items():
-        for setting in settings_of(kind):
+    for name, cls in registry.items():
+        for setting in settings_of(cls):
             owners.setdefault(setting, []).extend(users(name) if users else [name])
     return fields_of(*registry.values(), owners=owners)
 
@@ -77,9 +77,9 @@ def of_pieces(registry: Mapping[str, type], users: Callable[[str], Sequence[str]
 def adding(fields: Fields) -> Callable[[type[S]], type[S]]:
     """A class decorator that adds fields to a class of settings."""
 
-    def add(kind: type[S]) -> type[S]:
+    def add(cls: type[S]) -> type[S]:
         made: Any = create_model(  # type: ignore[call-overload] # what pydantic takes is not known to mypy
-            kind.__name__, __base__=kind, __module__=kind.__module__, __doc__=kind.__doc__, **fields
+            cls.__name__, __base__=cls, __module__=cls.__module__, __doc__=cls.__doc__, **fields
         )
         return made
 

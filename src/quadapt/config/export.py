@@ -21,16 +21,16 @@ else:
     FormatName = Literal[(*EXPORTERS, LIST)]
 
 _WORDS = (
-    " ".join(f"{name}: {kind.summary}." for name, kind in EXPORTERS.items())
+    " ".join(f"{name}: {exporter.summary}." for name, exporter in EXPORTERS.items())
     + f" {LIST}: say which of these hold the model exactly, and why the others do not; nothing is written."
 )
 
 _DTYPES = ", ".join(
-    f"{vars(kind())['dtype']} for {name}" for name, kind in EXPORTERS.items() if "dtype" in kind.options()
+    f"{vars(exporter())['dtype']} for {name}" for name, exporter in EXPORTERS.items() if "dtype" in exporter.options()
 )
 
 
-_FILES = ", ".join(name for name, kind in EXPORTERS.items() if kind.suffix)
+_FILES = ", ".join(name for name, exporter in EXPORTERS.items() if exporter.suffix)
 
 
 class _Format(Machine):
@@ -54,11 +54,13 @@ class _Format(Machine):
 def _options() -> dict[str, Any]:
     """A field for each option that some format has: its choices, or None for the format's own default."""
     fields: dict[str, Any] = {}
-    for name, kind in EXPORTERS.items():
-        words = kind.words()
-        for option, choices in kind.options().items():
+    for name, exporter in EXPORTERS.items():
+        words = exporter.words()
+        for option, choices in exporter.options().items():
             if option not in _Format.model_fields:
-                about = Field(default=None, description=f"{name}: {words[option]} (default: {getattr(kind, option)})")
+                about = Field(
+                    default=None, description=f"{name}: {words[option]} (default: {getattr(exporter, option)})"
+                )
                 fields[option] = (Annotated[Literal[choices] | None, Flag((), "Output")], about)
     return fields
 
@@ -110,9 +112,9 @@ class ExportConfig(_Options):
 
     def exporter(self, name: str | None = None) -> Exporter:
         """The format, or another one of that name, with those of the options that it has."""
-        kind = EXPORTERS[name or self.format]
-        given = {option: getattr(self, option) for option in kind.options()}
-        return kind.made(**{option: value for option, value in given.items() if value not in (None, "auto")})
+        cls = EXPORTERS[name or self.format]
+        given = {option: getattr(self, option) for option in cls.options()}
+        return cls.made(**{option: value for option, value in given.items() if value not in (None, "auto")})
 
     def effective(self) -> dict[str, Any]:
         """The settings as JSON, with the options that the format has, each with the value that it comes to."""

@@ -111,8 +111,8 @@ def check_values(piece: Any) -> None:
     """
     for field in fields(piece):
         value = getattr(piece, field.name)
-        kind: Any = type(piece)
-        adapter, hint = _adapter(kind, field.name)
+        cls: Any = type(piece)
+        adapter, hint = _adapter(cls, field.name)
         try:
             adapter.validate_python(value, strict=True)
         except ValidationError as error:

@@ -71,28 +71,28 @@ def check_plain(value: Any, field: FieldInfo) -> Any:
             check_text(item)
         if isinstance(item, bytes | bytearray):
             raise ValueError("must be text, not bytes")
-        if isinstance(item, bool) and not any(kind in (bool, Any) for kind in kinds(field.annotation)):
+        if isinstance(item, bool) and not any(type_ in (bool, Any) for type_ in types_in(field.annotation)):
             raise ValueError(f"must be {allowed(field) or 'one of its values'}, not a truth value")
     return value
 
 
-def kinds(annotation: Any) -> Iterator[Any]:
+def types_in(annotation: Any) -> Iterator[Any]:
     """The types that an annotation is made of."""
     yield annotation
     for inner in get_args(annotation):
-        yield from kinds(inner)
+        yield from types_in(inner)
 
 
 def allowed(field: FieldInfo, *, largest: bool = False) -> str:
     """The numbers that a field takes, in words; nothing if it takes none. `largest`: also what 32 bits limit."""
     limits: dict[str, float] = {}
-    inside = list(kinds(field.annotation))
-    named = [item for kind in inside if isinstance(kind, FieldInfo) for item in kind.metadata]
+    inside = list(types_in(field.annotation))
+    named = [item for type_ in inside if isinstance(type_, FieldInfo) for item in type_.metadata]
     for item in [*field.metadata, *named, *(each for each in inside if isinstance(each, BaseMetadata))]:
         limits |= {name: getattr(item, name) for name in ("gt", "ge", "lt", "le") if hasattr(item, name)}
     if not largest and limits.get("le", 0) >= MOST:
         del limits["le"]
-    types = set(kinds(field.annotation))
+    types = set(types_in(field.annotation))
     if not types & {int, float}:
         return ""
     noun = "a whole number" if int in types else "a number"

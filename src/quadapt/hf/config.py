@@ -97,8 +97,8 @@ class QuadaptConfig(QuantizationConfigMixin):
         """The config of a checkpoint that holds these layers."""
         schemes: dict[tuple[Format, Storage, bool], dict[str, list[int]]] = {}
         for name, layout in layouts.items():
-            kind = (layout.format, layout.storage, layout.permuted)
-            schemes.setdefault(kind, {})[name] = [layout.out, layout.columns]
+            scheme = (layout.format, layout.storage, layout.permuted)
+            schemes.setdefault(scheme, {})[name] = [layout.out, layout.columns]
         if not schemes:
             raise ConfigError("the model has no quantized layer")
         return QuadaptConfig(

@@ -47,10 +47,10 @@ def _device_of(config: Machine) -> str:
     if config.device == "auto":
         return "cuda" if available is not None and available.type == "cuda" else "cpu"
     try:
-        kind = torch.device(config.device).type
+        device_type = torch.device(config.device).type
     except RuntimeError:
         raise ConfigError(f"device={config.device!r} is unknown. Use auto, cpu, cuda or cuda:N") from None
-    if kind != "cpu" and (available is None or available.type != kind):
+    if device_type != "cpu" and (available is None or available.type != device_type):
         raise ConfigError(f"device={config.device!r} is not available here. Use cpu or auto")
     return config.device
 

@@ -60,8 +60,8 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     own = earlier is not None and (earlier.folder.path / "tokenizer_config.json").exists()
     holder = earlier.folder.name if earlier is not None and own else folder.name
     tokenizer = load_tokenizer(holder, trust_remote_code=config.trust_remote_code)
-    rows, held = _rows(config)
-    data = _encoded(config, rows, held, tokenizer, seq_len, ui)
+    rows, measured = _rows(config)
+    data = _encoded(config, rows, measured, tokenizer, seq_len, ui)
     calibration = read(config.calibration_data, max_bad_rows=config.most_bad_rows) if config.calibration_data else rows
     look_over(config, found, folder.name, tokenizer, data, ui)
     place = Place(device, device)
@@ -173,7 +173,7 @@ def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:
 
 
 def _encoded(
-    config: TuneConfig, rows: Rows, held: Rows | None, tokenizer: Any, seq_len: int, ui: UI
+    config: TuneConfig, rows: Rows, measured: Rows | None, tokenizer: Any, seq_len: int, ui: UI
 ) -> tuple[Encoded, Encoded | None]:
     """Training and held-out sequences; says what became of the data, and shows one example with its mask."""
     data = encode(rows, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
@@ -181,9 +181,9 @@ def _encoded(
         ui.say(line)
     ui.say(f"an example: {data.report.example}")
     check_loss(data.report)
-    if held is None:
+    if measured is None:
         return data, None
-    kept = encode(held, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
+    kept = encode(measured, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
     check_loss(kept.report)
     for line in kept.report.lines() if config.eval_data else kept.report.lines()[:1]:
         ui.say(f"held out: {line}")
