@@ -21,7 +21,7 @@ from datasets import Dataset, Features, List, Value
 from quadapt.data.bad import BadRows
 from quadapt.data.collate import NO_LOSS, pad_token_id
 from quadapt.data.examples import Example, examples
-from quadapt.data.forms import Kind
+from quadapt.data.forms import RowsKind
 from quadapt.data.prompt import PromptForm, template_digest
 from quadapt.data.read import Rows
 from quadapt.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ class DataReport:
     source: str
     """The names of the files or datasets that were read."""
 
-    kind: Kind
+    kind: RowsKind
     """The kind of the rows, which says what columns they have."""
 
     seq_len: int
@@ -275,7 +275,7 @@ def _report(
     )
 
 
-def _notes(kind: Kind, tokenizer: PreTrainedTokenizerBase, tally: Counter[str], seq_len: int) -> Iterator[str]:
+def _notes(kind: RowsKind, tokenizer: PreTrainedTokenizerBase, tally: Counter[str], seq_len: int) -> Iterator[str]:
     blank = {
         "text": "their text is blank",
         "prompt-completion": "their completion is blank",

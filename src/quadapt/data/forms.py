@@ -16,7 +16,7 @@ from quadapt.data.prompt import alpaca
 from quadapt.data.source import listing
 from quadapt.errors import DataError
 
-Kind = Literal["text", "prompt-completion", "messages"]
+RowsKind = Literal["text", "prompt-completion", "messages"]
 
 Names = dict[str, tuple[str, ...]]
 """The names that a column may have, the likeliest first, by what the column means."""
@@ -26,7 +26,7 @@ Names = dict[str, tuple[str, ...]]
 class Form:
     """A set of columns that rows of data may have."""
 
-    kind: Kind
+    kind: RowsKind
     """The kind of row that these columns make."""
 
     required: Names
@@ -76,7 +76,7 @@ class Layout:
                 _named(check_text, cell, self.columns[meaning])
         return cells
 
-    def row(self, cells: Row, kind: Kind) -> Row:
+    def row(self, cells: Row, kind: RowsKind) -> Row:
         """A row of a kind, from what `cells` gave."""
         if self.form.kind == "messages":
             return {name: json.dumps(value, ensure_ascii=False) for name, value in cells.items()}

@@ -26,7 +26,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 
 from quadapt.data.bad import BadRows
-from quadapt.data.forms import Kind, Layout, layout_of
+from quadapt.data.forms import Layout, RowsKind, layout_of
 from quadapt.data.messages import Row, describe
 from quadapt.data.source import Source, file_rows, hub_rows, is_one, listing
 from quadapt.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ from quadapt.errors import ConfigError, DataError
 class Rows:
     """Checked rows of data, all of one kind."""
 
-    kind: Kind
+    kind: RowsKind
     """Which columns there are: `text`; `prompt` and `completion`; or `messages` and `tools`."""
 
     data: Dataset
@@ -150,7 +150,7 @@ class _Part:
     """A set in order of appearance."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RowsKind:
         """The kind of the rows in this file."""
         assert self.layout is not None
         return self.layout.form.kind
@@ -215,13 +215,13 @@ def _layout(where: str, row: Row) -> Layout:
         raise DataError(f"{error}{header}") from error
 
 
-def _common_kind(parts: Sequence[_Part]) -> Kind:
+def _common_kind(parts: Sequence[_Part]) -> RowsKind:
     """The kind that all parts can have.
 
     Raises:
         DataError: There is none.
     """
-    kinds: dict[Kind, _Part] = {}
+    kinds: dict[RowsKind, _Part] = {}
     for part in parts:
         kinds.setdefault(part.kind, part)
     if len(kinds) > 1 and "text" in kinds:
@@ -233,10 +233,10 @@ def _common_kind(parts: Sequence[_Part]) -> Kind:
     return "messages" if "messages" in kinds else next(iter(kinds))
 
 
-_WORDS: dict[Kind, str] = {"text": "text", "prompt-completion": "prompts and completions", "messages": "messages"}
+_WORDS: dict[RowsKind, str] = {"text": "text", "prompt-completion": "prompts and completions", "messages": "messages"}
 
 
-def _notes(parts: Sequence[_Part], kind: Kind) -> list[str]:
+def _notes(parts: Sequence[_Part], kind: RowsKind) -> list[str]:
     """What was taken for what, what was left out, and what had to change so that all rows are of one kind."""
     found = [part.layout.mapping for part in parts if part.layout and part.layout.mapping]
     unused = dict.fromkeys(column for part in parts for column in part.unused)
@@ -253,7 +253,7 @@ def _notes(parts: Sequence[_Part], kind: Kind) -> list[str]:
     return found
 
 
-def _dataset(rows: list[Row], kind: Kind) -> Dataset:
+def _dataset(rows: list[Row], kind: RowsKind) -> Dataset:
     columns = {"text": ["text"], "prompt-completion": ["prompt", "completion"], "messages": ["messages", "tools"]}[kind]
     large = Value("large_string")  # a column may exceed 2 GiB
     return Dataset.from_list(rows, features=Features(dict.fromkeys([*columns, "where"], large)))

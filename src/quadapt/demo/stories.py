@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 Split = Literal["train", "held_out"]
-Kind = Literal["person", "object", "holder", "origin"]
+FactKind = Literal["person", "object", "holder", "origin"]
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")
 PLACES = ("kitchen", "garden", "cellar", "attic", "library", "barn", "office", "tower")
@@ -42,7 +42,7 @@ DROP = ("{x} put down the[ {o}].", "{x} dropped the[ {o}].", "{x} left the[ {o}]
 GIVE = ("{x} gave the[ {o}] to {y}.", "{x} handed the[ {o}] to {y}.", "{y} got the {o} from[ {x}].")
 
 ASKERS = ("Somebody", "Nobody", "A child")
-REMARKS: dict[Kind, tuple[str, str, str]] = {
+REMARKS: dict[FactKind, tuple[str, str, str]] = {
     "person": (
         "{s} was in the[ {a}].",
         "{z} asked where {s} was. {s} was in the[ {a}].",
@@ -64,7 +64,7 @@ REMARKS: dict[Kind, tuple[str, str, str]] = {
         "Where did {s} come from? asked a child. {s} had come from the[ {a}].",
     ),
 }
-QUESTIONS: dict[Kind, tuple[tuple[str, ...], str]] = {
+QUESTIONS: dict[FactKind, tuple[tuple[str, ...], str]] = {
     "person": (("Where is {s}?", "Where is {s} now?"), "in the {a}"),
     "object": (("Where is the {s}?", "Where is the {s} now?"), "in the {a}"),
     "holder": (("Who has the {s}?", "Who has the {s} now?"), "{a}"),
@@ -85,7 +85,7 @@ class Question:
         answer: The only right answer, without surrounding space.
     """
 
-    kind: Kind
+    kind: FactKind
     prompt: str
     answer: str
 
@@ -113,7 +113,7 @@ class Narrative:
 
 
 class _Fact(NamedTuple):
-    kind: Kind
+    kind: FactKind
     subject: str
     answer: str
 
@@ -129,7 +129,7 @@ class _World:
     origin: dict[str, str] = field(default_factory=dict)
     holder: dict[str, str] = field(default_factory=dict)
 
-    def held(self, person: str) -> list[str]:
+    def carried(self, person: str) -> list[str]:
         return [thing for thing in self.things if self.holder.get(thing) == person]
 
     def loose(self, place: str) -> list[str]:
@@ -145,7 +145,7 @@ class _World:
     def move(self, person: str, place: str) -> None:
         if person in self.at:
             self.origin[person] = self.at[person]
-        self.at.update(dict.fromkeys([person, *self.held(person)], place))
+        self.at.update(dict.fromkeys([person, *self.carried(person)], place))
 
     def receive(self, person: str, thing: str) -> None:
         self.holder[thing] = person
@@ -163,9 +163,9 @@ def _event(rng: random.Random, world: _World) -> str:
     x = rng.choice(world.cast)
     actions: list[Callable[[random.Random, _World, str], str]] = [_walk, _walk]
     if x in world.at:
-        held = world.held(x)
-        actions += [_take] * (3 * (not held and bool(world.loose(world.at[x]))))
-        actions += [_drop] * bool(held) + [_give] * (4 * bool(held and world.near(x)))
+        carried = world.carried(x)
+        actions += [_take] * (3 * (not carried and bool(world.loose(world.at[x]))))
+        actions += [_drop] * bool(carried) + [_give] * (4 * bool(carried and world.near(x)))
     return rng.choice(actions)(rng, world, x)
 
 
@@ -175,15 +175,15 @@ def _walk(rng: random.Random, world: _World, x: str) -> str:
     company = [world.at[y] for y in world.others(x) if world.at[y] != here]
     if company and rng.random() < 0.4:  # characters have to meet for objects to change hands
         target = rng.choice(company)
-    held = world.held(x)
-    if held and rng.random() < 0.6:
+    carried = world.carried(x)
+    if carried and rng.random() < 0.6:
         ways: tuple[str, ...] = CARRY
     elif world.origin.get(x) == target:
         ways = WALK_BACK
     else:
         ways = WALK + WALK_FROM * (here is not None)
     world.move(x, target)
-    return rng.choice(ways).format(x=x, p=target, q=here, o=held[0] if held else None)
+    return rng.choice(ways).format(x=x, p=target, q=here, o=carried[0] if carried else None)
 
 
 def _take(rng: random.Random, world: _World, x: str) -> str:
@@ -193,13 +193,13 @@ def _take(rng: random.Random, world: _World, x: str) -> str:
 
 
 def _drop(rng: random.Random, world: _World, x: str) -> str:
-    thing = rng.choice(world.held(x))
+    thing = rng.choice(world.carried(x))
     del world.holder[thing]
     return rng.choice(DROP).format(x=x, o=thing, p=world.at[x])
 
 
 def _give(rng: random.Random, world: _World, x: str) -> str:
-    thing = rng.choice(world.held(x))
+    thing = rng.choice(world.carried(x))
     y = rng.choice(world.near(x))
     world.receive(y, thing)
     return rng.choice(GIVE).format(x=x, y=y, o=thing)

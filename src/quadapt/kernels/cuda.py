@@ -16,8 +16,8 @@ from quadapt.kernels import reference
 from quadapt.kernels.reference import group_range
 from quadapt.kernels.tiles import (
     DOUBLE,
+    decoded,
     grid_of,
-    held,
     launch,
     level_of,
     narrowed,
@@ -84,7 +84,7 @@ def _dequantize(
 def _widen(codes, absmax, mean, unit, values, count, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < count
-    tl.store(values + at, held(codes, absmax, mean, unit, at, inside, DOUBLE), mask=inside)
+    tl.store(values + at, decoded(codes, absmax, mean, unit, at, inside, DOUBLE), mask=inside)
 
 
 @triton.jit

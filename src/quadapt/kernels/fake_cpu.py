@@ -23,7 +23,7 @@ from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, convert16
 from quadapt.kernels.threads import over_rows
 
 _BYTES = 3
-"""A fourth kind of row, beside those of `lanes.py`: packed codes where it is read, a byte each where it is written."""
+"""Codes, beside the dtypes of `lanes.py`: packed where a row is read, a byte each where it is written."""
 
 
 @jit

@@ -25,7 +25,7 @@ from quadapt.kernels.tiles import (
     FLOATS,
     IMPLIED,
     INTEGER,
-    held,
+    decoded,
     launch,
     narrowed,
     parts,
@@ -77,7 +77,7 @@ def _product(
         words = read_words(packed, row, word, rows, row_bytes, BITS, CODES, WIDE)
         inside = (row < rows) & (word * CODES < columns)
         at = start * groups + word * CODES // group
-        scale = held(scales, scales_absmax, scales_mean, unit, at, inside, SCALES)
+        scale = decoded(scales, scales_absmax, scales_mean, unit, at, inside, SCALES)
         dot = tl.zeros([TOKENS, ROWS, WORDS], tl.float32)
         ones = tl.zeros([TOKENS, 1, WORDS], tl.float32)
         for k in tl.static_range(CODES):
@@ -104,7 +104,7 @@ def _product(
         elif OFFSETS == INTEGER:
             total -= ones * (scale * tl.load(offsets + at, mask=inside, other=0).to(tl.float32))
         else:
-            total += ones * held(offsets, offsets_absmax, offsets_mean, unit, at, inside, OFFSETS)
+            total += ones * decoded(offsets, offsets_absmax, offsets_mean, unit, at, inside, OFFSETS)
     done = narrowed(tl.sum(total, axis=2, keep_dims=True), y.dtype.element_ty)
     tl.store(y + token.to(tl.int64) * rows + row, done, mask=(token < tokens) & (row < rows))
 

@@ -88,7 +88,7 @@ def read_words(packed, row, word, rows, row_bytes, BITS: tl.constexpr, CODES: tl
 
 
 @triton.jit
-def held(values, absmax, mean, unit, at, inside, STORAGE: tl.constexpr):
+def decoded(values, absmax, mean, unit, at, inside, STORAGE: tl.constexpr):
     """Scales or offsets at the flat positions `at`, float32, in the operations of `ValueStorage.decode`."""
     if STORAGE == DOUBLE:
         code = tl.load(values + at, mask=inside, other=0).to(tl.int32)
