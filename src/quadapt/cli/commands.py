@@ -25,6 +25,11 @@ from quadapt.report.ui import UI
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "quantize": ("QuantizeConfig", "quadapt.jobs.quantize:quantize", "Quantize a model to low bits."),
+    "convert": (
+        "ConvertConfig",
+        "quadapt.jobs.convert:convert",
+        "Write a model that others have quantized (GPTQ, AWQ, ..) in quadapt's own form, with the same numbers.",
+    ),
     "plan": (
         "PlanConfig",
         "quadapt.jobs.plan:plan",

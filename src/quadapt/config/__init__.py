@@ -13,6 +13,7 @@ from quadapt.setting import Flag
 if TYPE_CHECKING:
     from quadapt.config.commands import (
         ChatConfig,
+        ConvertConfig,
         DemoConfig,
         EvalConfig,
         InspectConfig,
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
     from quadapt.config.tune import Adapting, PrepareConfig, TuneConfig
 
 _PLACES = {
-    "commands": ("ChatConfig", "DemoConfig", "EvalConfig", "InspectConfig", "MergeConfig", "RunConfig"),
+    "commands": (
+        "ChatConfig",
+        "ConvertConfig",
+        "DemoConfig",
+        "EvalConfig",
+        "InspectConfig",
+        "MergeConfig",
+        "RunConfig",
+    ),
     "export": ("ExportConfig",),
     "grid": ("Grid", "PlanConfig", "QuantizeConfig"),
     "job": ("read_job",),
@@ -37,6 +46,7 @@ _PLACES = {
 __all__ = [
     "Adapting",
     "ChatConfig",
+    "ConvertConfig",
     "DemoConfig",
     "EvalConfig",
     "ExportConfig",

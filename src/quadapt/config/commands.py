@@ -39,6 +39,14 @@ class MergeConfig(Target, Machine):
     """Span of a group's levels when requantizing, as for quantize."""
 
 
+class ConvertConfig(Target, Machine):
+    """Write a model that others have quantized in quadapt's own form, with the same numbers."""
+
+    model: Annotated[Location, Flag(positional=True, reads=True)]
+    """Folder, hub name or file of the model. tune, eval, chat and export take it as it is; converting it saves the time
+    to read it anew, and gives it a fingerprint and digests."""
+
+
 class EvalConfig(RowsOfData, Machine):
     """Measure a model on held-out data."""
 

@@ -13,6 +13,7 @@ from torch import nn
 from quadapt.errors import CheckpointError, ConfigError, locate
 from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors
 from quadapt.hf.compressed import NF8_FILE, read_nf8
+from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, find_base, near, open_folder
 from quadapt.hf.imported import Imported
@@ -76,6 +77,27 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
     if folder.importer is not None:
         return _imported(folder, trust_remote_code=trust_remote_code).translated()
     return _config(name, trust_remote_code=trust_remote_code)
+
+
+def read_quantization(name: str, *, trust_remote_code: bool = False) -> QuadaptConfig | None:
+    """What each layer of a quantized folder is, without loading it; None for a dense model.
+
+    Raises:
+        CheckpointError: What the folder says about it is damaged.
+    """
+    return quantization_of(name, read_config(name, trust_remote_code=trust_remote_code))
+
+
+def quantization_of(name: str, config: Any) -> QuadaptConfig | None:
+    """What transformers' configuration of a model says about its quantized layers; None if quadapt holds none.
+
+    Raises:
+        CheckpointError: What it says is damaged; the message begins with `name`.
+    """
+    about = getattr(config, "quantization_config", None)
+    if not isinstance(about, dict):
+        return about if isinstance(about, QuadaptConfig) else None
+    return reading(name, lambda: QuadaptConfig(**about)) if about.get("quant_method") == "quadapt" else None
 
 
 def _config(name: str, *, trust_remote_code: bool) -> Any:

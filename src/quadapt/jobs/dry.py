@@ -11,9 +11,9 @@ from torch import nn
 
 from quadapt.config import Grid, PrepareConfig, QuantizeConfig, TuneConfig
 from quadapt.errors import CheckpointError, ResourceError, locate
-from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.loading import load_model, read_config
+from quadapt.hf.loading import load_model, quantization_of, read_config
+from quadapt.importers import IMPORTERS
 from quadapt.jobs.source import Place, device_of, skeleton, teacher_name
 from quadapt.model.embeddings import check_embeddings
 from quadapt.model.quantize import bits_of
@@ -69,10 +69,12 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
     """
     machine: Any = config
     about = read_config(name, trust_remote_code=machine.trust_remote_code)
-    quantized = getattr(about, "quantization_config", None)
-    if isinstance(quantized, dict) and quantized.get("quant_method") != "quadapt":
+    by = getattr(about, "quantization_config", None)
+    quantized = quantization_of(name, about)
+    if isinstance(by, dict) and quantized is None:
         raise CheckpointError(
-            f"{name!r} is quantized already, by {quantized.get('quant_method')}. Give the dense model"
+            f"{name!r} is quantized already, by {by.get('quant_method')}, which cannot be imported (that can "
+            f"{', '.join(IMPORTERS)}). Give the dense model"
         )
     load_model(name, device="meta", trust_remote_code=machine.trust_remote_code)  # are all tensors there?
     stored = getattr(about, "dtype", None)
@@ -85,8 +87,7 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
     )
     dense, part = (int(wider * size) for size in (memory.parameter_bytes(model), memory.largest_part(model)))
     if quantized is not None:
-        kept = QuadaptConfig(**quantized) if isinstance(quantized, dict) else quantized
-        layouts, left, source = kept.layouts, kept.left, str(kept.made.get("source") or "")
+        layouts, left, source = quantized.layouts, quantized.left, str(quantized.made.get("source") or "")
     else:
         selection, quantization = (
             select(model, target_modules=target_modules, skip=config.skip),

@@ -17,13 +17,12 @@ from quadapt.exporters.lora import merges
 from quadapt.exporters.report import ExportReport
 from quadapt.exporters.survey import COLUMNS, Subject, merged_layout, rows, survey
 from quadapt.exporters.tensors import base_of
-from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.folder import Folder, find_base, open_folder
-from quadapt.hf.loading import check_content, load, over_any_base
+from quadapt.hf.loading import check_content, load, over_any_base, read_quantization
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.merge import with_dense
 from quadapt.hf.peft_layer import adapted_layers, adapter_of
-from quadapt.hf.reading import read_json, reading
+from quadapt.hf.reading import reading
 from quadapt.hf.trained import merge_parts, parts_of, settle_ties
 from quadapt.hf.workspace import Workspace, check_disk, check_output
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
@@ -78,7 +77,7 @@ def _check(config: ExportConfig, exporter: Exporter, folder: Folder, where: str,
     elif exporter.takes == "adapter":
         raise ConfigError(f"{config.model!r} is no adapter. Give the folder that tune wrote, or use --format hf")
     if exporter.takes == "model":
-        _check_layouts(exporter, folder, where, adapter)
+        _check_layouts(exporter, folder, where, adapter, trust_remote_code=config.trust_remote_code)
     inputs = [*inputs_of(config), where]
     check_output(output, overwrite=config.overwrite, inputs=inputs, folder=not exporter.suffix)
     check_disk(output.parent, sum(file.stat().st_size for file in Path(where).glob("*.safetensors")))
@@ -94,17 +93,17 @@ def _adapter(folder: Folder) -> Adapter | None:
     return adapter_of(reading(folder.name, PeftConfig.from_pretrained, folder.name))
 
 
-def _check_layouts(exporter: Exporter, folder: Folder, where: str, adapter: Adapter | None) -> None:
+def _check_layouts(
+    exporter: Exporter, folder: Folder, where: str, adapter: Adapter | None, *, trust_remote_code: bool
+) -> None:
     """Raise ExportError if a layer's layout alone says that the format cannot hold it, merged if its adapter merges.
 
     What a layout leaves open ("may not be exact") is decided by the numbers, when they are loaded; and so is all of a
     dense base, which has no layouts yet.
     """
-    about = read_json(Path(where) / "config.json").get("quantization_config") or {}
-    if about.get("quant_method") != "quadapt":
-        return
+    about = read_quantization(where, trust_remote_code=trust_remote_code)
     adapted = set() if adapter is None or adapter.exactness == "none" else _adapted(folder)
-    for name, layout in reading(where, lambda: QuadaptConfig(**about)).layouts.items():
+    for name, layout in about.layouts.items() if about is not None else ():
         merged = merged_layout(adapter, layout) if adapter is not None and name in adapted else layout
         why = exporter.never(merged)
         if why:

@@ -9,7 +9,9 @@ from quadapt.config import InspectConfig
 from quadapt.errors import CheckpointError
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.folder import Folder, find_base, open_folder
-from quadapt.hf.reading import read_json, reading
+from quadapt.hf.loading import load_model, read_quantization
+from quadapt.hf.quantizer import base_config
+from quadapt.hf.reading import reading
 from quadapt.hf.verify import unverified, verify
 from quadapt.jobs.quantize import show_layers, show_left
 from quadapt.model.layer import LayerRow
@@ -30,13 +32,12 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
         raise CheckpointError(
             f"{config.model!r} is a dense model, not written by quadapt. Give what quantize, tune or merge wrote"
         )
-    about = read_json(folder.path / "config.json")["quantization_config"]
-    found = reading(folder.name, lambda: QuadaptConfig(**about))
+    found = read_quantization(folder.name)
+    assert found is not None  # the folder is quantized
     layouts = found.layouts
-    ui.show(
-        f"{folder.name}: {len(layouts)} quantized layers, {bits_of(list(layouts.values())):.3f} true bits per weight, "
-        f"fingerprint {found.fingerprint[:12]}"
-    )
+    bits = bits_of(list(layouts.values()))
+    named = f", fingerprint {found.fingerprint[:12]}" if found.fingerprint else ""
+    ui.show(f"{folder.name}: {len(layouts)} quantized layers, {bits:.3f} true bits per weight{named}")
     for name, value in found.made.items():
         ui.show(f"{name}: {value}")
     known = LayerRow.__dataclass_fields__
@@ -55,6 +56,11 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
         "left": found.left,
         "certificate": folder.note.get("certificate"),
     }
+    if config.verify and folder.importer is not None:
+        raise CheckpointError(
+            f"{folder.name}: was written by others ({folder.importer.name}), who keep no digests to verify. Convert it "
+            f"(quadapt convert {folder.name} --output FOLDER), and verify that"
+        )
     if config.verify:
         _verify(folder, found, ui)
         result["verified"] = True
@@ -123,11 +129,20 @@ def _verify_adapter(folder: Folder, base: str, ui: UI) -> None:
     about = reading(folder.name, PeftConfig.from_pretrained, folder.name)
     _verify(folder, None, ui)
     wanted = identity_of(about).get("base_fingerprint") if isinstance(about, LoraConfig) else None
-    path = Path(base) / "config.json"
-    found = (read_json(path).get("quantization_config") or {}).get("fingerprint") if path.exists() else None
+    found = _fingerprint(base)
     if wanted and found and wanted != found:
         raise CheckpointError(
             f"{folder.name}: was trained over another base (fingerprint {wanted[:12]}) than {base} ({found[:12]})"
         )
     if wanted and found:
         ui.show(f"its base {base} has the fingerprint that it names; inspect --verify checks that one, too")
+
+
+def _fingerprint(base: str) -> str:
+    """The fingerprint that a base has; empty if it is dense, or not there."""
+    if not Path(base).exists():
+        return ""
+    about = read_quantization(base)
+    if about is None or about.fingerprint:
+        return "" if about is None else about.fingerprint
+    return base_config(load_model(base)).fingerprint  # of an imported one its tensors tell
