@@ -1,0 +1,86 @@
+"""Every command takes a folder that others have quantized, and methods over codes tune it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gptq import about, packer
+from tests.cli.commands import SHORT, give, quadapt, write_data
+from torch import nn
+
+import quadapt as library
+from quadapt.model.quantize import quantized_layers
+
+CASE: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": False, "desc_act": True, "version": 2}
+
+METHODS = {
+    "qlora": (),
+    "qa-lora": (),
+    "peqa": (),
+    "e2e-qp": (),
+    "lota-qaf": ("--omega", "0.5"),
+    "lota-qaf without shifts": ("--omega", "0.5", "--no-shift-offsets"),
+    "code-lora": (),
+    "code-lora and norms": ("--train-also", "norms"),
+}
+FLOATS = ("qa-lora", "lota-qaf")
+"""Methods after whose merge zero-points are no longer whole."""
+
+REFUSED = ("l4q", "lr-qat", "recover", "qat-lora", "loftq", "lq-lora")
+
+
+@pytest.fixture
+def gptq(tmp_path: Path, foreign: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """The dense model that `gptq`, a folder in the working folder, means; there are data, too."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    return foreign(tmp_path / "gptq", packer(**CASE), about(**CASE))
+
+
+def test_convert_writes_the_same_model_in_our_own_form(gptq: nn.Module) -> None:
+    said = quadapt("convert", "gptq", "--output", "ours")
+    assert said["bits_per_weight"] == pytest.approx(4 + 24 / 32 + 32 / 64, abs=0.4)
+    mine, theirs = (library.load(name, dtype="float32")[0] for name in ("ours", "gptq"))
+    for name, layer in quantized_layers(mine).items():
+        assert layer.quant_weight.digest() == theirs.get_submodule(name).quant_weight.digest(), name
+        assert torch.equal(layer.quant_weight.dequantize(), gptq.get_submodule(name).weight), name
+    assert quadapt("inspect", "ours", "--verify")["verified"]
+    assert quadapt("inspect", "gptq")["layers"] == quadapt("inspect", "ours")["layers"]
+    for name, words in (("ours", "in quadapt's own form already"), ("missing", "neither a folder")):
+        assert words in give("convert", name, "--output", "again", code=2).error
+    assert "keep no digests" in give("inspect", "gptq", "--verify", code=2).error
+    measured = [quadapt("eval", name, "--data", "story.txt", "--samples", "0") for name in ("ours", "gptq")]
+    assert measured[0]["perplexity"] == measured[1]["perplexity"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("gptq")
+def test_methods_tune_it_and_merge_exactly(method: str) -> None:
+    name, *_ = method.split()
+    data = ("--data", "story.txt", "--max-steps", "6", "--dtype", "float32")
+    quadapt("tune", "gptq", "--method", name, *data, *SHORT, *METHODS[method], "--output", "tuned")
+    ids = torch.arange(40).view(2, 20)
+    tuned = library.load("tuned", dtype="float32")[0](ids).logits
+    assert not torch.allclose(tuned, library.load("gptq", dtype="float32")[0](ids).logits, atol=1e-4)
+    if name == "qlora":
+        assert "--format lora" in give("merge", "tuned", "--output", "merged", code=2).error
+        return
+    said = quadapt("merge", "tuned", "--output", "merged", "--dtype", "float32")
+    assert said["certificate"]["verdict"] == "exact"
+    merged, base = (library.load(each, dtype="float32")[0] for each in ("merged", "gptq"))
+    assert torch.equal(merged(ids).logits, tuned)
+    for layer, module in quantized_layers(merged).items():
+        before, after = base.get_submodule(layer).layout, module.layout
+        assert after.permuted == before.permuted
+        assert (after.format == before.format) == (method not in FLOATS)
+
+
+@pytest.mark.parametrize("method", REFUSED)
+@pytest.mark.usefixtures("gptq")
+def test_methods_that_need_the_dense_model_say_so(method: str) -> None:
+    said = give("tune", "gptq", "--method", method, "--data", "story.txt", *SHORT, "--output", "tuned", code=2)
+    assert "dense" in said.error
