@@ -62,7 +62,7 @@ class TorchAO(Importer):
     optional: ClassVar[tuple[str, ...]] = ("_weight_zero_point", "_weight_act_pre_scale")
 
     bits: Annotated[Literal[2, 3, 4, 5, 6, 8], BeforeValidator(_bits)] = Field(validation_alias="quant_type")
-    """Width of a code."""
+    """The width of a code in bits, as the settings of the folder say."""
 
     @property
     def _middle(self) -> int:
