@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
 from quadapt.exporters.ggml import BY_NAME, bytes_of, type_for, why_not
-from quadapt.exporters.gguf_metadata import family_of, heads_of, namer, rope_factors, write_metadata
+from quadapt.exporters.gguf_metadata import family_of, namer, rope_factors, write_metadata
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
+from quadapt.importers.gguf_family import heads_of
 from quadapt.model.embeddings import TYPES as EMBEDDINGS
 from quadapt.model.embeddings import recognized
 from quadapt.model.quantize import Progress

@@ -10,9 +10,10 @@ from torch import nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
 from quadapt.exporters.gguf import Entry, write_tensors
-from quadapt.exporters.gguf_metadata import family_of, heads_of, namer
+from quadapt.exporters.gguf_metadata import family_of, namer
 from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow
+from quadapt.importers.gguf_family import heads_of
 
 _ADVICE = "which a GGUF adapter cannot hold. Use --format lora"
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from quadapt.errors import CheckpointError
 from quadapt.hf.checkpoint import weight_files
-from quadapt.hf.imported import importer_of
+from quadapt.hf.imported import importer_of, one_file
 from quadapt.hf.notes import NOTE
 from quadapt.hf.reading import read_json, read_note, reason_of
 from quadapt.importers import Importer
@@ -30,7 +30,7 @@ class Folder:
     """A folder (or hub name) that holds a model or an adapter."""
 
     name: str
-    """The path or hub name of the folder, as it was given."""
+    """The path or hub name of the folder, as it was given; of a file that is a whole checkpoint, the file's."""
 
     kind: Kind
     """model: dense. quantized: by quadapt, merged or not, or by others (`importer`). adapter: over a base that lies
@@ -61,6 +61,9 @@ def open_folder(name: str) -> Folder:
         raise CheckpointError(f"{name!r} cannot be read ({reason_of(error)})") from error
     if not there:
         path = _from_hub(name)
+    file = one_file(path)
+    if file is not None:
+        return Folder(str(file), "quantized", {}, importer_of(file))
     if path.is_file():
         raise CheckpointError(f"{name!r} is a file. Give the folder that holds config.json or adapter_config.json")
     adapter, model = (path / "adapter_config.json").exists(), (path / "config.json").exists()

@@ -27,12 +27,27 @@ from quadapt.model.select import left_over
 from quadapt.quant.weight import Layout
 
 
+def one_file(path: Path) -> Path | None:
+    """The file that is a whole checkpoint: a path itself, or the only one in a folder that says nothing of a model."""
+    endings = tuple(importer.suffix for importer in IMPORTERS.values() if importer.suffix)
+    if path.is_file():
+        return path if path.name.endswith(endings) else None
+    if not path.is_dir() or (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        return None
+    files = [each for each in path.iterdir() if each.name.endswith(endings)]
+    return files[0] if len(files) == 1 else None
+
+
 def importer_of(folder: Path) -> Importer | None:
-    """What reads a folder; None if it is dense, by quadapt, or of a format that is not known here.
+    """What reads a folder, or a file; None if it is dense, by quadapt, or of a format that is not known here.
 
     Raises:
         CheckpointError: Its format is known, and it says something about it that is not understood.
     """
+    for importer in IMPORTERS.values():
+        if importer.suffix and folder.suffix == importer.suffix and folder.is_file():
+            found: Importer = reading(str(folder), importer.of_file, folder)
+            return found
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     for importer in IMPORTERS.values():
         about = importer.found(config)
@@ -99,7 +114,7 @@ class Imported:
     """A folder that others have quantized, with transformers' configuration of its model."""
 
     folder: Path
-    """The folder that holds the quantized checkpoint."""
+    """The folder that holds the quantized checkpoint, or the file that is one."""
 
     importer: Importer
     """The importer that reads the layers of this folder."""
@@ -112,8 +127,9 @@ class Imported:
 
     @cached_property
     def files(self) -> Mapping[str, Tensor]:
-        """All tensors of the folder."""
-        return reading(str(self.folder), Files, self.folder)
+        """All tensors of the folder, or of the file."""
+        own = reading(str(self.folder), self.importer.tensors, self.folder, self.skeleton)
+        return own if own is not None else reading(str(self.folder), Files, self.folder)
 
     @cached_property
     def skeleton(self) -> nn.Module:

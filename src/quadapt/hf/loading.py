@@ -16,7 +16,7 @@ from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, find_base, near, open_folder
-from quadapt.hf.imported import Imported
+from quadapt.hf.imported import Imported, importer_of, one_file
 from quadapt.hf.quantizer import adopt, base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, reading
 from quadapt.hf.vocabulary import check_vocabulary, embedding_rows
@@ -37,6 +37,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
     """
     folder = open_folder(name)
     if folder.importer is not None:
+        dtype = folder.importer.dtype if dtype == "auto" else dtype
         found = _imported(folder, trust_remote_code=trust_remote_code)
         config, held = found.translated(), dict[str, Any]()
         made: Any = type(found.skeleton)  # transformers' own class, which takes tensors from memory
@@ -103,10 +104,17 @@ def quantization_of(name: str, config: Any) -> QuadaptConfig | None:
 def _config(name: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    config = reading(name, AutoConfig.from_pretrained, name, trust_remote_code=trust_remote_code)
+    place, file = _place(name)
+    config = reading(name, AutoConfig.from_pretrained, place, trust_remote_code=trust_remote_code, **file)
     with locate(name):
         auto_class(config)
     return config
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """What transformers' loaders are given for a name: a folder, and the GGUF file in it if it is one."""
+    path = Path(name)
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
 
 
 def _imported(folder: Folder, *, trust_remote_code: bool) -> Imported:
@@ -135,7 +143,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             f"{name!r} has no tokenizer (tokenizer.json, tokenizer.model, ..). Copy it from the model's source"
         )
 
-    tokenizer = reading(name, AutoTokenizer.from_pretrained, name, trust_remote_code=trust_remote_code)
+    place, file = _place(name)
+    tokenizer = reading(name, AutoTokenizer.from_pretrained, place, trust_remote_code=trust_remote_code, **file)
     reading(name, check_tokenizer, tokenizer)
     return tokenizer
 
@@ -152,7 +161,9 @@ def load(
     """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
 
     Args:
-        name: Folder of a dense or quantized model, of an adapter (its base is found and loaded too), or a GGUF file.
+        name: Folder of a dense or quantized model, of an adapter (its base is found and loaded too), or a GGUF file
+            (or the folder of nothing but one). A GGUF file's blocks are held as they are; where some of its layers are
+            of a type that the stored form does not hold, all of it becomes dense numbers.
         dtype: The dtype of computation and of what is not quantized: auto (as stored), float32, bfloat16 or float16.
         device: The device to load to, by its name in torch.
         base: The folder of an adapter's base, if it has moved since the adapter was made.
@@ -162,13 +173,19 @@ def load(
     Raises:
         CheckpointError: Something is missing, damaged, or belongs to another base.
     """
-    if name.endswith(".gguf"):
-        return _load_gguf(Path(name), dtype, device)
+    file = one_file(Path(name))
+    if name.endswith(".gguf") or file is not None:
+        file = file or Path(name)
+        if not _held(file):
+            return _load_gguf(file, dtype, device)
     folder = open_folder(name)
     if folder.kind != "adapter":
         dense = load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         _check_runs(folder.name, dense)
-        return _ready(folder, dense, load_tokenizer(folder.name, trust_remote_code=trust_remote_code))
+        tokenizer = load_tokenizer(folder.name, trust_remote_code=trust_remote_code)
+        if folder.path.suffix == ".gguf":  # transformers may add tokens, which the file does not have
+            return dense, tokenizer
+        return _ready(folder, dense, tokenizer)
     where = find_base(folder, base)
     model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with over_any_base(any_base):
@@ -230,8 +247,16 @@ def check_content(folder: str, model: nn.Module) -> None:
         )
 
 
+def _held(file: Path) -> bool:
+    """Whether the stored form holds a file as it is."""
+    try:
+        return importer_of(file) is not None
+    except CheckpointError:
+        return False
+
+
 def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r} does not exist.{near(path)}")
@@ -249,6 +274,4 @@ def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
         check_loaded(model, info, {})
         check_generation(model)
     _check_runs(str(path), model.eval())
-    tokenizer = reading(str(path), AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name)
-    reading(str(path), check_tokenizer, tokenizer)
-    return model.to(device), tokenizer
+    return model.to(device), load_tokenizer(str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,26 @@ class Importer(BaseModel, ABC):
 
     settings_file: ClassVar[str] = ""
     """The file in which earlier writers of the format put what stands in config.json today; empty if there is none."""
+
+    suffix: ClassVar[str] = ""
+    """The ending of files of which one is a whole checkpoint, with all that is known of its model; empty if the format
+    has folders."""
+
+    dtype: ClassVar[str] = "auto"
+    """The dtype of computation, and of what is not quantized, if none is asked for."""
+
+    @classmethod
+    def of_file(cls, path: Path) -> Importer:
+        """An importer for a file, if the format has such (`suffix`).
+
+        Raises:
+            CheckpointError: The stored form does not hold it as it is; the message says why.
+        """
+        raise NotImplementedError
+
+    def tensors(self, path: Path, model: Any) -> Mapping[str, Tensor] | None:
+        """All tensors of a file by the names that they have in the model (on the meta device); None for a folder."""
+        return None
 
     @classmethod
     def found(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -1,0 +1,147 @@
+"""GGUF files, those of llama.cpp: layers in the blocks of GGML as they are, the rest as dense numbers.
+
+A file has all that is known of its model; transformers makes a configuration and a tokenizer of it. Matrices of linear
+layers keep their blocks (`ggml.py`), or are floats. The embedding and the output head, of whatever type, become the
+numbers that llama.cpp dequantizes them to, in float32: computation has that dtype if no other is asked for.
+
+Rows of q_proj and k_proj lie in another order in files of the llama family, which is undone: groups run along a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from quadapt.errors import CheckpointError
+from quadapt.importers.base import IMPORTERS, Importer, Parts, expect
+from quadapt.importers.ggml import BLOCKS, Blocks
+from quadapt.importers.gguf_family import FAMILIES, heads_of, names_of
+from quadapt.quant.weight import Layout, QuantWeight
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ADVICE = "quadapt.load gives it as dense numbers; to tune over codes, take a file of Q4_K, Q6_K, Q8_0 and the like"
+
+
+@IMPORTERS.register("gguf")
+class GGUF(Importer):
+    """GGUF files of Llama, Mistral, Qwen2 and Qwen3, in any mixture of the types that are held."""
+
+    summary: ClassVar[str] = f"{', '.join(BLOCKS)}; of llama.cpp, for Llama, Mistral, Qwen2 and Qwen3"
+    parts: ClassVar[tuple[str, ...]] = ("blocks", "type")
+    suffix: ClassVar[str] = ".gguf"
+    dtype: ClassVar[str] = "float32"
+
+    @classmethod
+    def of_file(cls, path: Path) -> Importer:
+        reader = _open(path)
+        arch = str(reader.fields["general.architecture"].contents())
+        if arch not in {family.arch for family in FAMILIES.values()}:
+            raise CheckpointError(f"is of {arch}, and GGUF files of {', '.join(FAMILIES)} are read. {_ADVICE}")
+        matrices = [each for each in reader.tensors if each.name.startswith("blk.") and len(each.shape) > 1]
+        for each in matrices:
+            if len(each.shape) > 2:
+                raise CheckpointError(f"{each.name}: is a stack of matrices (experts), which cannot be held. {_ADVICE}")
+            if each.tensor_type.name not in BLOCKS.keys() | _FLOATS.keys():
+                raise CheckpointError(
+                    f"{each.name}: is {each.tensor_type.name}, and {', '.join(BLOCKS)} can be held. {_ADVICE}"
+                )
+        if not any(each.tensor_type.name in BLOCKS for each in matrices):
+            raise CheckpointError("is not quantized. quadapt.load gives it as a dense model")
+        return cls()
+
+    def tensors(self, path: Path, model: Any) -> Mapping[str, Tensor]:
+        return _Tensors(_open(path), model)
+
+    def layout(self, parts: Parts, out: int, columns: int) -> Layout:
+        kind = self._kind(parts)
+        expect(parts, "blocks", (torch.uint8,), (out, None))
+        size = columns // kind.weights * kind.size
+        if columns % kind.weights or parts["blocks"].shape[1] != size:
+            raise CheckpointError(
+                f"has rows of {parts['blocks'].shape[1]} bytes, which are not {columns} inputs. The file is damaged, "
+                "or belongs to another model"
+            )
+        return kind.layout(out, columns)
+
+    def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
+        return self._kind(parts).weight(parts["blocks"], layout)
+
+    @staticmethod
+    def _kind(parts: Parts) -> Blocks:
+        import gguf
+
+        return BLOCKS[gguf.GGMLQuantizationType(int(parts["type"])).name]
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a file by the names that they have in a model, each made when it is asked for.
+
+    A layer in blocks has `NAME.blocks`, uint8 `[out, bytes of a row]`, and `NAME.type`, the number of GGML's type.
+
+    Raises:
+        CheckpointError: The file has a tensor that the model does not have.
+    """
+
+    def __init__(self, reader: GGUFReader, model: Any) -> None:
+        self.family, self.config = FAMILIES[type(model).__name__], model.config
+        name_of = names_of(self.family, model.config.num_hidden_layers)
+        known = {name_of(name): name for name in model.state_dict()}
+        head = model.get_output_embeddings()
+        layers = {name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
+        self._found: dict[str, tuple[str, ReaderTensor]] = {}
+        for tensor in reader.tensors:
+            if tensor.name not in known:
+                raise CheckpointError(
+                    f"{tensor.name}: {type(model).__name__} has no such tensor. The file is damaged, or of a later "
+                    "kind of model"
+                )
+            name = known[tensor.name]
+            layer, _, leaf = name.rpartition(".")
+            blocks = layer in layers and leaf == "weight" and tensor.tensor_type.name in BLOCKS
+            for part in (f"{layer}.blocks", f"{layer}.type") if blocks else (name,):
+                self._found[part] = name, tensor
+
+    def __getitem__(self, part: str) -> Tensor:
+        name, tensor = self._found[part]
+        if part.endswith(".type"):
+            return torch.tensor(int(tensor.tensor_type))
+        rows = torch.from_numpy(tensor.data) if part.endswith(".blocks") else _numbers(tensor)
+        heads = heads_of(name, self.family, self.config)
+        return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _numbers(tensor: ReaderTensor) -> Tensor:
+    """The numbers of a tensor: floats as they are, blocks as the gguf package dequantizes them, in float32."""
+    from gguf.quants import dequantize
+
+    kind = _FLOATS.get(tensor.tensor_type.name)
+    if kind is None:
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+    return torch.from_numpy(tensor.data).view(kind)
+
+
+def _open(path: Path) -> GGUFReader:
+    """What a file holds; its tensors are mapped, and each is read when it is used."""
+    about = path.stat()
+    return _opened(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, _size: int, _changed: int) -> GGUFReader:
+    import gguf
+
+    return gguf.GGUFReader(path, "c")  # a mapping of its own, which torch may take for one that can be written
