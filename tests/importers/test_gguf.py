@@ -113,6 +113,23 @@ def test_every_family_with_types_that_differ_and_a_tied_head(family: str, tmp_pa
     assert type(model).__name__ == f"{arch}ForCausalLM"
 
 
+def test_the_scaling_of_llama_3_is_found_again(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    model: Any = quantized(tiny(hidden_size=256, rope_parameters=rope), GRIDS["Q4_1"][0])
+    export_gguf(model, byte_level(), tmp_path / "model.gguf")
+    again: Any = quadapt.load(tmp_path / "model.gguf")[0]
+    assert again.config.rope_parameters == model.config.rope_parameters
+    ids = torch.randint(2, 300, (1, 200))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_folder_of_one_file_and_names_of_several(tmp_path: Path) -> None:
     export_gguf(quantized(tiny(), GRIDS["Q4_1"][0]), byte_level(), tmp_path / "model.gguf")
     model, tokenizer = quadapt.load(tmp_path)

@@ -120,6 +120,8 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
 def _imported(folder: Folder, *, trust_remote_code: bool) -> Imported:
     assert folder.importer is not None
     config = _config(folder.name, trust_remote_code=trust_remote_code)
+    with locate(folder.name):
+        config = folder.importer.completed(folder.path, config)
     return Imported(folder.path, folder.importer, config, trust_remote_code)
 
 

@@ -76,6 +76,13 @@ class Importer(BaseModel, ABC):
         """All tensors of a file by the names that they have in the model (on the meta device); None for a folder."""
         return None
 
+    def completed(self, path: Path, config: Any) -> Any:
+        """transformers' configuration of a checkpoint, with what transformers has not read of it; as it is by default.
+
+        It may be a copy, and is not changed itself.
+        """
+        return config
+
     @classmethod
     def found(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What a folder says about its quantization, if its `config.json` says that it has this format; else None."""

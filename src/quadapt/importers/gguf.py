@@ -9,6 +9,8 @@ Rows of q_proj and k_proj lie in another order in files of the llama family, whi
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ADVICE = "quadapt.load gives it as dense numbers; to tune over codes, take a file of Q4_K, Q6_K, Q8_0 and the like"
+
+
+_ROPE = "rope_freqs.weight"
+"""What llama.cpp divides each rotary frequency by, which transformers does not read."""
+
+_LOW, _HIGH = 1.0, 4.0
+"""`low_freq_factor` and `high_freq_factor` of all of Llama 3."""
 
 
 @IMPORTERS.register("gguf")
@@ -55,7 +64,15 @@ class GGUF(Importer):
                 )
         if not any(each.tensor_type.name in BLOCKS for each in matrices):
             raise CheckpointError("is not quantized. quadapt.load gives it as a dense model")
+        _scaling(reader)
         return cls()
+
+    def completed(self, path: Path, config: Any) -> Any:
+        scaling = _scaling(_open(path))
+        if scaling:
+            config = copy.deepcopy(config)
+            config.rope_parameters = {**config.rope_parameters, **scaling}
+        return config
 
     def tensors(self, path: Path, model: Any) -> Mapping[str, Tensor]:
         return _Tensors(_open(path), model)
@@ -98,6 +115,8 @@ class _Tensors(Mapping[str, Tensor]):
         layers = {name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
         self._found: dict[str, tuple[str, ReaderTensor]] = {}
         for tensor in reader.tensors:
+            if tensor.name == _ROPE:  # part of the configuration, see `completed`
+                continue
             if tensor.name not in known:
                 raise CheckpointError(
                     f"{tensor.name}: {type(model).__name__} has no such tensor. The file is damaged, or of a later "
@@ -132,6 +151,38 @@ def _numbers(tensor: ReaderTensor) -> Tensor:
     if kind is None:
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
     return torch.from_numpy(tensor.data).view(kind)
+
+
+def _scaling(reader: GGUFReader) -> dict[str, Any]:
+    """Llama 3's scaling of rotary frequencies, as transformers' configuration has it; empty if there is none.
+
+    A file has the factor of each frequency, and not the numbers that they come of: those are found again from them.
+
+    Raises:
+        CheckpointError: The factors are not of that scaling.
+    """
+    tensor = next((each for each in reader.tensors if each.name == _ROPE), None)
+    if tensor is None:
+        return {}
+    factors = torch.from_numpy(tensor.data).double().flatten()
+    base = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.freq_base")
+    theta, half = 10000.0 if base is None else float(base.contents()), len(factors)
+    waves = 2 * math.pi * theta ** (torch.arange(half, dtype=torch.float64) / half)
+    most = float(f"{float(factors.max()):.5g}")
+    smooth = ((1 / factors - 1 / most) / (1 - 1 / most)).clamp(0, 1) if most > 1 else torch.ones(half)
+    between = (smooth > 0.01) & (smooth < 0.99)
+    reach = waves[between] * (_LOW + smooth[between] * (_HIGH - _LOW))
+    length = round(float(reach.median())) if len(reach) else 0
+    want = ((length / waves - _LOW) / (_HIGH - _LOW)).clamp(0, 1)
+    if not length or not torch.allclose(1 / ((1 - want) / most + want), factors, rtol=1e-4):
+        raise CheckpointError(f"{_ROPE}: has factors that are not those of Llama 3's scaling. {_ADVICE}")
+    return {
+        "rope_type": "llama3",
+        "factor": most,
+        "low_freq_factor": _LOW,
+        "high_freq_factor": _HIGH,
+        "original_max_position_embeddings": length,
+    }
 
 
 def _open(path: Path) -> GGUFReader:
