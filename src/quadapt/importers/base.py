@@ -77,7 +77,7 @@ class Importer(BaseModel, ABC):
         return None
 
     def completed(self, path: Path, config: Any) -> Any:
-        """transformers' configuration of a checkpoint, with what transformers has not read of it; as it is by default.
+        """A configuration of transformers', with what transformers has not read of the checkpoint; as it is by default.
 
         It may be a copy, and is not changed itself.
         """
