@@ -78,21 +78,21 @@ class GGUF(Importer):
         return _Tensors(_open(path), model)
 
     def layout(self, parts: Parts, out: int, columns: int) -> Layout:
-        kind = self._kind(parts)
+        ggml = self._type(parts)
         expect(parts, "blocks", (torch.uint8,), (out, None))
-        size = columns // kind.weights * kind.size
-        if columns % kind.weights or parts["blocks"].shape[1] != size:
+        size = columns // ggml.weights * ggml.size
+        if columns % ggml.weights or parts["blocks"].shape[1] != size:
             raise CheckpointError(
                 f"has rows of {parts['blocks'].shape[1]} bytes, which are not {columns} inputs. The file is damaged, "
                 "or belongs to another model"
             )
-        return kind.layout(out, columns)
+        return ggml.layout(out, columns)
 
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
-        return self._kind(parts).weight(parts["blocks"], layout)
+        return self._type(parts).weight(parts["blocks"], layout)
 
     @staticmethod
-    def _kind(parts: Parts) -> Blocks:
+    def _type(parts: Parts) -> Blocks:
         import gguf
 
         return BLOCKS[gguf.GGMLQuantizationType(int(parts["type"])).name]
@@ -120,7 +120,7 @@ class _Tensors(Mapping[str, Tensor]):
             if tensor.name not in known:
                 raise CheckpointError(
                     f"{tensor.name}: {type(model).__name__} has no such tensor. The file is damaged, or of a later "
-                    "kind of model"
+                    "sort of model"
                 )
             name = known[tensor.name]
             layer, _, leaf = name.rpartition(".")
@@ -147,10 +147,10 @@ def _numbers(tensor: ReaderTensor) -> Tensor:
     """The numbers of a tensor: floats as they are, blocks as the gguf package dequantizes them, in float32."""
     from gguf.quants import dequantize
 
-    kind = _FLOATS.get(tensor.tensor_type.name)
-    if kind is None:
+    dtype = _FLOATS.get(tensor.tensor_type.name)
+    if dtype is None:
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
-    return torch.from_numpy(tensor.data).view(kind)
+    return torch.from_numpy(tensor.data).view(dtype)
 
 
 def _scaling(reader: GGUFReader) -> dict[str, Any]:

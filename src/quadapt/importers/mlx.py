@@ -43,7 +43,7 @@ class MLX(Importer):
     """Width of a code, as the folder says; the shape of the codes decides."""
 
     mode: Literal["affine"] = "affine"
-    """The kind of levels: evenly spaced. mxfp4, nvfp4 and the like are others."""
+    """Which levels there are: evenly spaced ones. mxfp4, nvfp4 and the like are others."""
 
     layers: dict[str, Any] = Field(default_factory=dict)
     """Settings of single layers, by their names; each layer's shapes tell its own."""
