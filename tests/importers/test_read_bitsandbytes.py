@@ -102,6 +102,21 @@ def test_weights_of_eight_bits_are_those_of_the_library_to_2_to_the_minus_14_of_
     assert torch.allclose(model(IDS).logits, dense(IDS).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["nf4, nested", "fp4"])
+def test_commands_take_such_a_folder(case: str, tmp_path: Path, made: Callable[..., Any]) -> None:
+    from tests.cli.commands import quadapt as command
+
+    folder, own = str(made(CASES[case])[0]), str(tmp_path / "own")
+    command("convert", folder, "--output", own)
+    assert command("inspect", own, "--verify")["verified"] is True
+    first, again = (quadapt.load(name)[0] for name in (folder, own))
+    assert torch.equal(first(IDS).logits, again(IDS).logits)
+    held, kept = quantized_layers(first), quantized_layers(again)
+    assert {name: layer.quant_weight.digest() for name, layer in held.items()} == {
+        name: layer.quant_weight.digest() for name, layer in kept.items()
+    }
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("size", [32, 128, 256, 512, 1024])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
