@@ -52,11 +52,16 @@ def convert(config: ConvertConfig, ui: UI) -> dict[str, Any]:
             "bits_per_weight": bits_of(list(layouts.values())),
         }
         save_quantized(model, load_tokenizer(folder.name, trust_remote_code=code), space.path, note)
-        result = {"output": config.output, **note, "fingerprint": content.fingerprint, "peak_memory": peak()}
+        result: dict[str, Any] = {
+            "output": config.output,
+            **note,
+            "fingerprint": content.fingerprint,
+            "peak_memory": peak(),
+        }
         space.commit(result=result)
     show_layers(layouts, ui)
     show_left(content.left, ui)
-    bits, most = result["bits_per_weight"], result["peak_memory"] / 1e6
+    bits, most = bits_of(list(layouts.values())), result["peak_memory"] / 1e6
     ui.show(f"{bits:.3f} true bits per quantized weight, peak memory {most:.0f} MB")
     ui.say(f"wrote {config.output}. Next: quadapt tune {config.output} --data FILE")
     return result
