@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,10 @@ def anonymous() -> int:
     return int(line.split()[1]) * 1024
 
 
-def child(source: str, target: str) -> None:
-    """Quantize, in a process of its own, and print what it took."""
-    import transformers.trainer  # noqa: F401 - all that quantizing imports
-
-    from quadapt.config import QuantizeConfig
-    from quadapt.jobs.quantize import quantize
-    from quadapt.report.ui import UI
-
+def above_import(work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], int, float]:
+    """What some work gives, the most anonymous bytes above those from before it, and its seconds."""
     base = most = anonymous()
-    stop = threading.Event()
+    stop, start = threading.Event(), time.monotonic()
 
     def watch() -> None:
         nonlocal most
@@ -59,15 +54,23 @@ def child(source: str, target: str) -> None:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    config = QuantizeConfig(model=source, output=target, method="qa-lora", rounding="nearest")
-    result = quantize(config, UI(quiet=True))
+    result = work()
     stop.set()
     watcher.join()
-    print(
-        json.dumps(
-            {"above_import": most - base, "packed": result["file_bytes"], "weights": result["quantized_weights"]}
-        )
-    )
+    return result, most - base, time.monotonic() - start
+
+
+def child(source: str, target: str) -> None:
+    """Quantize, in a process of its own, and print what it took."""
+    import transformers.trainer  # noqa: F401 - all that quantizing imports
+
+    from quadapt.config import QuantizeConfig
+    from quadapt.jobs.quantize import quantize
+    from quadapt.report.ui import UI
+
+    config = QuantizeConfig(model=source, output=target, method="qa-lora", rounding="nearest")
+    result, most, _ = above_import(lambda: quantize(config, UI(quiet=True)))
+    print(json.dumps({"above_import": most, "packed": result["file_bytes"], "weights": result["quantized_weights"]}))
 
 
 def main() -> dict[str, Any]:

@@ -15,12 +15,14 @@ so nothing of the size of `W` is kept.
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quadapt.errors import ConfigError
 from quadapt.kernels import expand, pool
@@ -124,10 +126,25 @@ class LoTA(CodesGrid):
         how, omega = self.how(layout), self.limit(len(A))
         width = layout.format.width(layout.columns)
         moved = fake_quant_sums(source.packed, how=how, A=A, B=B, scaling=self.unit(params))
-        marks = (moved - fake_quant_sums(source.packed, how=how)).double()
+        marks = (moved - _code_sums(source, how)).double()
         sums = _Sums.apply(A, B, width)
         counts = pool(torch.ones(layout.columns, dtype=torch.float64, device=A.device), width)
         return ((sums - omega * marks) / (omega * counts)).float()
+
+
+_known: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
+"""The sums of codes of each base that is alive, after the version that the codes had."""
+
+
+def _code_sums(source: QuantWeight, how: FakeQuant) -> Tensor:
+    """The sum of the codes of each group of the base, float32 `[out, groups]`; kept, since a base's codes never move."""
+    codes = source.tensors["weight"]
+    if torch.compiler.is_compiling():
+        return fake_quant_sums(source.packed, how=how)
+    known = _known.get(codes)
+    if known is None or known[0] != codes._version:
+        known = _known[codes] = (codes._version, fake_quant_sums(source.packed, how=how))
+    return known[1]
 
 
 class _Sums(torch.autograd.Function):
