@@ -137,7 +137,7 @@ _known: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
 
 
 def _code_sums(source: QuantWeight, how: FakeQuant) -> Tensor:
-    """The sum of the codes of each group of the base, float32 `[out, groups]`; kept, since a base's codes never move."""
+    """The sum of the codes of each group of the base, float32 `[out, groups]`; kept, since those never move."""
     codes = source.tensors["weight"]
     if torch.compiler.is_compiling():
         return fake_quant_sums(source.packed, how=how)
