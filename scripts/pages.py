@@ -21,6 +21,7 @@ from quadapt.cli.commands import settings_of
 from quadapt.config import Flag, RunConfig, Settings
 from quadapt.exporters.formats import EXPORTERS
 from quadapt.exporters.survey import formats_page, merged_layout
+from quadapt.importers import IMPORTERS
 from quadapt.methods import METHODS, method_named
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
@@ -44,6 +45,7 @@ REGISTRIES = {
     "Starts": STARTS,
     "Adapters": ADAPTERS,
     "Objectives": OBJECTIVES,
+    "Formats that are read": IMPORTERS,
     "Export formats": EXPORTERS,
 }
 MERGES = {"exact": "exactly", "equivalent": "but for rounding", "none": "not exactly: serve base and adapter"}
@@ -140,7 +142,12 @@ def method_page(name: str) -> str:
 
 def filled(page: str) -> str:
     """A page with the tables of methods and of export formats in the places that are marked for them."""
-    tables = {"methods": methods, "formats": formats, "merged methods by format": merged_by_format}
+    tables = {
+        "methods": methods,
+        "formats": formats,
+        "formats that are read": read_formats,
+        "merged methods by format": merged_by_format,
+    }
     for name, made in tables.items():
         if f"<!-- table of {name} -->" in page:
             page = page.replace(f"<!-- table of {name} -->", made())
@@ -167,6 +174,12 @@ def formats() -> str:
         written = f"`{kind.suffix}` file" if kind.suffix else "folder"
         found.append(f"| `{name}` | {said} | {written} | {kind.served_by} |")
     return "\n".join(["| format | what it is | written as | served by |", "| --- | --- | --- | --- |", *found])
+
+
+def read_formats() -> str:
+    """Every format of others that is read, in its own words."""
+    found = [f"| `{name}` | {importer.summary} |" for name, importer in IMPORTERS.items()]
+    return "\n".join(["| format | what is read, and whose it is |", "| --- | --- |", *found])
 
 
 def merged_by_format() -> str:
