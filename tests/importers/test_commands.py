@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_gptq import about, packer
+from reference.gptq_pack_numpy import quantized, read, write
+from test_read_gptq import about, packer
 from tests.cli.commands import SHORT, give, quadapt, write_data
 from torch import nn
 
@@ -84,3 +85,34 @@ def test_methods_tune_it_and_merge_exactly(method: str) -> None:
 def test_methods_that_need_the_dense_model_say_so(method: str) -> None:
     said = give("tune", "gptq", "--method", method, "--data", "story.txt", *SHORT, "--output", "tuned", code=2)
     assert "dense" in said.error
+
+
+@pytest.mark.parametrize("method", ["code-lora", "e2e-qp", "peqa", "lota-qaf"])
+def test_zero_points_beyond_the_codes_and_scales_of_zero_train(
+    method: str, tmp_path: Path, foreign: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of version 1 may hold a zero-point of 16, and a group of zeros a scale of zero."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    case = {**CASE, "version": 1}
+
+    def pack(name: str, W: Any) -> Any:
+        if name == "lm_head":
+            return None
+        found = quantized(W, 4, 32, symmetric=False, act_order=False)
+        found["zeros"][0], found["scales"][1] = 16, 0
+        parts = write(found, 4, 1)
+        return parts, read(parts, 4, 1)
+
+    foreign(tmp_path / "gptq", pack, about(**case))
+    base = library.load("gptq", dtype="float32")[0]
+    data = ("--data", "story.txt", "--dtype", "float32", "--max-steps", "1", *SHORT)
+    quadapt("tune", "gptq", "--method", method, *data, "--lr", "1e-12", "--output", "still")
+    ids = torch.arange(40).view(2, 20)
+    still = library.load("still", dtype="float32")[0](ids).logits
+    if method != "lota-qaf":  # whose marks no learning rate makes small
+        assert torch.allclose(still, base(ids).logits, atol=1e-4)
+    assert torch.isfinite(still).all()
+    quadapt("tune", "gptq", "--method", method, *data, "--max-steps", "6", "--output", "tuned")
+    said = quadapt("merge", "tuned", "--output", "merged", "--dtype", "float32")
+    assert said["certificate"]["verdict"] == "exact"

@@ -81,9 +81,9 @@ class CodesGrid(GridAdapter):
         if storage.of_offsets.implied:
             return scales, None
         if not storage.of_offsets.free:
-            assert base is not None
-            zero = (-base / first).round()
-            return scales, zero if steps is None else _whole(zero - steps, 2**source.format.bits - 1)
+            zero = source.held("offsets")[0].float()  # not from the offsets: a scale may be zero
+            top = zero.clamp(min=2**source.format.bits - 1)  # imported zero-points may lie beyond the codes
+            return scales, zero if steps is None else _whole(zero - steps, top)
         offsets = torch.zeros_like(first) if base is None else base if growth is None else base * growth
         for more in (None if steps is None else first * steps, change):
             offsets = offsets if more is None else offsets + more
@@ -113,6 +113,6 @@ def check_integers(kind: str, layout: Layout) -> None:
         )
 
 
-def _whole(zero: Tensor, top: int) -> Tensor:
+def _whole(zero: Tensor, top: Tensor) -> Tensor:
     """Zero-points rounded to whole numbers from 0 to `top`, with the gradient of no rounding."""
-    return zero + (zero.round().clamp(0, top) - zero).detach()
+    return zero + (zero.round().clamp(min=0).minimum(top) - zero).detach()
