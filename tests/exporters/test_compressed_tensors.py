@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quadapt.errors import ExportError
-from quadapt.exporters.compressed_tensors import export_compressed_tensors
+from quadapt.exporters.compressed_tensors import CompressedTensorsWriter
 from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.model.quantize import quantized_layers
@@ -48,7 +48,7 @@ def read_back(folder: Path, *, wide: bool = False) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("format", FORMATS, ids=[format.name for format in FORMATS])
 def test_the_library_reads_the_very_same_weights(format: Format, tokenizer: Any, tmp_path: Path) -> None:
     model = quantized(tiny(), format)
-    report = export_compressed_tensors(model, tokenizer, tmp_path / "ct", dtype="float32")
+    report = CompressedTensorsWriter("float32").export(model, tokenizer, tmp_path / "ct")
     found = read_back(tmp_path / "ct")
     layers = quantized_layers(model)
     assert set(found) == set(layers)
@@ -64,7 +64,7 @@ def test_the_library_reads_the_very_same_weights(format: Format, tokenizer: Any,
 def test_transformers_loads_it_and_answers_alike(tokenizer: Any, tmp_path: Path) -> None:
     """Symmetric ones: with zero-points, transformers 5.23 expects them unpacked, which that library never writes."""
     model = quantized(tiny(), Format(bits=4, group_size=32, zero="none"))
-    export_compressed_tensors(model, tokenizer, tmp_path / "ct", dtype="float32")
+    CompressedTensorsWriter("float32").export(model, tokenizer, tmp_path / "ct")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(other(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -85,7 +85,7 @@ def test_l4q_with_whole_zero_points_goes_out_exactly(tokenizer: Any, tmp_path: P
         optimizer.zero_grad()
     merged, certificate = merge(adapted)
     assert certificate.verdict == "exact"
-    export_compressed_tensors(merged, tokenizer, tmp_path / "ct", dtype="float32")
+    CompressedTensorsWriter("float32").export(merged, tokenizer, tmp_path / "ct")
     found = read_back(tmp_path / "ct")
     for name, layer in quantized_layers(merged).items():
         assert torch.equal(found[name], layer.quant_weight.dequantize())
@@ -102,11 +102,11 @@ def test_l4q_with_whole_zero_points_goes_out_exactly(tokenizer: Any, tmp_path: P
 )
 def test_what_it_cannot_hold_is_refused_by_name(format: Format, told: str, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=rf"model\.layers\.0\..*{told}"):
-        export_compressed_tensors(quantized(tiny(), format), tokenizer, tmp_path / "ct")
+        CompressedTensorsWriter().export(quantized(tiny(), format), tokenizer, tmp_path / "ct")
     assert not list(tmp_path.iterdir())
 
 
 def test_scales_that_the_dtype_cannot_hold_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     model = quantized(tiny(), Format(bits=4, group_size=32, zero="integer"))
     with pytest.raises(ExportError, match=r"scales are not exact in torch\.bfloat16"):
-        export_compressed_tensors(model, tokenizer, tmp_path / "ct", dtype="bfloat16")
+        CompressedTensorsWriter("bfloat16").export(model, tokenizer, tmp_path / "ct")

@@ -71,7 +71,8 @@ def survey(subject: Subject, exporters: Sequence[Exporter]) -> list[Answer]:
         for exporter, objections in asked:
             why = exporter.accepts(layout) if weight is None else exporter.holds(weight)
             if why:
-                objections[name] = _Objection(why=why, instead=exporter.instead(layout))
+                instead = exporter.instead(layout) if weight is None else exporter.replaced(weight)
+                objections[name] = _Objection(why=why, instead=instead)
     return [
         _answer(exporter, subject, why, objections)
         for exporter, why, objections in zip(exporters, refused, found, strict=True)

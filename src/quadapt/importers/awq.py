@@ -19,11 +19,9 @@ from torch import Tensor
 from quadapt.errors import CheckpointError
 from quadapt.importers.base import IMPORTERS, Importer, Parts, by_group, expect, grid, packed_rows, width_of
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.quant.words import of_awq_words
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""The nibble of a word that holds each of its eight outputs."""
 
 
 @IMPORTERS.register("awq")
@@ -73,7 +71,7 @@ class AWQ(Importer):
         )
 
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
-        packed = packed_rows(_codes(parts["qweight"]).T, self.bits)
+        packed = packed_rows(of_awq_words(parts["qweight"]).T, self.bits)
         zeros = None
         if layout.format.zero == "integer":
             zeros = by_group(_zeros(parts, layout.out).T, layout)
@@ -82,11 +80,4 @@ class AWQ(Importer):
 
 def _zeros(parts: Parts, out: int) -> Tensor:
     """Zero-points, uint8 `[groups, out]`."""
-    return _codes(expect(parts, "qzeros", (torch.int32,), (parts["scales"].shape[0], out // 8)))
-
-
-def _codes(words: Tensor) -> Tensor:
-    """The codes of words `[rows, out / 8]`, uint8 `[rows, out]`."""
-    pairs = words.contiguous().view(torch.uint8)
-    nibbles = torch.stack((pairs & 15, pairs >> 4), -1).view(len(words), -1, 8)
-    return nibbles[..., _NIBBLES].flatten(1)
+    return of_awq_words(expect(parts, "qzeros", (torch.int32,), (parts["scales"].shape[0], out // 8)))

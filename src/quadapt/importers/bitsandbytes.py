@@ -29,12 +29,10 @@ from quadapt.quant.format import Format, Levels
 from quadapt.quant.storage import Storage, dynamic_map
 from quadapt.quant.storage.base import as_bytes
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.quant.words import FP4_CODES, swapped
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _LEVELS: Mapping[str, Levels] = {"nf4": "nf-qlora", "fp4": "fp4"}
-
-_FP4_CODES = (8, 9, 14, 15, 12, 13, 10, 11, 7, 6, 1, 0, 3, 2, 5, 4)
-"""The place of each of bitsandbytes' FP4 codes among the levels in ascending order."""
 
 _PER_STEP = 7.874015718698502e-3
 """1 / 127, as bitsandbytes has it."""
@@ -200,7 +198,7 @@ def _levels_in_their_order(format: Format) -> Tensor:
     """The levels by the codes that bitsandbytes gives them, float32 `[16]`."""
     table = format.table(torch.empty(0))
     assert table is not None
-    return table[torch.tensor(_FP4_CODES)] if format.levels == "fp4" else table
+    return table[torch.tensor(FP4_CODES)] if format.levels == "fp4" else table
 
 
 def _check_map(parts: Parts, name: str, known: Tensor) -> None:
@@ -221,8 +219,8 @@ def _packed(weight: Tensor, layout: Layout) -> Tensor:
             f"weight: has {data.numel()} bytes, where {layout.out} x {layout.columns} codes take "
             f"{layout.out * layout.columns // 2}. The file is damaged"
         )
-    data = ((data >> 4) | (data << 4)).view(layout.out, -1)
+    data = swapped(data).view(layout.out, -1)
     if layout.format.levels != "fp4":
         return data
-    place = torch.tensor(_FP4_CODES, dtype=torch.uint8)
+    place = torch.tensor(FP4_CODES, dtype=torch.uint8)
     return packed_rows(place[kernels.unpack(data, 4, layout.columns).int()], 4)

@@ -31,6 +31,7 @@ from quadapt.importers.base import (
     width_of,
 )
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.quant.words import of_stream
 from quadapt.widths import INTEGER_WIDTHS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -197,7 +198,7 @@ class CompressedTensors(Importer):
         if parts["weight_zero_point"].dtype == torch.int8:
             return _unsigned(expect(parts, "weight_zero_point", (torch.int8,), (out, groups)), bits)
         words = expect(parts, "weight_zero_point", (torch.int32, torch.int8), (-(-out * bits // 32), groups))
-        return kernels.unpack(words.T.contiguous().view(torch.uint8), bits, out).T.contiguous()
+        return of_stream(words.T, bits, out).T.contiguous()
 
     @staticmethod
     def _positions(parts: Parts, columns: int, width: int) -> Tensor | None:

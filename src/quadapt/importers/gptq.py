@@ -28,6 +28,7 @@ from quadapt.importers.base import (
     width_of,
 )
 from quadapt.quant.weight import Layout, QuantWeight
+from quadapt.quant.words import of_stream
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -96,7 +97,7 @@ class GPTQ(Importer):
     def _zeros(self, parts: Parts, bits: int, out: int) -> Tensor:
         """Zero-points, int32 `[groups, out]`."""
         words = expect(parts, "qzeros", (torch.int32,), (parts["scales"].shape[0], -(-out * bits // 32)))
-        zeros = kernels.unpack(words.contiguous().view(torch.uint8), bits, out).int()
+        zeros = of_stream(words, bits, out).int()
         return zeros + 1 if self.checkpoint_format == "gptq" else zeros
 
     @staticmethod

@@ -109,6 +109,10 @@ class Exporter(ABC):
         """
         return None
 
+    def replaced(self, weight: QuantWeight) -> tuple[str, bool] | None:
+        """As :meth:`instead`, for a matrix whose numbers are known. By default its layout says."""
+        return self.instead(weight.layout)
+
     @abstractmethod
     def accepts(self, layout: Layout) -> str | None:
         """None if the format holds matrices of this layout bit for bit in its own form; else the reason, for people.
@@ -147,7 +151,7 @@ class Exporter(ABC):
         self.check_model(model, tokenizer)
         for name, layer in quantized_layers(model).items() if self.takes == "model" else ():
             why = self.holds(layer.quant_weight)
-            if why and self.instead(layer.layout) is None:
+            if why and self.replaced(layer.quant_weight) is None:
                 raise ExportError(f"{name}: {why}")
 
     def changes(self, adapter: Adapter) -> str:

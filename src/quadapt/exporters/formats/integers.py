@@ -1,0 +1,70 @@
+"""What formats of integers with whole zero-points, or none, have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from quadapt.errors import ExportError
+from quadapt.exporters.formats.base import Exporter, Origin, Progress
+
+if TYPE_CHECKING:
+    from quadapt.exporters.codes import Writer
+    from quadapt.exporters.report import ExportReport
+    from quadapt.quant.weight import Layout, QuantWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integers(Exporter):
+    """A folder of codes, scales and whole zero-points."""
+
+    form: ClassVar[str] = "codes as they are"
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """The dtype of scales and of all that is not quantized: float16, bfloat16 or float32."""
+
+    @abstractmethod
+    def writer(self) -> Writer:
+        """What writes the format."""
+
+    @abstractmethod
+    def never(self, layout: Layout) -> str | None:
+        """As :meth:`Exporter.never`."""
+
+    def instead(self, layout: Layout) -> tuple[str, bool] | None:
+        from quadapt.exporters.integers import why_not_order, why_not_scales
+
+        kept = not self.never(layout) and not why_not_scales(layout, self.writer().floats)
+        return ("codes as they are, multiplied in another order", False) if kept and why_not_order(layout) else None
+
+    def replaced(self, weight: QuantWeight) -> tuple[str, bool] | None:
+        return None if self.writer().why_not(weight) else ("codes as they are, multiplied in another order", False)
+
+    def accepts(self, layout: Layout) -> str | None:
+        from quadapt.exporters.integers import why_not_order, why_not_scales
+
+        why = self.never(layout) or why_not_scales(layout, self.writer().floats) or why_not_order(layout)
+        return why or None
+
+    def holds(self, weight: QuantWeight) -> str | None:
+        from quadapt.exporters.integers import rounds_otherwise
+
+        return self.writer().why_not(weight) or rounds_otherwise(weight) or None
+
+    def check_model(self, model: Any, tokenizer: Any) -> None:
+        from quadapt.exporters.tensors import as_stored, base_of, tensors_of
+        from quadapt.model.quantize import quantized_layers
+
+        if base_of(model) is model:  # names of layers that carry adapters are others than they will be
+            as_stored(model, dict(tensors_of(model)))
+        layouts = {name: layer.layout for name, layer in quantized_layers(base_of(model)).items()}
+        why = self.writer().why_not_together(layouts)
+        if why:
+            raise ExportError(why)
+
+    def write(
+        self, model: Any, tokenizer: Any, path: Path, *, origin: Origin | None = None, progress: Progress = iter
+    ) -> ExportReport:
+        return self.writer().export(model, tokenizer, path, progress)
