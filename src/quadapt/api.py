@@ -226,14 +226,13 @@ def export(
     """Write a model in a format that others serve.
 
     Args:
-        model: A quantized or merged model (gguf, hf, compressed-tensors), or a PEFT model (lora, nf8). What a trainer
-            has put around it is taken off.
+        model: A quantized or merged model, or a PEFT model (lora, nf8). What a trainer has put around it is taken off.
         tokenizer: The tokenizer of the model.
         output: The file (gguf) or folder (the other formats) to write.
         format: gguf; hf (dense); lora (a standard adapter); nf8 (an adapter in 8 bits, for quadapt alone: load it with
-            `quadapt.load(output, base=..)`); compressed-tensors; or one that another package has registered.
-        options: The format's options: `dense` (gguf: f32 or f16), `dtype` (hf and compressed-tensors: bfloat16, float16
-            or float32).
+            `quadapt.load(output, base=..)`); compressed-tensors; gptq; or one that another package has registered.
+        options: The format's options: `dense` (gguf: f32 or f16), `dtype` (hf and formats of codes: bfloat16, float16
+            or float32), `checkpoint_format` (gptq: gptq_v2 or gptq).
 
     Raises:
         ConfigError: There is no such format, or it has no such option.

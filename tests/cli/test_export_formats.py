@@ -13,10 +13,28 @@ from quadapt.exporters.formats import EXPORTERS
 pytestmark = pytest.mark.usefixtures("shelf", "here")
 
 HOLDS = {
-    "merged": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "lora": "no", "nf8": "no"},
-    "adapter": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "lora": "changed", "nf8": "no"},
-    "qlora": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "lora": "exactly", "nf8": "changed"},
+    "merged": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "gptq": "no", "lora": "no", "nf8": "no"},
+    "adapter": {
+        "gguf": "exactly",
+        "hf": "changed",
+        "compressed-tensors": "no",
+        "gptq": "no",
+        "lora": "changed",
+        "nf8": "no",
+    },
+    "qlora": {
+        "gguf": "exactly",
+        "hf": "changed",
+        "compressed-tensors": "no",
+        "gptq": "no",
+        "lora": "exactly",
+        "nf8": "changed",
+    },
 }
+
+
+WHOLE = ("compressed-tensors", "gptq")
+"""Formats of integers with whole zero-points."""
 
 
 @pytest.mark.parametrize("model", HOLDS)
@@ -52,7 +70,7 @@ def test_a_dtype_that_holds_it_is_asked_for_its_sake() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--format", "ggfu", "-o", "x"), "format='ggfu': input should be 'compressed-tensors', 'gguf', 'hf', 'lora'"),
+        (("--format", "ggfu", "-o", "x"), "format='ggfu': input should be 'compressed-tensors', 'gguf', 'gptq', 'hf'"),
         (("--format", "?", "-o", "x"), "output='x': format='?' writes nothing. Leave output out"),
         (("--format", "hf"), "output is missing. File (gguf) or folder (all others) to write"),
         (("--format", "hf", "--dense", "f16", "-o", "x"), "dense='f16': is no option of format='hf', which has dtype"),
@@ -81,13 +99,13 @@ def test_an_adapter_is_refused_for_what_it_would_merge_to(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("method", "settings", "exactly"),
     [
-        ("l4q", ("--zero", "integer"), {"compressed-tensors", "gguf", "hf"}),
-        ("lr-qat", (), {"compressed-tensors", "gguf", "hf"}),
+        ("l4q", ("--zero", "integer"), {*WHOLE, "gguf", "hf"}),
+        ("lr-qat", (), {*WHOLE, "gguf", "hf"}),
         ("peqa", (), {"gguf", "hf"}),
         ("qa-lora-scales", (), {"gguf", "hf"}),
         ("lota-qaf", ("--rounding", "nearest"), {"gguf", "hf"}),
-        ("lota-qaf", ("--rounding", "nearest", "--no-shift-offsets"), {"compressed-tensors", "gguf", "hf"}),
-        ("code-lora", ("--rounding", "nearest", "--train-offsets"), {"compressed-tensors", "gguf", "hf"}),
+        ("lota-qaf", ("--rounding", "nearest", "--no-shift-offsets"), {*WHOLE, "gguf", "hf"}),
+        ("code-lora", ("--rounding", "nearest", "--train-offsets"), {*WHOLE, "gguf", "hf"}),
         ("qat-lora", (), set()),
     ],
 )

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_compressed_tensors import read_back as from_compressed_tensors
 from test_gguf import read_back as from_gguf
+from test_gptq_folders import read_back as from_gptq
 from transformers import AutoModelForCausalLM
 
 import quadapt
@@ -55,6 +56,8 @@ def weights_in(path: Path, name: str) -> dict[str, torch.Tensor]:
     """The dense weight of every linear layer in an exported model, by software that is not ours."""
     if name == "compressed-tensors":
         return from_compressed_tensors(path, wide=True)
+    if name == "gptq":
+        return from_gptq(path)
     model = from_gguf(path) if name == "gguf" else from_hf(path)
     return {key.removesuffix(".weight"): tensor for key, tensor in model.state_dict().items()}
 
@@ -161,6 +164,7 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
             ),
         },
         "compressed-tensors": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
+        "gptq": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
         "lora": {
             "pooled": ("changed", said["pooled"].words),
             "lora": ("exactly", "LoRA factors in float32"),
@@ -172,6 +176,7 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
     }[name]
     reasons = {
         "compressed-tensors": ("offsets that compressed-tensors cannot hold", "cannot merge into codes"),
+        "gptq": ("offsets that gptq cannot hold", "cannot merge into codes"),
         "nf8": ("takes no bits at all", ""),
         "lora": ("trained in the merged form", ""),
     }.get(name, ("", ""))
@@ -233,12 +238,13 @@ def test_the_page_of_the_docs_says_what_the_formats_say() -> None:
             else:
                 (line,) = [each for each in lines if each.startswith(f"* `{exporter}`, ") and f"{why}." in each]
                 assert name in line.partition(": ")[0].split(", ")
-    assert table["int4"] == [
-        "no",
-        "exactly: codes as they are",
-        "changed: dense weights rounded to bfloat16",
-    ]
-    assert table["nf4"][1] == "exactly: dense F32"
+    assert dict(zip(names, table["int4"], strict=True)) == {
+        "compressed-tensors": "no",
+        "gguf": "exactly: codes as they are",
+        "gptq": "no",
+        "hf": "changed: dense weights rounded to bfloat16",
+    }
+    assert table["nf4"][names.index("gguf")] == "exactly: dense F32"
 
 
 MERGED = [name for name in METHODS if method_named(name).adapter.exactness == "exact"]

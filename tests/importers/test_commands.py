@@ -80,6 +80,22 @@ def test_methods_tune_it_and_merge_exactly(method: str) -> None:
         assert (after.format == before.format) == (method not in FLOATS)
 
 
+@pytest.mark.usefixtures("gptq")
+def test_what_code_lora_has_tuned_goes_out_as_gptq_again() -> None:
+    data = ("--data", "story.txt", "--max-steps", "6", "--dtype", "float32")
+    quadapt("tune", "gptq", "--method", "code-lora", *data, *SHORT, "--output", "tuned")
+    quadapt("merge", "tuned", "--output", "merged", "--dtype", "float32")
+    quadapt("export", "merged", "--format", "gptq", "--output", "again")
+    quadapt("export", "tuned", "--format", "gptq", "--output", "at-once")
+    ids = torch.arange(40).view(2, 20)
+    merged, again, once = (library.load(each, dtype="float32")[0] for each in ("merged", "again", "at-once"))
+    assert torch.equal(again(ids).logits, merged(ids).logits)
+    assert not torch.equal(again(ids).logits, library.load("gptq", dtype="float32")[0](ids).logits)
+    for name, layer in quantized_layers(merged).items():
+        for other in (again, once):
+            assert other.get_submodule(name).quant_weight.digest() == layer.quant_weight.digest(), name
+
+
 @pytest.mark.parametrize("method", REFUSED)
 @pytest.mark.usefixtures("gptq")
 def test_methods_that_need_the_dense_model_say_so(method: str) -> None:

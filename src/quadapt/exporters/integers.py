@@ -76,7 +76,7 @@ def why_not(weight: QuantWeight, dtype: torch.dtype, *, least: int = 0) -> str:
 
 
 def rounds_otherwise(weight: QuantWeight) -> str:
-    """As :func:`why_not_order`, by the numbers of the weight."""
+    """Why a product may round otherwise than in the stored form, by the numbers; an empty string if it does not."""
     scales = weight.scales
     short = (scales.half().float() == scales) | (scales.bfloat16().float() == scales)
     return "" if bool(short.all()) else ORDER.format(name=weight.layout.storage.scales)

@@ -110,7 +110,7 @@ class Exporter(ABC):
         return None
 
     def replaced(self, weight: QuantWeight) -> tuple[str, bool] | None:
-        """As :meth:`instead`, for a matrix whose numbers are known. By default its layout says."""
+        """What becomes of a matrix that is not held, as :meth:`instead` says it, if its numbers are known."""
         return self.instead(weight.layout)
 
     @abstractmethod

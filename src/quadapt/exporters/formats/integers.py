@@ -31,7 +31,7 @@ class Integers(Exporter):
 
     @abstractmethod
     def never(self, layout: Layout) -> str | None:
-        """As :meth:`Exporter.never`."""
+        """Why the model is refused for a matrix of this layout, whatever its numbers; None if it is not."""
 
     def instead(self, layout: Layout) -> tuple[str, bool] | None:
         from quadapt.exporters.integers import why_not_order, why_not_scales
