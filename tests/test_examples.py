@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import runpy
 import sys
@@ -19,6 +20,7 @@ EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(ROOT / "tests" / "cli"))
 
 from commands import byte_tokenizer, logits, write_data  # noqa: E402
+from commands import quadapt as quadapt_command  # noqa: E402
 
 import quadapt  # noqa: E402
 
@@ -70,6 +72,19 @@ def test_continue_adapter(place: Path) -> None:
     assert after < before
     model, _ = quadapt.load(place / "adapter", base=str(place / "merged"))
     assert not torch.equal(logits(model), logits(quadapt.load(place / "merged")[0]))
+
+
+def test_gptq_in_gptq_out(place: Path) -> None:
+    """What goes in is a GPTQ folder that was written from a dense model; what comes out is one that learned."""
+    quadapt_command("quantize", place / "dense", "--zero", "integer", "--rounding", "nearest", "--output", place / "q4")
+    quadapt_command("export", place / "q4", "--format", "gptq", "--output", place / "gptq")
+    said, _ = run("gptq_in_gptq_out", "gptq", "story.txt", "gptq-out", cwd=place)
+    losses = dict(re.findall(r"^(before|after): ([\d.]+)$", said, re.MULTILINE))
+    before, after = float(losses["before"]), float(losses["after"])
+    assert after < before
+    assert "exact: logits bit-equal" in said
+    about = json.loads((place / "gptq-out" / "config.json").read_text())["quantization_config"]
+    assert (about["quant_method"], about["bits"]) == ("gptq", 4)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

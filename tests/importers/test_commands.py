@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,26 @@ def test_convert_writes_the_same_model_in_our_own_form(gptq: nn.Module) -> None:
     assert "keep no digests" in give("inspect", "gptq", "--verify", code=2).error
     measured = [quadapt("eval", name, "--data", "story.txt", "--samples", "0") for name in ("ours", "gptq")]
     assert measured[0]["perplexity"] == measured[1]["perplexity"]
+
+
+def test_the_three_lines_of_the_readme(gptq: nn.Module) -> None:
+    """As they stand there, but for names and a shorter run: a GPTQ model in, a GPTQ model out, and all of it kept."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = next(each for each in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "A_GPTQ_MODEL" in each)
+    words = {"A_GPTQ_MODEL": "gptq", "FILE": "story.txt"}
+    for line in block.splitlines():
+        _, *arguments = (words.get(word, word) for word in line.split())
+        more = ("--max-steps", "20", "--dtype", "float32", *SHORT) if arguments[0] == "tune" else ()
+        give(*arguments, *more, code=0)
+    ids = torch.arange(40).view(2, 20)
+    before, merged, out = (
+        library.load(each, dtype="float32")[0](ids).logits for each in ("gptq", "merged", "tuned-gptq")
+    )
+    assert torch.equal(out, merged)
+    assert not torch.allclose(out, before, atol=1e-2)
+    assert torch.allclose(before, gptq(ids).logits, atol=1e-4)
+    about = json.loads(Path("tuned-gptq", "config.json").read_text())["quantization_config"]
+    assert about["quant_method"] == "gptq"
 
 
 @pytest.mark.parametrize("method", METHODS)

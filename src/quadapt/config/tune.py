@@ -29,6 +29,9 @@ _PANEL = Flag(panel="Adapter")
 OVER_CODES = "qa-lora"
 """The method that is taken over a model that is quantized already, if none is given."""
 
+OVER_WHOLE = "code-lora"
+"""The method that is taken over one whose zero-points are whole, or that has none: they stay whole."""
+
 EIGHT_BITS = "l4q"
 """The method that is taken at eight bits, if none is given."""
 
@@ -93,7 +96,7 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
         Flag((), "Quantization"),
         Field(
             description=f"{METHOD_WORDS} Default: recover; at 8 bits {EIGHT_BITS}, over a model that is "
-            f"quantized already {OVER_CODES}."
+            f"quantized already {OVER_CODES}, or {OVER_WHOLE} if its zero-points are whole numbers."
         ),
     ] = "recover"
 
@@ -154,16 +157,18 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
                 f"{error}. (No method is given, so it is {self.method}: --method takes another)"
             ) from None
 
-    def usual(self, *, quantized: bool) -> TuneConfig:
+    def usual(self, *, quantized: bool, whole: bool = False) -> TuneConfig:
         """These settings with the method that is usual for a model, if none is given.
 
         Args:
             quantized: Whether the model is quantized already.
+            whole: Whether it is to integers, and all its zero-points are whole numbers, or implied.
 
         Raises:
             ConfigError: A setting does not go with it.
         """
-        method = OVER_CODES if quantized else EIGHT_BITS if self.value("bits") == 8 else None
+        over = OVER_WHOLE if whole else OVER_CODES
+        method = over if quantized else EIGHT_BITS if self.value("bits") == 8 else None
         if "method" in self.model_fields_set or method is None:
             return self
         given = {name: getattr(self, name) for name in self.model_fields_set}

@@ -11,7 +11,7 @@ from quadapt.data import Encoded, Rows, check_loss, encode, read, read_held_out,
 from quadapt.errors import ConfigError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import Folder, open_folder
-from quadapt.hf.loading import load_tokenizer, read_config
+from quadapt.hf.loading import load_tokenizer, read_config, read_quantization
 from quadapt.hf.start import GRIDS, START
 from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace, check_output, remove
@@ -41,7 +41,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         config, earlier = going_on(config, folder)
         folder = earlier.base
     else:
-        config = config.usual(quantized=folder.kind == "quantized")
+        config = config.usual(quantized=folder.kind == "quantized", whole=_whole(config, folder))
         _check(config, folder)
     _check_run(config)
     device, chosen = device_of(config), config.spec.method
@@ -98,6 +98,15 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return result
+
+
+def _whole(config: TuneConfig, folder: Folder) -> bool:
+    """Whether a model is quantized to integers, with zero-points that are whole numbers or none."""
+    if folder.kind != "quantized":
+        return False
+    about = read_quantization(folder.name, trust_remote_code=config.trust_remote_code)
+    layouts = [] if about is None else about.layouts.values()
+    return all(each.format.levels == "int" and not each.storage.of_offsets.free for each in layouts)
 
 
 def _check_quantizing(
