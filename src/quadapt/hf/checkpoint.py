@@ -69,7 +69,7 @@ def _names(mapping: Mapping[str, Any]) -> list[str]:
     return [name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)]
 
 
-def held_tensors(folder: Path) -> dict[str, Tensor]:
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors in a folder's files of weights by name, dtypes and shapes alone: on the meta device, or mapped.
 
     Raises:
@@ -101,7 +101,7 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], stored: Mapping[str,
         model: The model that transformers has loaded.
         info: What transformers says about it (`output_loading_info=True`); tied weights, and what the model's own class
             ignores, are not in it.
-        stored: `held_tensors` of its folder; empty if they are not known.
+        stored: `stored_tensors` of its folder; empty if they are not known.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape or dtype, or there is one too many; it is named.

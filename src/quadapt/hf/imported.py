@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError, locate
-from quadapt.hf.checkpoint import auto_class, held_tensors, weight_files
+from quadapt.hf.checkpoint import auto_class, stored_tensors, weight_files
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.reading import read_json, reading
 from quadapt.importers import IMPORTERS, Importer, Parts
@@ -68,7 +68,7 @@ class Files(Mapping[str, Tensor]):
         self._file_of: dict[str, Path] = {}
         for path in weight_files(folder):
             if path.suffix != ".safetensors":
-                self._pickled = held_tensors(folder)  # mapped
+                self._pickled = stored_tensors(folder)  # mapped
                 break
             with safe_open(path, framework="pt") as file:
                 self._file_of |= dict.fromkeys(file.keys(), path)

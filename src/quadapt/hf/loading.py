@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quadapt.errors import CheckpointError, ConfigError, locate
-from quadapt.hf.checkpoint import auto_class, check_loaded, held_tensors
+from quadapt.hf.checkpoint import auto_class, check_loaded, stored_tensors
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.ending import set_ends
@@ -39,12 +39,12 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
     if folder.importer is not None:
         dtype = folder.importer.dtype if dtype == "auto" else dtype
         found = _imported(folder, trust_remote_code=trust_remote_code)
-        config, held = found.translated(), dict[str, Any]()
+        config, stored = found.translated(), dict[str, Any]()
         made: Any = type(found.skeleton)  # transformers' own class, which takes tensors from memory
         call = partial(made.from_pretrained, None, config=config, state_dict=found.tensors(read=device != "meta"))
     else:
         config = read_config(name, trust_remote_code=trust_remote_code)
-        held = {} if _foreign(config) else reading(name, held_tensors, folder.path)
+        stored = {} if _foreign(config) else reading(name, stored_tensors, folder.path)
         call = partial(auto_class(config).from_pretrained, name)
     model, info = reading(
         name,
@@ -56,7 +56,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
         ignore_mismatched_sizes=True,  # so that the check below names them
     )
     with locate(name):
-        check_loaded(model, info, held)
+        check_loaded(model, info, stored)
         check_generation(model)
     if folder.importer is not None and device != "meta":
         about = base_config(model)

@@ -176,20 +176,20 @@ def _state(parts: Parts) -> _State:
     Raises:
         CheckpointError: Nothing, or something that is not understood.
     """
-    held = next((_STATE + kind for kind in _LEVELS if _STATE + kind in parts), None)
-    if held is None:
+    state_name = next((_STATE + levels for levels in _LEVELS if _STATE + levels in parts), None)
+    if state_name is None:
         raise CheckpointError(f"{_STATE}nf4 (or fp4): is not in the files. The copy is incomplete")
     try:
-        state = _State.model_validate_json(bytes(expect(parts, held, (torch.uint8,), (None,)).tolist()))
+        state = _State.model_validate_json(bytes(expect(parts, state_name, (torch.uint8,), (None,)).tolist()))
     except ValidationError as error:
         wrong = error.errors()[0]
         field = ".".join(map(str, wrong["loc"])) or "its text"
         raise CheckpointError(
-            f"{held}: {field}={wrong['input']!r:.60} is not understood ({wrong['msg']}). Give the dense model"
+            f"{state_name}: {field}={wrong['input']!r:.60} is not understood ({wrong['msg']}). Give the dense model"
         ) from error
     if (state.nested_offset is None) != ("weight.nested_absmax" not in parts):
         raise CheckpointError(
-            f"{held}: contradicts weight.nested_absmax, which is there if nested_offset is. It is damaged"
+            f"{state_name}: contradicts weight.nested_absmax, which is there if nested_offset is. It is damaged"
         )
     return state
 

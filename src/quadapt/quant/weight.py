@@ -228,11 +228,10 @@ class QuantWeight:
         """How many bytes all stored tensors take."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
 
-    def with_offsets(self, offsets: Tensor, kind: str) -> QuantWeight:
-        """A weight with the same codes, and other offsets (float32 `[out, groups]`) stored as `kind` (fp16 or fp32)."""
-        layout = replace(
-            self.layout, format=replace(self.format, zero="float"), storage=replace(self.layout.storage, offsets=kind)
-        )
+    def with_offsets(self, offsets: Tensor, storage: str) -> QuantWeight:
+        """A weight with the same codes, and other offsets (float32 `[out, groups]`) in `storage` (fp16 or fp32)."""
+        format, both = replace(self.format, zero="float"), replace(self.layout.storage, offsets=storage)
+        layout = replace(self.layout, format=format, storage=both)
         kept = {name: tensor for name, tensor in self.tensors.items() if name in layout.shapes and name != "offsets"}
         encoded = layout.storage.of_offsets.encode(offsets, centre=False)
         moved = {"offsets" + suffix: tensor for suffix, tensor in encoded.items()}
