@@ -55,7 +55,7 @@ class Weights(BaseModel):
     """What shares a scale: a group of inputs of a row, or the whole row."""
 
     group_size: int | None = None
-    """Inputs of a group."""
+    """How many inputs share a scale, where the strategy is by groups."""
 
     symmetric: bool = True
     """Whether there are no zero-points."""
@@ -76,7 +76,7 @@ class Group(BaseModel):
     """Activations that are rounded as well, which is not done here."""
 
     output_activations: None = None
-    """As above, for what a layer gives."""
+    """How outputs of a layer are quantized; only None, not at all, is read."""
 
 
 @IMPORTERS.register("compressed-tensors")

@@ -27,7 +27,7 @@ class Integers(Exporter):
 
     @abstractmethod
     def writer(self) -> Writer:
-        """What writes the format."""
+        """The writer that turns quantized layers into the tensors of this format."""
 
     @abstractmethod
     def never(self, layout: Layout) -> str | None:
