@@ -230,7 +230,8 @@ def export(
         tokenizer: The tokenizer of the model.
         output: The file (gguf) or folder (the other formats) to write.
         format: gguf; hf (dense); lora (a standard adapter); nf8 (an adapter in 8 bits, for quadapt alone: load it with
-            `quadapt.load(output, base=..)`); compressed-tensors; gptq; or one that another package has registered.
+            `quadapt.load(output, base=..)`); gptq, awq, bitsandbytes and compressed-tensors (codes
+            as they are); or one that another package has registered.
         options: The format's options: `dense` (gguf: f32 or f16), `dtype` (hf and formats of codes: bfloat16, float16
             or float32), `checkpoint_format` (gptq: gptq_v2 or gptq).
 

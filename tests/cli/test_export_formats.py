@@ -12,29 +12,15 @@ from quadapt.exporters.formats import EXPORTERS
 
 pytestmark = pytest.mark.usefixtures("shelf", "here")
 
+WHOLE = ("awq", "compressed-tensors", "gptq")
+"""Formats of integers with whole zero-points; those of 4 bits fit into all of them."""
+
+NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "nf8"), "no")
 HOLDS = {
-    "merged": {"gguf": "exactly", "hf": "changed", "compressed-tensors": "no", "gptq": "no", "lora": "no", "nf8": "no"},
-    "adapter": {
-        "gguf": "exactly",
-        "hf": "changed",
-        "compressed-tensors": "no",
-        "gptq": "no",
-        "lora": "changed",
-        "nf8": "no",
-    },
-    "qlora": {
-        "gguf": "exactly",
-        "hf": "changed",
-        "compressed-tensors": "no",
-        "gptq": "no",
-        "lora": "exactly",
-        "nf8": "changed",
-    },
+    "merged": NO | {"gguf": "exactly", "hf": "changed"},
+    "adapter": NO | {"gguf": "exactly", "hf": "changed", "lora": "changed"},
+    "qlora": NO | {"gguf": "exactly", "hf": "changed", "lora": "exactly", "nf8": "changed"},
 }
-
-
-WHOLE = ("compressed-tensors", "gptq")
-"""Formats of integers with whole zero-points."""
 
 
 @pytest.mark.parametrize("model", HOLDS)
@@ -70,7 +56,10 @@ def test_a_dtype_that_holds_it_is_asked_for_its_sake() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--format", "ggfu", "-o", "x"), "format='ggfu': input should be 'compressed-tensors', 'gguf', 'gptq', 'hf'"),
+        (
+            ("--format", "ggfu", "-o", "x"),
+            "format='ggfu': input should be 'awq', 'bitsandbytes', 'compressed-tensors'",
+        ),
         (("--format", "?", "-o", "x"), "output='x': format='?' writes nothing. Leave output out"),
         (("--format", "hf"), "output is missing. File (gguf) or folder (all others) to write"),
         (("--format", "hf", "--dense", "f16", "-o", "x"), "dense='f16': is no option of format='hf', which has dtype"),
