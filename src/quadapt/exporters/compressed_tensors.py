@@ -3,7 +3,9 @@
 Its rows of int32 words are our rows of bytes, a little-endian stream of bits; its codes and zero-points are signed,
 which it undoes in packing. Offsets must be whole zero-points (or implied, for symmetric integers). Those of QA-LoRA's
 merge and of textbook asymmetric rounding are floats, which this format cannot hold: train with `zero="integer"` for it.
-transformers 5.23 loads symmetric folders alone: it expects zero-points unpacked, which that library never writes.
+transformers 5.23 with compressed-tensors 0.20 keeps symmetric folders alone as codes. For its empty layers it lets the
+library compress tensors on the meta device, which leaves zero-points there unpacked, int8 `[out, groups]`; the library
+then writes and unpacks words. So no file fits both, and one with zero-points needs `dequantize=True`.
 """
 
 from __future__ import annotations
