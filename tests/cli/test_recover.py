@@ -164,3 +164,23 @@ def test_l4q_begins_with_a_rounding(rounding: str, tmp_path: Path) -> None:
         "quantize", "dense", "--method", "l4q", "--rounding", "nearest", "--range", "mse", "--output", tmp_path / "q"
     )
     assert quadapt("inspect", tmp_path / "q")["bits_per_weight"] < 5
+
+
+def test_the_teacher_is_asked_about_no_more_sequences_than_the_run_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quadapt.objectives.teacher import Teacher
+
+    asked: list[int] = []
+    real = Teacher.__call__
+
+    def call(self: Teacher, batch: Any) -> Any:
+        asked.append(len(batch["input_ids"]))
+        return real(self, batch)
+
+    monkeypatch.setattr(Teacher, "__call__", call)
+    assert tune(tmp_path / "few", "--first-share", "0.5")["steps"] == 4
+    assert sum(asked) == 4 * 2  # each step reads two sequences
+    asked.clear()
+    tune(tmp_path / "all", "--first-share", "0.5", "--max-steps", "60")
+    assert sum(asked) == 34  # all that there are, once

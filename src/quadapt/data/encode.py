@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,13 @@ class Encoded:
 
     form: PromptForm
     """The form of the prompts, so that the model can be asked in the same form after training."""
+
+    def sample(self, count: int, seed: int) -> Encoded:
+        """So many of the sequences, drawn at random; itself if there are no more."""
+        if count >= len(self.data):
+            return self
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(self.data))[:count])
+        return replace(self, data=self.data.select(drawn))
 
 
 def encode(

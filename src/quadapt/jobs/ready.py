@@ -127,7 +127,7 @@ def disk_needs(config: TuneConfig, found: Sketch, adapter: int, tokens: int, *, 
         config: The settings, which decide what is kept.
         found: The quantized model, as shapes.
         adapter: The bytes of the parameters that train.
-        tokens: How many tokens the training data has.
+        tokens: How many tokens the run reads, each counted once.
         quantizes: Whether the base is made here: by block first, then as a whole.
     """
     best = config.keeps == "best"

@@ -70,12 +70,16 @@ def fit(
     from quadapt.train import train, trainable_parameters
 
     device, chosen = device_of(config), config.spec.method
+    run = replace(over.run, device=device)
+    if chosen.objective.targets is not None and chosen.objective.keep_targets:  # of what is read, and of no more
+        sequences = len(data[0].data)
+        run = replace(run, max_steps=run.steps(sequences))
+        data = data[0].sample(run.reads(sequences), run.seed), data[1]
     model, collate = _ready(config, space, over, tokenizer, ui)
     _say_recipe(chosen.recipe, ui)
     about: Any = model.peft_config["default"]
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(about)['base_fingerprint'][:12]}")
     objective = chosen.objective.bind(model, _teacher(config, space, over, model, data[0], collate, ui))
-    run = replace(over.run, device=device)
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
             model,

@@ -70,12 +70,15 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         _check_quantizing(config, folder.name, place, calibration, tokenizer, seq_len, ui)
     tokens = token_ids(config.train_tokens, tokenizer)
     estimate = dry.tuning(config, found, seq_len=seq_len, tokens=tokens)
-    needs = disk_needs(config, found, estimate.adapters // 4, data[0].report.tokens, quantizes=quantizes)
+    sequences = len(data[0].data)
+    stages = None if earlier is not None else Stages.of(config, sequences)
+    run = config.run if stages is None else stages.then
+    tokens_read = data[0].report.tokens * run.reads(sequences) // sequences
+    needs = disk_needs(config, found, estimate.adapters // 4, tokens_read, quantizes=quantizes)
     needs += found.dense * (makes_base and not quantizes)
     dry.check_fits(estimate, device, ui)
-    about_base, stages = {} if earlier is None else {"base": folder.name}, None
+    about_base = {} if earlier is None else {"base": folder.name}
     if earlier is None:
-        stages = Stages.of(config, len(data[0].data))
         needs += _first_needs(config, folder.name, found.dense, seq_len, ui)
     job = job_of("tune", config, earlier_job(output), **about_base)
     with Workspace(output, job, overwrite=config.overwrite, needs=needs) as space:
@@ -90,7 +93,6 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
             base = tuned
         if makes_base:
             base = _make_base(space.path, config, ui, place, calibration, seq_len, tuned)
-        run = config.run if stages is None else stages.then
         over = Over(folder=folder, base=base, run=run, earlier=earlier, tuned=tuned, first=about)
         summary = fit(config, space, over, tokenizer, data, ui)
         result = {"output": config.output, **summary}

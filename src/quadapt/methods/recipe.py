@@ -119,6 +119,10 @@ class Run:
             )
         return steps
 
+    def reads(self, sequences: int) -> int:
+        """How many of so many sequences it reads: all, unless it ends before it has gone over them once."""
+        return min(sequences, self.steps(sequences) * self.batch_size * self.gradient_accumulation)
+
     def evaluations(self, steps: int) -> int:
         """Steps between evaluations in a run of `steps` steps; 0: only at the end."""
         needed = self.keep == "best" or self.early_stopping
