@@ -149,10 +149,25 @@ def fuzz(found: dict[str, Any]) -> str:
     )
 
 
+def imported(found: dict[str, Any]) -> str:
+    """What converting a checkpoint of 1 B parameters takes."""
+    rows = [
+        (name, *(f"{row[part] / 1e6:,.0f}" for part in ("packed", "above_import")), f"{row['seconds']:.0f}")
+        for name, row in found.items()
+        if isinstance(row, dict) and "above_import" in row
+    ]
+    head = f"{found['parameters'] / 1e6:,.0f} million parameters; limit: {found['limit']}.\n\n"
+    columns = ("GPTQ, 4 bits, groups of 128", "packed, MB", "peak above import, MB", "seconds")
+    return head + table(columns, rows) + "\n" + made_with(found["environment"])
+
+
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step-in-full": ("step", step_in_full),
     "block_ap": ("block_ap", block_ap),
-    **{made.__name__: (made.__name__, made) for made in (demo, step, saved, quantize, icq, memory, kill, fuzz)},
+    **{
+        made.__name__: (made.__name__, made)
+        for made in (demo, step, saved, quantize, icq, memory, imported, kill, fuzz)
+    },
 }
 """Tables by the name of their marks: what is stored, and what makes a table of it."""
 
