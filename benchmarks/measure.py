@@ -29,14 +29,20 @@ class Kept:
 
     def __init__(self, name: str, about: dict[str, Any], make: Callable[..., dict[str, Any]]) -> None:
         self.path, self.about, self.make = RESULTS / f"{name}.json", about, make
+        self.runs = self._stored()
+
+    def _stored(self) -> dict[str, Any]:
+        """The runs of these settings that the file has."""
         found = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.runs: dict[str, Any] = found.get("runs", {}) if found.get("about") == about else {}
+        runs: dict[str, Any] = found.get("runs", {}) if found.get("about") == self.about else {}
+        return runs
 
     def get(self, *key: Any) -> dict[str, Any]:
         """A run, made now if it is missing."""
         name = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in key)
         if name not in self.runs:
-            self.runs[name] = self.make(*key)
+            made = self.make(*key)
+            self.runs = {**self._stored(), name: made}  # another process may have added some meanwhile
             content = {"environment": environment(), "about": self.about, "runs": self.runs}
             RESULTS.mkdir(exist_ok=True)
             self.path.write_text(json.dumps(content, indent=1) + "\n")

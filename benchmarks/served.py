@@ -5,7 +5,8 @@
 The usual route: LoRA over the dense model, merged, then llama.cpp's quantizer, with and without an importance matrix of
 the training text. Ours: a method's file, in llama.cpp's own blocks, which holds exactly the model that was trained. All
 are given as many tokens: those of Block-AP count as steps of LoRA. Rates are searched on a part of the text that is
-neither trained on nor tested on, on the first seed, over a grid that is wide enough that no best lies on its edge. Loss
+neither trained on nor tested on, on the first seed, over a grid that is wide enough that no best lies on its edge;
+what does not depend on the rate, a model tuned first and its quantized base, is made once for all of them. Loss
 is in nats per token, on the test part, computed by llama.cpp from the file. Each run is kept in
 `benchmarks/results/served-MODEL.json`; given again, the script goes on with what is missing.
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import llama
 from benchmarks.measure import Kept, table
+from benchmarks.stages import Stages
 from quadapt.config import ExportConfig, MergeConfig, TuneConfig, checked
 from quadapt.data import Collator, encode, pad_token_id, read
 from quadapt.evaluate import perplexity
@@ -46,14 +48,14 @@ from quadapt.train import train
 
 LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
-"""Learning rates to search; those of scales and offsets are half of them."""
+FINISH_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3)
+"""Learning rates to search; those of scales and offsets are half of them. A finish after tuning wants lower ones."""
 
-BATCH = 16
-SEQUENCES, EPOCHS = 64, 8
-"""Block-AP: how many calibration sequences, and how often it passes over them."""
+SEQUENCES, EPOCHS = 64, {4: 2, 3: 4, 2: 8}
+"""Block-AP: how many calibration sequences, and how often it passes over them at each width."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    "recover": {"method": "recover"},
+    "recover": {"method": "recover", "keep_targets": False},
     "l4q": {"method": "l4q"},
     "qa-lora": {"method": "qa-lora"},
     "lota-qaf": {"method": "lota-qaf", "omega": 0.5},
@@ -93,9 +95,7 @@ class Served:
         self.data = encode(read(str(self.text.train)), self.tokenizer, seq_len=args.length, packing=False)
         test = encode(read(str(self.text.test)), self.tokenizer, seq_len=args.length, packing=False)
         self.windows = [list(ids) for ids in test.data["input_ids"] if len(ids) > 1]
-        block_ap = SEQUENCES * EPOCHS // BATCH
-        self.lora_steps = args.steps + block_ap
-        """As many tokens as ours, those of Block-AP counted as steps of their batch."""
+        self.stages = Stages(folder / "stages")
 
     # --- the usual route ---
 
@@ -117,7 +117,9 @@ class Served:
         about = LoraConfig(r=self.args.rank, lora_alpha=self.args.rank, target_modules=names, task_type="CAUSAL_LM")
         model = get_peft_model(dense, about)  # type: ignore[arg-type]
         recipe = Recipe(learning_rate=rate, rank=self.args.rank, schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0)
-        run = Run(recipe=recipe, max_steps=self.lora_steps, batch_size=BATCH, gradient_accumulation=1, seed=seed)
+        run = Run(
+            recipe=recipe, max_steps=self.args.steps, batch_size=self.args.batch, gradient_accumulation=1, seed=seed
+        )
         with tempfile.TemporaryDirectory() as folder:
             collate = Collator(pad_token_id(self.tokenizer))
             train(model, self.data.data, replace(run, save_steps=10**6), Path(folder), collate=collate)
@@ -170,47 +172,47 @@ class Served:
 
     # --- ours ---
 
-    def ours(self, name: str, bits: int, rate: float, seed: int) -> dict[str, Any]:
+    def ours(self, name: str, bits: int, epochs: int, rate: float, seed: int) -> dict[str, Any]:
         """One run by the commands: tune, merge, export; the certificate's verdict stands beside the loss."""
         more, start = METHODS[name], time.process_time()
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             adapter, merged, file = (str(Path(place) / each) for each in ("adapter", "merged", "model.gguf"))
             first = {"first_learning_rate": self.best_lora()} if name == "recover" else {}
-            block_ap = {"calibration_epochs": EPOCHS} if name == "recover" else {}
-            steps = self.args.steps if name == "recover" else self.lora_steps
-            said = tune(
-                checked(
-                    TuneConfig,
-                    {
-                        "model": self.args.model,
-                        "data": str(self.text.train),
-                        "output": adapter,
-                        "bits": bits,
-                        "scales": "k-quant",
-                        "embeddings": self.args.embeddings,
-                        "dtype": "float32",
-                        "max_steps": steps,
-                        "batch_size": BATCH,
-                        "gradient_accumulation": 1,
-                        "seed": seed,
-                        "seq_len": self.args.length,
-                        "rank": self.args.rank,
-                        "alpha": self.args.rank,
-                        "learning_rate": rate,
-                        "grid_learning_rate": rate / 2,
-                        "calibration_sequences": SEQUENCES,
-                        "calibration_length": self.args.length,
-                        "save_steps": 10**6,
-                        "schedule": "linear",
-                        "warmup_ratio": 0.1,
-                        "max_grad_norm": 1.0,
-                        **more,
-                        **first,
-                        **block_ap,
-                    },
-                ),
-                UI(quiet=True),
-            )
+            block_ap = {"calibration_epochs": epochs} if epochs else {}
+            with self.stages.shared(f"{name}-{bits}-{epochs}-{seed}"):
+                said = tune(
+                    checked(
+                        TuneConfig,
+                        {
+                            "model": self.args.model,
+                            "data": str(self.text.train),
+                            "output": adapter,
+                            "bits": bits,
+                            "scales": "k-quant",
+                            "embeddings": self.args.embeddings,
+                            "dtype": "float32",
+                            "max_steps": self.args.steps - SEQUENCES * epochs // self.args.batch,
+                            "batch_size": self.args.batch,
+                            "gradient_accumulation": 1,
+                            "seed": seed,
+                            "seq_len": self.args.length,
+                            "rank": self.args.rank,
+                            "alpha": self.args.rank,
+                            "learning_rate": rate,
+                            "grid_learning_rate": rate / 2,
+                            "calibration_sequences": SEQUENCES,
+                            "calibration_length": self.args.length,
+                            "save_steps": 10**6,
+                            "schedule": "linear",
+                            "warmup_ratio": 0.1,
+                            "max_grad_norm": 1.0,
+                            **more,
+                            **first,
+                            **block_ap,
+                        },
+                    ),
+                    UI(quiet=True),
+                )
             certificate = merge(checked(MergeConfig, {"adapter": adapter, "output": merged}), UI(quiet=True))
             export(checked(ExportConfig, {"model": merged, "output": file}), UI(quiet=True))
             model = load_model(merged, dtype="float32")
@@ -298,8 +300,9 @@ def points(served: Served, widths: Sequence[int], names: Sequence[str]) -> Itera
                 yield Point.of(f"{kind}{', importance' * weighted}", "usual", rate, runs)
     for name in names:
         for bits in widths:
-            found = best(kept, RATES, "ours", name, bits)
-            runs = [kept.get("ours", name, bits, found, seed) for seed in seeds]
+            key = ("ours", name, bits, EPOCHS[bits] if name == "recover" else 0)
+            found = best(kept, FINISH_RATES if name == "recover" else RATES, *key)
+            runs = [kept.get(*key, found, seed) for seed in seeds]
             assert all(run["verdict"] == "exact" for run in runs), name
             yield Point.of(f"{name}, {bits} bits", name, found, runs)
 
@@ -344,7 +347,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=232, help="of LoRA; those of Block-AP count among ours")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--embeddings", default="q6_k", choices=("float", "q8_0", "q6_k"))
@@ -352,8 +356,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    about = {name: getattr(args, name) for name in ("steps", "length", "rank", "embeddings")}
-    about |= {"sequences": SEQUENCES, "epochs": EPOCHS, "batch": BATCH}
+    about = {name: getattr(args, name) for name in ("steps", "length", "rank", "embeddings", "batch")}
+    about |= {"sequences": SEQUENCES}
     with tempfile.TemporaryDirectory() as folder:
         served = Served(args, Path(folder))
         served.kept = Kept(f"served-{Path(args.model).name}", about, served.run)
