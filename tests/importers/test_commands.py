@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference.gptq_pack_numpy import quantized, read, write
 from test_read_gptq import about, packer
-from tests.cli.commands import SHORT, give, quadapt, write_data
+from tests.cli.commands import SHORT, byte_tokenizer, give, quadapt, write_data
 from torch import nn
 
 import quadapt as library
@@ -154,3 +154,25 @@ def test_zero_points_beyond_the_codes_and_scales_of_zero_train(
     quadapt("tune", "gptq", "--method", method, *data, "--max-steps", "6", "--output", "tuned")
     said = quadapt("merge", "tuned", "--output", "merged", "--dtype", "float32")
     assert said["certificate"]["verdict"] == "exact"
+
+
+@pytest.mark.parametrize(("zero", "method"), [("float", "qa-lora"), ("none", "code-lora")])
+def test_a_gguf_file_is_tuned_and_goes_out_as_one(
+    zero: str, method: str, tmp_path: Path, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 4 bits with offsets take QA-LoRA by default; those without, whose scales may be negative, code-lora."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    tiny_llama(vocab_size=258, max_position_embeddings=128, bos_token_id=None, eos_token_id=0).save_pretrained("dense")
+    byte_tokenizer().save_pretrained("dense")
+    quadapt("quantize", "dense", "--rounding", "nearest", "--zero", zero, "--output", "q4")
+    quadapt("export", "q4", "--output", "given.gguf")
+    data = ("--data", "story.txt", "--max-steps", "6", "--train-scales", *SHORT)
+    said = quadapt("tune", "given.gguf", *(data if method == "code-lora" else (*data[:4], *SHORT)), "--output", "tuned")
+    assert said["method"] == method
+    assert quadapt("merge", "tuned", "--output", "merged")["certificate"]["verdict"] == "exact"
+    quadapt("export", "merged", "--output", "out.gguf")
+    ids = torch.arange(40).view(2, 20)
+    given, merged, out = (library.load(each)[0](ids).logits for each in ("given.gguf", "merged", "out.gguf"))
+    assert torch.allclose(out, merged, atol=1e-4)
+    assert not torch.allclose(out, given, atol=1e-2)

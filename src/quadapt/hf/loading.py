@@ -19,7 +19,7 @@ from quadapt.hf.folder import Folder, find_base, near, open_folder
 from quadapt.hf.imported import Imported, importer_of, one_file
 from quadapt.hf.quantizer import adopt, base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, reading
-from quadapt.hf.vocabulary import check_vocabulary, embedding_rows
+from quadapt.hf.vocabulary import check_vocabulary, embedding_rows, without_additions
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.trial import check_runs
 
@@ -147,6 +147,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
     place, file = _place(name)
     tokenizer = reading(name, AutoTokenizer.from_pretrained, place, trust_remote_code=trust_remote_code, **file)
+    if file:
+        tokenizer = reading(name, without_additions, tokenizer)
     reading(name, check_tokenizer, tokenizer)
     return tokenizer
 
@@ -184,10 +186,7 @@ def load(
     if folder.kind != "adapter":
         dense = load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         _check_runs(folder.name, dense)
-        tokenizer = load_tokenizer(folder.name, trust_remote_code=trust_remote_code)
-        if folder.path.suffix == ".gguf":  # transformers may add tokens, which the file does not have
-            return dense, tokenizer
-        return _ready(folder, dense, tokenizer)
+        return _ready(folder, dense, load_tokenizer(folder.name, trust_remote_code=trust_remote_code))
     where = find_base(folder, base)
     model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with over_any_base(any_base):

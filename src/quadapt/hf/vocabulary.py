@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,24 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
         f"the tokenizer has a token {first} ({beyond[first]!r}){more}, the model {rows:,} rows of embeddings: they do "
         "not belong together. Give the model its own tokenizer, or add rows (model.resize_token_embeddings)"
     )
+
+
+def without_additions(tokenizer: Any) -> Any:
+    """A tokenizer with the tokens of its own vocabulary alone, changed in place.
+
+    transformers adds its class's usual marks (`<|endoftext|>`) to the tokenizer of a GGUF file, which has all of its
+    tokens in its vocabulary; a model has no rows for more.
+    """
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    count = len(content["model"]["vocab"])
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < count]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    for role, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str) and (tokenizer.convert_tokens_to_ids(token) or 0) >= count:
+            setattr(tokenizer, role, None)
+    return tokenizer
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
