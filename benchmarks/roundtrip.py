@@ -108,7 +108,7 @@ class Roundtrip:
                 folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
             ).eval()
         model, state = load_model(self.args.model, dtype="float32"), load_file(folder / "model.safetensors")
-        own: dict[str, Tensor] = {name: each for name, each in state.items() if name.endswith(("weight", "bias"))}
+        own: dict[str, Tensor] = {name: each for name, each in state.items() if name.endswith((".weight", ".bias"))}
         for name in quantized_layers(load_model(str(folder), dtype="float32")):
             parts = {part: state[f"{name}.{part}"].numpy() for part in ("qweight", "qzeros", "scales")}
             if f"{name}.g_idx" in state:
