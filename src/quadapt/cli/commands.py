@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "convert": (
         "ConvertConfig",
         "quadapt.jobs.convert:convert",
-        "Write a model that others have quantized (GPTQ, AWQ, ..) in quadapt's own form, with the same numbers.",
+        "Write a model that others have quantized in quadapt's own form, with the same numbers.",
     ),
     "plan": (
         "PlanConfig",

@@ -71,7 +71,7 @@ def fit(
 
     device, chosen = device_of(config), config.spec.method
     run = replace(over.run, device=device)
-    if chosen.objective.targets is not None and chosen.objective.keep_targets:  # of what is read, and of no more
+    if chosen.objective.targets is not None:  # the teacher is asked about what is read, and about no more
         sequences = len(data[0].data)
         run = replace(run, max_steps=run.steps(sequences))
         data = data[0].sample(run.reads(sequences), run.seed), data[1]
