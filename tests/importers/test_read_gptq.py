@@ -151,14 +151,15 @@ def test_a_zero_point_that_is_stored_as_the_largest_code_is_one_more_in_version_
     assert np.array_equal(weight.dequantize().double().numpy(), read({k: v.numpy() for k, v in tensors.items()}, 4, 1))
 
 
-def test_wide_groups_are_held_as_several_with_one_scale() -> None:
+@pytest.mark.parametrize("wide", [512, 1024])
+def test_wide_groups_are_held_as_several_with_one_scale(wide: int) -> None:
     from quadapt.importers.gptq import GPTQ
 
     W = np.random.default_rng(0).normal(size=(32, 1280))
     for act_order in (False, True):
-        parts = write(quantized(W, 4, 512, symmetric=False, act_order=act_order), 4, 2)
+        parts = write(quantized(W, 4, wide, symmetric=False, act_order=act_order), 4, 2)
         tensors = {name: torch.from_numpy(each) for name, each in parts.items()}
-        importer = GPTQ.of({"bits": 4, "group_size": 512, "checkpoint_format": "gptq_v2"})
+        importer = GPTQ.of({"bits": 4, "group_size": wide, "checkpoint_format": "gptq_v2"})
         layout = importer.layout(tensors, 32, 1280)
         assert layout.format.group_size == 256
         assert layout.groups == 5

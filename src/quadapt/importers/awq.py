@@ -17,11 +17,9 @@ from pydantic import AliasChoices, Field, field_validator
 from torch import Tensor
 
 from quadapt.errors import CheckpointError
-from quadapt.importers.base import IMPORTERS, Importer, Parts, by_group, expect, grid, packed_rows, width_of
+from quadapt.importers.base import FLOATS, IMPORTERS, Importer, Parts, by_group, expect, grid, packed_rows, width_of
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.quant.words import of_awq_words
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @IMPORTERS.register("awq")
@@ -60,7 +58,7 @@ class AWQ(Importer):
         if out % 8:
             raise CheckpointError(f"has {out} outputs, and AWQ packs eight in a word. config.json is of another model")
         expect(parts, "qweight", (torch.int32,), (columns, out // 8))
-        scales = expect(parts, "scales", _FLOATS, (None, out))
+        scales = expect(parts, "scales", FLOATS, (None, out))
         return grid(
             out=out,
             columns=columns,
@@ -72,10 +70,11 @@ class AWQ(Importer):
 
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
         packed = packed_rows(of_awq_words(parts["qweight"]).T, self.bits)
-        zeros = None
+        scales, zeros = parts["scales"].T, None
+        width = width_of(layout.columns, scales.shape[1], self.group_size)
         if layout.format.zero == "integer":
-            zeros = by_group(_zeros(parts, layout.out).T, layout)
-        return QuantWeight.build(layout, packed, by_group(parts["scales"].T, layout), zeros)
+            zeros = by_group(_zeros(parts, layout.out).T, layout, width)
+        return QuantWeight.build(layout, packed, by_group(scales, layout, width), zeros)
 
 
 def _zeros(parts: Parts, out: int) -> Tensor:

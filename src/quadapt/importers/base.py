@@ -25,6 +25,9 @@ IMPORTERS: Registry[type[Importer]] = Registry("importer", "quadapt.importers")
 """Every format that can be read, by the name that `quant_method` in its folders has; entry points of the group
 `quadapt.importers` add theirs."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""The dtypes that scales may have in a file."""
+
 WIDEST_GROUP = 256
 """The largest group of the stored form. A larger one is held as several that have the same scale."""
 
@@ -195,9 +198,15 @@ def width_of(columns: int, groups: int, said: int | None) -> int:
     return wide
 
 
-def by_group(values: Tensor, layout: Layout) -> Tensor:
-    """Numbers `[out, groups of the file]` as `[out, groups of the layout]`, where one group may be held as several."""
-    repeats = -(-layout.groups // values.shape[1])
+def by_group(values: Tensor, layout: Layout, width: int) -> Tensor:
+    """Numbers `[out, groups of the file]` as `[out, groups of the layout]`, where one group may be held as several.
+
+    Args:
+        values: A number for each group of the file.
+        layout: The layout of the layer.
+        width: Inputs of a full group of the file, a multiple of those that the layout has.
+    """
+    repeats = width // layout.format.width(layout.columns)
     return values.repeat_interleave(repeats, dim=1)[:, : layout.groups]
 
 

@@ -131,15 +131,15 @@ class _FourBits(BitsAndBytes):
 
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
         packed, absmax = _packed(parts["weight"], layout), parts["weight.absmax"].view(layout.out, -1)
-        nested = absmax.dtype == torch.uint8
+        nested, width = absmax.dtype == torch.uint8, layout.columns // absmax.shape[1]
         if not nested:
-            return QuantWeight.build(layout, packed, by_group(absmax, layout), None)
+            return QuantWeight.build(layout, packed, by_group(absmax, layout, width), None)
         constants = parts["weight.nested_absmax"].view(-1, 1)
         mean = torch.tensor([[_state(parts).nested_offset]], dtype=torch.float32)
         if layout.storage.of_scales.is_float:
             unit = dynamic_map(device=absmax.device)
             scales = kernels.widen(absmax.contiguous(), as_bytes(constants), as_bytes(mean), unit)
-            return QuantWeight.build(layout, packed, by_group(scales, layout), None)
+            return QuantWeight.build(layout, packed, by_group(scales, layout, width), None)
         tensors = {
             "weight": packed,
             "scales": absmax.contiguous(),

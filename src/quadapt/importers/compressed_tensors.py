@@ -20,6 +20,7 @@ from torch import Tensor
 from quadapt import kernels
 from quadapt.errors import CheckpointError
 from quadapt.importers.base import (
+    FLOATS,
     IMPORTERS,
     Importer,
     Parts,
@@ -33,8 +34,6 @@ from quadapt.importers.base import (
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.quant.words import of_stream
 from quadapt.widths import INTEGER_WIDTHS
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _Form = Literal["pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense"]
 """mixed-precision: each group of layers names its own."""
@@ -121,7 +120,7 @@ class CompressedTensors(Importer):
 
     def layout(self, parts: Parts, out: int, columns: int) -> Layout:
         bits = self._bits(parts, out, columns)
-        scales = expect(parts, "weight_scale", _FLOATS, (out, None))
+        scales = expect(parts, "weight_scale", FLOATS, (out, None))
         width = width_of(columns, scales.shape[1], self._said("group_size", bits))
         zeros = self._zeros(parts, bits, out)
         return grid(
@@ -145,8 +144,8 @@ class CompressedTensors(Importer):
         if position is not None:
             packed = packed_rows(kernels.unpack(packed.contiguous(), bits, columns), bits, position)
         zeros = self._zeros(parts, bits, layout.out) if layout.format.zero == "integer" else None
-        zeros = None if zeros is None else by_group(zeros, layout)
-        return QuantWeight.build(layout, packed.contiguous(), by_group(scales, layout), zeros, position)
+        zeros = None if zeros is None else by_group(zeros, layout, width)
+        return QuantWeight.build(layout, packed.contiguous(), by_group(scales, layout, width), zeros, position)
 
     def _bits(self, parts: Parts, out: int, columns: int) -> int:
         """The width of a layer's codes, by the shape of their tensor.

@@ -17,6 +17,7 @@ from torch import Tensor
 from quadapt import kernels
 from quadapt.errors import CheckpointError
 from quadapt.importers.base import (
+    FLOATS,
     IMPORTERS,
     Importer,
     Parts,
@@ -29,8 +30,6 @@ from quadapt.importers.base import (
 )
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.quant.words import of_stream
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @IMPORTERS.register("gptq")
@@ -67,7 +66,7 @@ class GPTQ(Importer):
                 f"qweight: holds codes of {bits} bits, and quantization_config says bits={self.bits}. Correct it in "
                 "config.json"
             )
-        scales = expect(parts, "scales", _FLOATS, (None, out))
+        scales = expect(parts, "scales", FLOATS, (None, out))
         zeros = self._zeros(parts, bits, out)
         if int(zeros.max()) > 255:
             raise CheckpointError("qzeros: has a zero-point of 256, which no byte holds. Give the dense model")
@@ -91,8 +90,8 @@ class GPTQ(Importer):
             packed = packed_rows(kernels.unpack(packed, bits, layout.columns), bits, position)
         zeros = None
         if layout.format.zero == "integer":
-            zeros = by_group(self._zeros(parts, bits, layout.out).T, layout)
-        return QuantWeight.build(layout, packed, by_group(scales, layout), zeros, position)
+            zeros = by_group(self._zeros(parts, bits, layout.out).T, layout, width)
+        return QuantWeight.build(layout, packed, by_group(scales, layout, width), zeros, position)
 
     def _zeros(self, parts: Parts, bits: int, out: int) -> Tensor:
         """Zero-points, int32 `[groups, out]`."""

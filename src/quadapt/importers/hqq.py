@@ -67,7 +67,9 @@ class HQQ(Importer):
         codes = _unpacked(parts["W_q"], layout.format.bits)[: parts["scale"].numel()]
         packed = packed_rows(codes.reshape(layout.out, layout.columns), layout.format.bits)
         scales, zeros = (parts[name].float().view(layout.out, -1) for name in ("scale", "zero"))
-        return QuantWeight.build(layout, packed, by_group(scales, layout), by_group(-zeros * scales, layout))
+        width = layout.columns // scales.shape[1]
+        held = (by_group(values, layout, width) for values in (scales, -zeros * scales))
+        return QuantWeight.build(layout, packed, *held)
 
 
 def _number(parts: Parts, name: str) -> int:

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from quadapt import kernels
 from quadapt.errors import CheckpointError
-from quadapt.importers.base import IMPORTERS, Importer, Parts, by_group, expect, grid, width_of
+from quadapt.importers.base import FLOATS, IMPORTERS, Importer, Parts, by_group, expect, grid, width_of
 from quadapt.quant.weight import Layout, QuantWeight
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
@@ -69,9 +68,8 @@ class MLX(Importer):
                 f"weight: has {words} words for {columns} inputs, which is no width of 2, 3, 4, 5, 6 or 8 bits. The "
                 "file is damaged, or belongs to another model"
             )
-        scales = expect(parts, "scales", _FLOATS, (out, None))
-        biases = expect(parts, "biases", _FLOATS, tuple(scales.shape))
-        width = width_of(columns, scales.shape[1], None if self.layers else self.group_size)
+        scales = expect(parts, "scales", FLOATS, (out, None))
+        biases = expect(parts, "biases", FLOATS, tuple(scales.shape))
         if self.bits not in (None, bits) and not self.layers:
             raise CheckpointError(
                 f"weight: holds codes of {bits} bits, and config.json says bits={self.bits} (quantization). Correct it"
@@ -80,7 +78,7 @@ class MLX(Importer):
             out=out,
             columns=columns,
             bits=bits,
-            width=width,
+            width=self._width(parts, columns),
             zero="float",
             scales=scales.dtype,
             offsets=biases.dtype,
@@ -88,13 +86,18 @@ class MLX(Importer):
 
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
         packed = parts["weight"].contiguous().view(torch.uint8)
-        return QuantWeight.build(layout, packed, by_group(parts["scales"], layout), by_group(parts["biases"], layout))
+        width = self._width(parts, layout.columns)
+        held = (by_group(parts[name], layout, width) for name in ("scales", "biases"))
+        return QuantWeight.build(layout, packed, *held)
 
     def dense(self, parts: Parts, out: int, columns: int) -> Tensor:
         """An embedding as MLX dequantizes it: in the dtype of its scales, to which product and sum are both rounded."""
-        layout = self.layout(parts, out, columns)
+        layout, width = self.layout(parts, out, columns), self._width(parts, columns)
         packed, dtype = parts["weight"].contiguous().view(torch.uint8), parts["scales"].dtype
         codes = kernels.unpack(packed, layout.format.bits, columns).to(dtype)
-        width = layout.format.width(columns)
-        scales, biases = (by_group(parts[name], layout).repeat_interleave(width, 1) for name in ("scales", "biases"))
-        return codes.mul_(scales[:, :columns]).add_(biases[:, :columns])
+        scales, biases = (parts[name].repeat_interleave(width, 1)[:, :columns] for name in ("scales", "biases"))
+        return codes.mul_(scales).add_(biases)
+
+    def _width(self, parts: Parts, columns: int) -> int:
+        """Inputs of a full group of a layer."""
+        return width_of(columns, parts["scales"].shape[1], None if self.layers else self.group_size)

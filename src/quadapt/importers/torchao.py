@@ -20,10 +20,8 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from quadapt.errors import CheckpointError
-from quadapt.importers.base import IMPORTERS, Importer, Parts, by_group, expect, grid, packed_rows, width_of
+from quadapt.importers.base import FLOATS, IMPORTERS, Importer, Parts, by_group, expect, grid, packed_rows, width_of
 from quadapt.quant.weight import Layout, QuantWeight
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _bits(about: object) -> object:
@@ -72,7 +70,7 @@ class TorchAO(Importer):
         if "_weight_act_pre_scale" in parts:
             raise CheckpointError("_weight_act_pre_scale: scales inputs, which cannot be held. Give the dense model")
         expect(parts, "_weight_qdata", (torch.int8,), (out, columns))
-        scales = expect(parts, "_weight_scale", _FLOATS, (out, None))
+        scales = expect(parts, "_weight_scale", FLOATS, (out, None))
         zeros = self._zeros(parts)
         if zeros is not None and not 0 <= int(zeros.min()) <= int(zeros.max()) < 2**self.bits:
             raise CheckpointError(f"_weight_zero_point: lies outside of {self.bits} bits. The file is damaged")
@@ -90,12 +88,10 @@ class TorchAO(Importer):
         if int(codes.max()) >= 2**self.bits:
             raise CheckpointError(f"_weight_qdata: has codes of more than {self.bits} bits. The file is damaged")
         zeros = self._zeros(parts) if layout.format.zero == "integer" else None
-        return QuantWeight.build(
-            layout,
-            packed_rows(codes, self.bits),
-            by_group(parts["_weight_scale"], layout),
-            None if zeros is None else by_group(zeros, layout),
-        )
+        scales = parts["_weight_scale"]
+        width = width_of(layout.columns, scales.shape[1], None)
+        zeros = None if zeros is None else by_group(zeros, layout, width)
+        return QuantWeight.build(layout, packed_rows(codes, self.bits), by_group(scales, layout, width), zeros)
 
     def _zeros(self, parts: Parts) -> Tensor | None:
         """Zero-points counted from the lowest code, int32 `[out, groups]`; None if the file has none."""
