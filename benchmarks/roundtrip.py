@@ -16,12 +16,14 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from tests.reference import awq_pack_numpy, gptq_pack_numpy
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -45,32 +47,11 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 QUIET = UI(quiet=True)
 
 
-def awq(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The matrix `[out, in]` that a layer of AWQ's version gemm means, float64."""
-    order = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
-
-    def nibbles(words: np.ndarray) -> np.ndarray:
-        each = (words.view(np.uint32)[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15
-        return each[..., order].reshape(len(words), -1).astype(np.float64)
-
-    codes, zeros, scales = nibbles(parts["qweight"]), nibbles(parts["qzeros"]), parts["scales"].astype(np.float64)
-    times = len(codes) // len(zeros)
-    return (scales.repeat(times, 0) * (codes - zeros.repeat(times, 0))).T
-
-
-def gptq(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The matrix `[out, in]` that a layer of GPTQ's version 2 of 4 bits means, float64."""
-
-    def nibbles(words: np.ndarray) -> np.ndarray:
-        each = (words.view(np.uint32)[:, None] >> (4 * np.arange(8, dtype=np.uint32))[None, :, None]) & 15
-        return each.reshape(-1, words.shape[1]).astype(np.float64)
-
-    codes, zeros = nibbles(parts["qweight"]), nibbles(np.ascontiguousarray(parts["qzeros"].T)).T
-    g = parts["g_idx"]
-    return (parts["scales"].astype(np.float64)[g] * (codes - zeros[g])).T
-
-
-READERS: dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]] = {"gptq": gptq, "awq": awq}
+GROUP = 32
+READERS: dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]] = {
+    "gptq": partial(gptq_pack_numpy.read, bits=4, version=2),
+    "awq": partial(awq_pack_numpy.read, group_size=GROUP),
+}
 
 
 class Roundtrip:
@@ -79,7 +60,7 @@ class Roundtrip:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.text = args, folder, Text.of(args.data, folder)
         self.tokenizer = load_tokenizer(args.model)
-        made = {"rounding": "gptq", "range": "mse", "zero": "integer", "group_size": 32, "bits": 4}
+        made = {"rounding": "gptq", "range": "mse", "zero": "integer", "group_size": GROUP, "bits": 4}
         about = {"model": args.model, "output": str(folder / "base"), "calibration_data": str(self.text.train), **made}
         quantize(checked(QuantizeConfig, {**about, "calibration_length": args.length, "dtype": "float16"}), QUIET)
         for format in FORMATS:

@@ -16,11 +16,10 @@ Needs `pip install llama-cpp-python` (built from source) beside the package.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import llama
+from benchmarks.files import Files, against, dense, files_of
 from benchmarks.measure import Kept, table
 from benchmarks.stages import Stages
 from quadapt.config import ExportConfig, MergeConfig, TuneConfig, checked
@@ -46,7 +46,7 @@ from quadapt.model.select import select
 from quadapt.report.ui import UI
 from quadapt.train import train
 
-LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 FINISH_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3)
 """Learning rates to search; those of scales and offsets are half of them. A finish after tuning wants lower ones."""
@@ -249,7 +249,7 @@ def best(kept: Kept, rates: Sequence[float], *key: Any) -> float:
 
     From the middle of the grid downhill, so that few rates are run; it says so where the best lies on an edge.
     """
-    at = len(rates) // 2
+    at = (len(rates) - 1) // 2
     value = {}
 
     def of(index: int) -> float:
@@ -268,56 +268,25 @@ def best(kept: Kept, rates: Sequence[float], *key: Any) -> float:
     return rates[at]
 
 
-@dataclass(frozen=True)
-class Point:
-    """A kind of file: mean and spread of its loss over the seeds, at the rate that is best on the first."""
-
-    label: str
-    route: str
-    rate: float
-    megabytes: float
-    loss: float
-    spread: float
-
-    @classmethod
-    def of(cls, label: str, route: str, rate: float, runs: list[dict[str, Any]]) -> Point:
-        """The point of some runs that differ in their seed alone."""
-        losses = [run["loss"] for run in runs]
-        mean, spread = statistics.mean(losses), max(losses) - min(losses)
-        return cls(label, route, rate, runs[0]["bytes"] / 1e6, mean, spread)
-
-
-def points(served: Served, widths: Sequence[int], names: Sequence[str]) -> Iterator[Point]:
-    """All files of both routes; what is missing is made now."""
+def make(served: Served, widths: Sequence[int], names: Sequence[str]) -> None:
+    """All files of both routes that are missing."""
     kept, seeds, rate = served.kept, range(served.args.seeds), served.best_lora()
-    yield Point.of("LoRA, 16 bits", "dense", rate, [kept.get("lora", rate, seed) for seed in seeds])
+    keys: list[tuple[Any, ...]] = [("lora", rate)]
     for kind in llama.TYPES:
-        for weighted in (0, 1):
-            if kind in llama.NEEDS_IMPORTANCE and not weighted:
-                continue
-            runs = [kept.get("usual", kind, weighted, rate, seed) for seed in seeds]
-            if not any("refused" in run for run in runs):
-                yield Point.of(f"{kind}{', importance' * weighted}", "usual", rate, runs)
+        weights = (1,) if kind in llama.NEEDS_IMPORTANCE else (0, 1)
+        keys += [("usual", kind, weighted, rate) for weighted in weights]
+    for key in keys:
+        for seed in seeds:
+            kept.get(*key, seed)
     for name in names:
         for bits in widths:
-            key = ("ours", name, bits, EPOCHS[bits] if name == "recover" else 0)
-            found = best(kept, FINISH_RATES if name == "recover" else RATES, *key)
-            runs = [kept.get(*key, found, seed) for seed in seeds]
-            assert all(run["verdict"] == "exact" for run in runs), name
-            yield Point.of(f"{name}, {bits} bits", name, found, runs)
+            own = ("ours", name, bits, EPOCHS[bits] if name == "recover" else 0)
+            found = best(kept, FINISH_RATES if name == "recover" else RATES, *own)
+            for seed in seeds:
+                kept.get(*own, found, seed)
 
 
-def against(found: Sequence[Point]) -> Iterator[tuple[object, ...]]:
-    """Each of our files against the best one of the usual route that is no larger, and against LoRA in 16 bits."""
-    (dense,) = (each for each in found if each.route == "dense")
-    for ours in (each for each in found if each.route not in ("dense", "usual")):
-        rivals = [each for each in found if each.route == "usual" and each.megabytes <= ours.megabytes]
-        rival = min(rivals, key=lambda each: each.loss, default=None)
-        beside = ("none is as small", "") if rival is None else (rival.label, ours.loss - rival.loss)
-        yield ours.label, ours.megabytes, ours.loss, *beside, ours.loss - dense.loss
-
-
-def draw(found: Sequence[Point], title: str, path: Path) -> None:
+def draw(found: Sequence[Files], title: str, path: Path) -> None:
     """Loss against bytes, with the front of each route."""
     import matplotlib as mpl
 
@@ -325,13 +294,13 @@ def draw(found: Sequence[Point], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for route in dict.fromkeys(each.route for each in found if each.route != "dense"):
+    for route in dict.fromkeys(each.route for each in found if each.route != "lora"):
         mine = sorted((each for each in found if each.route == route), key=lambda each: each.megabytes)
         (line,) = axes.plot([each.megabytes for each in mine], [each.loss for each in mine], "o", label=route)
         front = [each for at, each in enumerate(mine) if all(each.loss < other.loss for other in mine[:at])]
         axes.plot([each.megabytes for each in front], [each.loss for each in front], color=line.get_color())
-    (dense,) = (each for each in found if each.route == "dense")
-    axes.axhline(dense.loss, linestyle="--", color="grey", label=f"LoRA, 16 bits ({dense.megabytes:.1f} MB)")
+    lora = dense(found)
+    axes.axhline(lora.loss, linestyle="--", color="grey", label=f"{lora.label} ({lora.megabytes:.1f} MB)")
     axes.set(xlabel="size of the GGUF file, MB", ylabel="loss in llama.cpp, nats per token", title=title)
     axes.legend()
     path.parent.mkdir(exist_ok=True)
@@ -344,6 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="text")
+    parser.add_argument("--name", help="what results are called; default: the folder of the model")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -354,19 +324,26 @@ def main() -> None:
     parser.add_argument("--embeddings", default="q6_k", choices=("float", "q8_0", "q6_k"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    args.name = args.name or Path(args.model).name
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     about = {name: getattr(args, name) for name in ("steps", "length", "rank", "embeddings", "batch")}
     about |= {"sequences": SEQUENCES}
     with tempfile.TemporaryDirectory() as folder:
         served = Served(args, Path(folder))
-        served.kept = Kept(f"served-{Path(args.model).name}", about, served.run)
-        found = list(points(served, args.bits, args.methods))
-    title, name = f"{Path(args.model).name}, {args.steps} steps", f"served-{Path(args.model).name}.svg"
+        served.kept = Kept(f"served-{args.name}", about, served.run)
+        make(served, args.bits, args.methods)
+        found = files_of(served.kept.runs)
+    title, name = f"{args.name}, {args.steps} steps", f"served-{args.name}.svg"
+    spreads = {each.key: max(each.losses) - min(each.losses) for each in found}
     columns = ("file", "rate", "MB", "loss in llama.cpp", "spread")
-    table(title, columns, [(each.label, each.rate, each.megabytes, each.loss, each.spread) for each in found])
+    table(title, columns, [(each.label, each.rate, each.megabytes, each.loss, spreads[each.key]) for each in found])
     columns = ("ours", "MB", "loss", "best of the usual route", "ours less its", "ours less LoRA's")
-    table("against files that are no larger", columns, list(against(found)))
+    rows: list[tuple[object, ...]] = []
+    for ours, rival in against(found):
+        beside = ("none is as small", "") if rival is None else (rival.label, ours.loss - rival.loss)
+        rows.append((ours.label, ours.megabytes, ours.loss, *beside, ours.loss - dense(found).loss))
+    table("against files that are no larger", columns, rows)
     draw(found, title, Path(__file__).parents[1] / "docs" / "figures" / name)
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from served_tables import roundtrip_table, served_table  # beside this script
 
 from quadapt.methods import METHODS
 
@@ -128,11 +125,5 @@ def starts_table(found: dict[str, Any]) -> str:
 
 def compared(stored: str) -> str:
     """The tables of a stored comparison: `methods-embedded`, `starts-embedded`, `planned-embedded`, .."""
-    makers = {
-        "methods": methods_table,
-        "starts": starts_table,
-        "planned": plans_table,
-        "served": partial(served_table, table=table, spread=spread),
-        "roundtrip": partial(roundtrip_table, table=table, spread=spread),
-    }
+    makers = {"methods": methods_table, "starts": starts_table, "planned": plans_table}
     return makers[stored.partition("-")[0]](json.loads((RESULTS / f"{stored}.json").read_text()))

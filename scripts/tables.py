@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed
 
 from benchmarks.gpu.rows import shown
 from compared import RESULTS, ROOT, compared, table
+from served_tables import roundtrip_table, served_table
 
 NOT_MEASURED = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -178,6 +179,11 @@ def marked(name: str) -> str:
         where, made = MEASURED[name]
         found = stored(where)
         return made(found) if found else NOT_MEASURED
+    by_model = {"served": served_table, "roundtrip": roundtrip_table}
+    made_of = by_model.get(name.partition("-")[0])
+    if made_of is not None:
+        found = stored(name)
+        return made_of(found) if found else NOT_MEASURED
     return gpu() if name == "gpu" else compared(name)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError
+from quadapt.hf.reading import reading
 from quadapt.model.quantize import quantized_layers
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -63,6 +64,23 @@ def auto_class(config: Any) -> Any:
         "part is quantized); classifiers, encoders and encoder-decoders come later. Give a model whose config.json "
         "names a ..ForCausalLM under architectures"
     )
+
+
+def skeleton(
+    config: Any, *, name: str = "model", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The dense model without its weights, on the meta device, in evaluation mode.
+
+    Args:
+        config: A model's configuration, as transformers reads it.
+        name: What errors call the model.
+        dtype: The dtype of its parameters. Default: that of the configuration.
+        trust_remote_code: Run code that comes with the model.
+    """
+    with torch.device("meta"):
+        made = auto_class(config).from_config
+        model: nn.Module = reading(name, made, config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval()
 
 
 def _names(mapping: Mapping[str, Any]) -> list[str]:

@@ -19,17 +19,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError, locate
-from quadapt.hf.checkpoint import auto_class, stored_tensors, weight_files
+from quadapt.hf.checkpoint import skeleton, stored_tensors, weight_files
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.reading import read_json, reading
-from quadapt.importers import IMPORTERS, Importer, Parts
+from quadapt.importers import IMPORTERS, FileImporter, Importer, Parts
 from quadapt.model.select import left_over
 from quadapt.quant.weight import Layout
 
 
 def one_file(path: Path) -> Path | None:
     """The file that is a whole checkpoint: a path itself, or the only one in a folder that says nothing of a model."""
-    endings = tuple(importer.suffix for importer in IMPORTERS.values() if importer.suffix)
+    endings = tuple(importer.suffix for importer in IMPORTERS.values() if issubclass(importer, FileImporter))
     if path.is_file():
         return path if path.name.endswith(endings) else None
     if not path.is_dir() or (path / "config.json").exists() or (path / "adapter_config.json").exists():
@@ -45,7 +45,7 @@ def importer_of(folder: Path) -> Importer | None:
         CheckpointError: Its format is known, and it says something about it that is not understood.
     """
     for importer in IMPORTERS.values():
-        if importer.suffix and folder.suffix == importer.suffix and folder.is_file():
+        if issubclass(importer, FileImporter) and folder.suffix == importer.suffix and folder.is_file():
             found: Importer = reading(str(folder), importer.of_file, folder)
             return found
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -128,19 +128,20 @@ class Imported:
     @cached_property
     def files(self) -> Mapping[str, Tensor]:
         """All tensors of the folder, or of the file."""
-        own = reading(str(self.folder), self.importer.tensors, self.folder, self.skeleton)
-        return own if own is not None else reading(str(self.folder), Files, self.folder)
+        if isinstance(self.importer, FileImporter):
+            own: Mapping[str, Tensor] = reading(str(self.folder), self.importer.tensors, self.folder, self.skeleton)
+            return own
+        return reading(str(self.folder), Files, self.folder)
 
     @cached_property
     def skeleton(self) -> nn.Module:
         """The dense model on the meta device."""
-        config = self._plain_config()
-        with torch.device("meta"):
-            made = auto_class(config).from_config
-            model: nn.Module = reading(
-                str(self.folder), made, config, dtype=self._dtype, trust_remote_code=self.trust_remote_code
-            )
-        return model.eval()
+        return skeleton(
+            self._plain_config(),
+            name=str(self.folder),
+            dtype=self._dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def _plain_config(self) -> Any:
         """A copy of the configuration that says nothing of the format."""

@@ -20,6 +20,7 @@ from quadapt.hf.imported import Imported, importer_of, one_file
 from quadapt.hf.quantizer import adopt, base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, reading
 from quadapt.hf.vocabulary import check_vocabulary, embedding_rows, without_additions
+from quadapt.importers import FileImporter
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.trial import check_runs
 
@@ -120,8 +121,9 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
 def _imported(folder: Folder, *, trust_remote_code: bool) -> Imported:
     assert folder.importer is not None
     config = _config(folder.name, trust_remote_code=trust_remote_code)
-    with locate(folder.name):
-        config = folder.importer.completed(folder.path, config)
+    if isinstance(folder.importer, FileImporter):
+        with locate(folder.name):
+            config = folder.importer.completed(folder.path, config)
     return Imported(folder.path, folder.importer, config, trust_remote_code)
 
 

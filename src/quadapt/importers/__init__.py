@@ -4,6 +4,6 @@ One file for each format. A new one is a class that registers itself in :data:`I
 :class:`Importer`. Which folder is read by which, and how a model is made of it, is in `hf/imported.py`.
 """
 
-from quadapt.importers.base import IMPORTERS, Importer, Parts
+from quadapt.importers.base import IMPORTERS, FileImporter, Importer, Parts
 
-__all__ = ["IMPORTERS", "Importer", "Parts"]
+__all__ = ["IMPORTERS", "FileImporter", "Importer", "Parts"]

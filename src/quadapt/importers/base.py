@@ -59,32 +59,8 @@ class Importer(BaseModel, ABC):
     settings_file: ClassVar[str] = ""
     """The file in which earlier writers of the format put what stands in config.json today; empty if there is none."""
 
-    suffix: ClassVar[str] = ""
-    """The ending of files of which one is a whole checkpoint, with all that is known of its model; empty if the format
-    has folders."""
-
     dtype: ClassVar[str] = "auto"
     """The dtype of computation, and of what is not quantized, if none is asked for."""
-
-    @classmethod
-    def of_file(cls, path: Path) -> Importer:
-        """An importer for a file, if the format has such (`suffix`).
-
-        Raises:
-            CheckpointError: The stored form does not hold it as it is; the message says why.
-        """
-        raise NotImplementedError
-
-    def tensors(self, path: Path, model: Any) -> Mapping[str, Tensor] | None:
-        """All tensors of a file by the names that they have in the model (on the meta device); None for a folder."""
-        return None
-
-    def completed(self, path: Path, config: Any) -> Any:
-        """A configuration of transformers', with what transformers has not read of the checkpoint; as it is by default.
-
-        It may be a copy, and is not changed itself.
-        """
-        return config
 
     @classmethod
     def found(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -128,6 +104,30 @@ class Importer(BaseModel, ABC):
         By default float32, as the stored form means them.
         """
         return self.weight(parts, self.layout(parts, out, columns)).dequantize()
+
+
+class FileImporter(Importer):
+    """A format of which one file is a whole checkpoint, with all that is known of its model."""
+
+    suffix: ClassVar[str]
+    """The ending of such files."""
+
+    @classmethod
+    @abstractmethod
+    def of_file(cls, path: Path) -> Importer:
+        """An importer for a file.
+
+        Raises:
+            CheckpointError: The stored form does not hold it as it is; the message says why.
+        """
+
+    @abstractmethod
+    def tensors(self, path: Path, model: Any) -> Mapping[str, Tensor]:
+        """All tensors of a file by the names that they have in the model (on the meta device)."""
+
+    @abstractmethod
+    def completed(self, path: Path, config: Any) -> Any:
+        """A configuration of transformers', with what transformers has not read of the file; never changed itself."""
 
 
 def grid(  # noqa: PLR0913 - all that a layout is made of

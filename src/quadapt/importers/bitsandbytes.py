@@ -40,7 +40,7 @@ _PER_STEP = 7.874015718698502e-3
 
 @IMPORTERS.register("bitsandbytes")
 class BitsAndBytes(Importer):
-    """What bitsandbytes has quantized; which of its forms a folder has is told by `load_in_4bit` or `load_in_8bit`."""
+    """What bitsandbytes has quantized; :meth:`of` gives what reads four bits, or eight, as the folder says."""
 
     summary: ClassVar[str] = "NF4 and FP4, double quantization as it is; int8 to 2**-14 of a step; of transformers"
     parts: ClassVar[tuple[str, ...]] = ("weight",)
@@ -63,12 +63,6 @@ class BitsAndBytes(Importer):
         if cls is not BitsAndBytes:
             return super().of(about)
         return (_EightBits if about.get("load_in_8bit") else _FourBits).of(about)
-
-    def layout(self, parts: Parts, out: int, columns: int) -> Layout:
-        raise NotImplementedError("a folder has four bits or eight")
-
-    def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
-        raise NotImplementedError("a folder has four bits or eight")
 
 
 class _State(BaseModel):

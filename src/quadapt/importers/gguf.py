@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError
-from quadapt.importers.base import IMPORTERS, Importer, Parts, expect
+from quadapt.importers.base import IMPORTERS, FileImporter, Importer, Parts, expect
 from quadapt.importers.ggml import BLOCKS, Blocks
 from quadapt.importers.gguf_family import FAMILIES, heads_of, names_of
 from quadapt.quant.weight import Layout, QuantWeight
@@ -40,7 +40,7 @@ _LOW, _HIGH = 1.0, 4.0
 
 
 @IMPORTERS.register("gguf")
-class GGUF(Importer):
+class GGUF(FileImporter):
     """GGUF files of Llama, Mistral, Qwen2 and Qwen3, in any mixture of the types that are held."""
 
     summary: ClassVar[str] = f"{', '.join(BLOCKS)}; of llama.cpp, for Llama, Mistral, Qwen2 and Qwen3"

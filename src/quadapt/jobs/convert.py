@@ -12,10 +12,9 @@ from quadapt.hf.loading import load_model, load_tokenizer, quantization_of, read
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.saving import save_quantized
 from quadapt.hf.workspace import Workspace, check_output
-from quadapt.importers import IMPORTERS
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.quantize import show_layers, show_left
-from quadapt.jobs.source import device_of
+from quadapt.jobs.source import device_of, not_read
 from quadapt.model.quantize import bits_of
 from quadapt.model.trial import check_runs
 from quadapt.report.memory import measured_peak
@@ -80,10 +79,7 @@ def _checked(folder: Folder, *, trust_remote_code: bool) -> Any:
         return read_config(name, trust_remote_code=trust_remote_code)
     if folder.kind == "quantized":
         raise CheckpointError(f"{name!r} is in quadapt's own form already. Go on with it: quadapt tune {name}")
-    about = getattr(read_config(name, trust_remote_code=trust_remote_code), "quantization_config", None)
-    if isinstance(about, dict):
-        raise CheckpointError(
-            f"{name!r} is quantized by {about.get('quant_method')}, which cannot be read. That can "
-            f"{', '.join(IMPORTERS)}. Give the dense model to quadapt quantize"
-        )
+    why = not_read(name, read_config(name, trust_remote_code=trust_remote_code))
+    if why:
+        raise CheckpointError(why)
     raise CheckpointError(f"{name!r} is a dense model. Quantize it: quadapt quantize {name} --output FOLDER")

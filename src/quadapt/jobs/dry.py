@@ -11,10 +11,10 @@ from torch import nn
 
 from quadapt.config import Grid, PrepareConfig, QuantizeConfig, TuneConfig
 from quadapt.errors import CheckpointError, ResourceError, locate
+from quadapt.hf.checkpoint import skeleton
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.loading import load_model, quantization_of, read_config
-from quadapt.importers import IMPORTERS
-from quadapt.jobs.source import Place, device_of, skeleton, teacher_name
+from quadapt.jobs.source import Place, device_of, not_read, teacher_name
 from quadapt.model.embeddings import check_embeddings
 from quadapt.model.quantize import bits_of
 from quadapt.model.select import select
@@ -69,13 +69,10 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
     """
     machine: Any = config
     about = read_config(name, trust_remote_code=machine.trust_remote_code)
-    by = getattr(about, "quantization_config", None)
+    why = not_read(name, about)
+    if why:
+        raise CheckpointError(why)
     quantized = quantization_of(name, about)
-    if isinstance(by, dict) and quantized is None:
-        raise CheckpointError(
-            f"{name!r} is quantized already, by {by.get('quant_method')}, which cannot be imported (that can "
-            f"{', '.join(IMPORTERS)}). Give the dense model"
-        )
     load_model(name, device="meta", trust_remote_code=machine.trust_remote_code)  # are all tensors there?
     stored = getattr(about, "dtype", None)
     dtype = stored if machine.dtype == "auto" else getattr(torch, machine.dtype)

@@ -7,14 +7,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 import quadapt
 from quadapt.config import Machine, TuneConfig, Walk
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
-from quadapt.hf.checkpoint import auto_class
 from quadapt.hf.folder import Folder, open_folder
-from quadapt.hf.reading import reading
+from quadapt.importers import IMPORTERS
 
 
 class Place(NamedTuple):
@@ -105,13 +103,15 @@ def teacher_name(config: TuneConfig, source: str | None) -> str:
     return dense_folder(name).name
 
 
-def skeleton(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
-    """The model without its weights, on the meta device."""
-    with torch.device("meta"):
-        model = reading(
-            "model", auto_class(config).from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return model.eval()
+def not_read(name: str, config: Any) -> str:
+    """Why a model is refused that others have quantized in a format which is not read; empty if it is none."""
+    about = getattr(config, "quantization_config", None)
+    if not isinstance(about, dict) or about.get("quant_method") == "quadapt":
+        return ""
+    return (
+        f"{name!r} is quantized already, by {about.get('quant_method')}, which cannot be read. What can is "
+        f"{', '.join(IMPORTERS)}. Give the dense model"
+    )
 
 
 def versions() -> dict[str, str]:
