@@ -13,6 +13,7 @@ from unittest.mock import patch
 from quadapt.config import TuneConfig
 from quadapt.jobs.first import tuned_first
 from quadapt.jobs.tune import _make_base
+from quadapt.methods import Run
 
 
 class Stages:
@@ -26,7 +27,9 @@ class Stages:
         """Within it, stages that were made under this name are copied into the output in the making."""
 
         def first(config: TuneConfig, space: Any, *rest: Any, **more: Any) -> Any:
-            return self._once(f"first-{config.run.seed}", space.path, lambda: tuned_first(config, space, *rest, **more))
+            run = next(each for each in rest if isinstance(each, Run))
+            own = f"first-{run.seed}-{run.max_steps}"  # of another width it may have another share of the steps
+            return self._once(own, space.path, lambda: tuned_first(config, space, *rest, **more))
 
         def base(path: Path, *rest: Any) -> Any:
             return self._once(name, path, lambda: _make_base(path, *rest))
