@@ -211,7 +211,7 @@ def _config(shelf: Path, scratch: Path, example: tuple[str, str, Any]) -> bool:
     from quadapt.hf.context import context_of
     from quadapt.hf.folder import open_folder
     from quadapt.hf.loading import read_config
-    from quadapt.jobs.source import skeleton
+    from quadapt.hf.checkpoint import skeleton
 
     name, file, changes = example
     data = damaged_json((shelf / name / file).read_bytes(), changes)
