@@ -12,6 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from quadapt.calibrate import Batch
     from quadapt.config import PrepareConfig
     from quadapt.exporters.report import ExportReport
     from quadapt.hf.merge import Certificate
@@ -22,7 +23,7 @@ def prepare(
     model: str | nn.Module,
     *,
     method: str | Method = "qa-lora",
-    calibration: str | Sequence[str] | Sequence[Tensor] = (),
+    calibration: str | Sequence[str] | Sequence[Batch] = (),
     target_modules: Sequence[str] = (),
     skip: Sequence[str] = (),
     device: str = "auto",
@@ -43,7 +44,7 @@ def prepare(
         method: A name as in `quadapt tune` (qa-lora, l4q, qlora, ..), or a :class:`quadapt.methods.Method`, of which
             every piece and every field can be chosen.
         calibration: Text for roundings and starts that are calibrated: files or hub names (only if `model` is a name),
-            or token ids `[sequences, length]`, batch by batch.
+            or batches: token ids `[sequences, length]`, or a model's inputs by name.
         target_modules: The layers that get adapters, by name or a part of it; by default all that are quantized.
         skip: The layers to leave unquantized, by name or a part of it.
         device: A device of torch; auto is a GPU if there is one. A model in memory stays where it is; with
@@ -112,7 +113,7 @@ def prepare(
 def _quantized(
     model: nn.Module,
     config: PrepareConfig,
-    calibration: str | Sequence[str] | Sequence[Tensor],
+    calibration: str | Sequence[str] | Sequence[Batch],
     name: str,
     device: str | None,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
@@ -166,16 +167,18 @@ def _placed(model: str | nn.Module, config: PrepareConfig) -> tuple[nn.Module, s
 
 
 def _batches(
-    calibration: str | Sequence[str] | Sequence[Tensor], name: str, model: nn.Module, config: PrepareConfig
-) -> list[Tensor]:
+    calibration: str | Sequence[str] | Sequence[Batch], name: str, model: nn.Module, config: PrepareConfig
+) -> list[Batch]:
+    from quadapt.calibrate import named
     from quadapt.data import calibration_batches, read
     from quadapt.errors import ConfigError
     from quadapt.hf.context import MOST_CONTEXT, context_of
     from quadapt.hf.loading import load_tokenizer
+    from quadapt.nn.resident import moved
 
     device = next(model.parameters()).device
     names = [calibration] if isinstance(calibration, str) else [each for each in calibration if isinstance(each, str)]
-    batches = [each for each in calibration if isinstance(each, Tensor)]
+    batches: list[Batch] = [each for each in calibration if not isinstance(each, str)]
     if names:
         length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
         batches = calibration_batches(
@@ -192,7 +195,7 @@ def _batches(
             f"{what}={getattr(quantization, what).name!r} needs text to calibrate on. Give calibration='FILE', or "
             f"{what}={else_!r}"
         )
-    return [batch.to(device) for batch in batches]
+    return [moved(batch if isinstance(batch, Tensor) else named(batch), device) for batch in batches]
 
 
 def merge(model: nn.Module, *, probe: Tensor | None = None, requantize: bool = False) -> tuple[nn.Module, Certificate]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quadapt.calibrate import BackwardWalk, BlockWalk, Watch
+from quadapt.calibrate import BackwardWalk, Batch, BlockWalk, Watch, labelled, parted
 from quadapt.errors import CalibrationError
 from quadapt.files import sweep, writing
 from quadapt.model.select import find_blocks
@@ -121,7 +121,7 @@ def gather(
     needs: Collection[str],
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     files: StatisticsFiles,
     over: Callable[[str, Sequence[str]], Iterable[str]] = lambda _, units: units,
     device: torch.device | str | None = None,
@@ -136,7 +136,7 @@ def gather(
 def gather_second_moments(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     files: StatisticsFiles,
     progress: Progress = iter,
     device: torch.device | str | None = None,
@@ -146,7 +146,7 @@ def gather_second_moments(
     Args:
         model: The dense model, in evaluation mode.
         layers: The layers whose statistics are wanted, by full name.
-        batches: Token ids `[sequences, length]`, without padding.
+        batches: What the model is run on.
         files: Where they go, block by block; blocks that are there are passed without gathering.
         progress: Wraps the list of blocks.
         device: Where to compute. Default: where the model is.
@@ -172,7 +172,7 @@ def gather_second_moments(
 def gather_fisher(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     files: StatisticsFiles,
     progress: Progress = iter,
     device: torch.device | str | None = None,
@@ -186,7 +186,7 @@ def gather_fisher(
     Args:
         model: The dense model, in evaluation mode; gradients flow, parameters do not change.
         layers: The layers whose statistics are wanted, by full name.
-        batches: Token ids `[sequences, length]`, without padding.
+        batches: What the model is run on, with labels if it is more than token ids.
         files: Where the sums go. What is done is kept there about once a minute, and gone on with.
         progress: Wraps the list of sequences, by their numbers; on a GPU of every eighth.
         device: Where to compute. Default: where the model is.
@@ -198,7 +198,7 @@ def gather_fisher(
     """
     if not files.missing(FISHER, layers):
         return
-    sequences = [sequence for batch in batches for sequence in batch]
+    sequences = [sequence for batch in batches for sequence in parted(batch, 1)]
     if not sequences:
         raise CalibrationError("there is no calibration data")
     unfinished = files.folder / "partial-fisher.safetensors"
@@ -234,15 +234,14 @@ def _trainable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> Iterator[No
             parameter.requires_grad_(wanted[id(parameter)])
 
 
-def _whole(model: nn.Module, sequences: Sequence[Tensor], watch: Watch, device: torch.device) -> None:
+def _whole(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: torch.device) -> None:
     """Gradients of sequences one by one, through the model as a whole."""
     with watch(model), torch.enable_grad():
         for sequence in sequences:
-            ids = sequence[None].to(device)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            model(**labelled(sequence, device), use_cache=False).loss.backward()
 
 
-def _by_blocks(model: nn.Module, sequences: Sequence[Tensor], watch: Watch, device: torch.device) -> None:
+def _by_blocks(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: torch.device) -> None:
     """Gradients of sequences one by one, block by block on a device."""
     BackwardWalk(model, find_blocks(model), sequences, device).back(watch)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quadapt.calibrate import Batch
 from quadapt.errors import ConfigError, MergeError, locate
 from quadapt.hf.context import context_of
 from quadapt.hf.identity import check_merging
@@ -130,7 +131,7 @@ def merge(
     probe: Tensor | None = None,
     probe_name: str = "",
     requantize: Rounding | None = None,
-    batches: Sequence[Tensor] = (),
+    batches: Sequence[Batch] = (),
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> tuple[nn.Module, Certificate]:
     """Merge all that trained in a PEFT model into its quantized base.
@@ -141,7 +142,7 @@ def merge(
             embeddings trained are added to it.
         probe_name: What the probe is, in words, for the certificate.
         requantize: Quantize the adapted weights anew where adapters cannot merge. Never done unasked.
-        batches: Token ids to calibrate the requantization on, if it needs any.
+        batches: What to calibrate the requantization on, if it needs any.
         progress: A function that wraps the list of layers, to show how far the work is.
 
     Returns:
@@ -161,7 +162,7 @@ def _merge(
     given: Tensor | None,
     probe_name: str,
     requantize: Rounding | None,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     progress: Callable[[Sequence[Any]], Iterable[Any]],
 ) -> tuple[nn.Module, Certificate]:
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.active()}
@@ -251,7 +252,7 @@ def _difference(name: str, base: QuantWeight, merged: QuantWeight, adapted: Tens
 
 
 def _round_again(
-    model: Any, layers: dict[str, QuantLoraLinear], rounding: Rounding, batches: Sequence[Tensor]
+    model: Any, layers: dict[str, QuantLoraLinear], rounding: Rounding, batches: Sequence[Batch]
 ) -> tuple[nn.Module, list[MergedLayer]]:
     """Requantize with a rounding that must see the model run: every layer dense first, then block by block."""
     bases = {name: layer.first_weight() for name, layer in layers.items()}

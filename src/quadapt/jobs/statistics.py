@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from quadapt.calibrate import Batch, named
 from quadapt.errors import ResourceError
 from quadapt.hf.workspace import check_disk
 from quadapt.jobs.identity import identity
@@ -32,7 +33,7 @@ def statistics_for(
     name: str,
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     ui: UI,
     device: str | None = None,
 ) -> StatisticsFiles | None:
@@ -46,7 +47,7 @@ def statistics_for(
         name: Folder or hub name of the model.
         model: The dense model of that name.
         layers: The layers that are to be quantized, by full name.
-        batches: Token ids to calibrate on.
+        batches: What to calibrate on.
         ui: Where progress is shown.
         device: Where to compute. Default: where the model is.
 
@@ -76,16 +77,17 @@ def statistics_for(
     return files
 
 
-def _key(name: str, model: nn.Module, batches: Sequence[Tensor]) -> str:
+def _key(name: str, model: nn.Module, batches: Sequence[Batch]) -> str:
     config: Any = getattr(model, "config", None)
+    tensors = [(key, each) for batch in batches for key, each in sorted(named(batch).items())]
     about = {
         "form": _FORM,
         "model": identity(name),
         "commit": getattr(config, "_commit_hash", None),
         "dtype": str(next(model.parameters()).dtype),
-        "shapes": [list(batch.shape) for batch in batches],
+        "shapes": [[*([] if key == "input_ids" else [key]), *each.shape] for key, each in tensors],
     }
     state = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for batch in batches:
-        state.update(batch.cpu().numpy().tobytes())
+    for _, each in tensors:
+        state.update(each.cpu().numpy().tobytes())
     return state.hexdigest()[:24]

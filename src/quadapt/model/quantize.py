@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quadapt.calibrate import BlockWalk
+from quadapt.calibrate import Batch, BlockWalk
 from quadapt.errors import ConfigError, locate
 from quadapt.model.layer import LayerRow, Quantization, quantize_layer, row_of, widened
 from quadapt.model.select import find_blocks, matches
@@ -70,7 +70,7 @@ def quantize_model(
     layers: Mapping[str, nn.Linear],
     quantization: Quantization,
     *,
-    batches: Sequence[Tensor] = (),
+    batches: Sequence[Batch] = (),
     statistics: Mapping[str, Statistics] | None = None,
     keeper: Keeper | None = None,
     progress: Progress = iter,
@@ -82,7 +82,7 @@ def quantize_model(
         model: The dense model, in evaluation mode.
         layers: The layers to quantize, by full name (`Selection.chosen`).
         quantization: How each layer is to be quantized.
-        batches: Token ids `[sequences, length]` to calibrate on; needed if the rounding needs statistics.
+        batches: What to calibrate on (token ids, or inputs by name); needed if the rounding needs statistics.
         statistics: Statistics of the full-precision model, by layer; needed if the start needs some.
         keeper: Where finished blocks go; by default they stay in memory alone.
         progress: Wraps the list of units (blocks, then what lies outside them), to show how far the work is.

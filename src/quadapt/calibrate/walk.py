@@ -17,13 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quadapt.calibrate.batch import Batch, inputs_of, labelled, parted
 from quadapt.errors import CalibrationError
 from quadapt.nn.block_ap import Example
 from quadapt.nn.resident import indexed, moved, resident
-
-Batch = Tensor
-"""Token ids `[sequences, length]`, without padding."""
-
 
 Gathered = tuple[list[str], Tensor]
 """Layers that share their input, and its second moment, float64 `[in, in]`."""
@@ -78,7 +75,7 @@ class BlockWalk:
     Args:
         model: A causal language model in evaluation mode, on one device; hidden states are kept there too.
         blocks: The blocks of the model by name, in order (`model.select.find_blocks`).
-        batches: Token ids to calibrate on.
+        batches: What to calibrate on.
         device: Where to compute. Default: where the model is.
 
     Raises:
@@ -103,16 +100,15 @@ class BlockWalk:
         self._gives: dict[type, int | None] = {}
         recorders = {name: _Recorder(block, self.device, self._gives) for name, block in blocks.items()}
         body: nn.Module = getattr(model, "base_model", model)  # without the head: nobody asks for logits
-        ones: dict[int, dict[str, Any]] = {}
+        ones: dict[Any, dict[str, Any]] = {}
         with torch.no_grad(), _replaced(model, recorders), resident(body, self.device):
             for batch in batches:
-                ids = batch.to(self.device)
-                if ids.shape[1] not in ones:  # of one sequence: tells which axis of an argument is the batch's
-                    body(input_ids=ids[:1], use_cache=False)
-                    ones[ids.shape[1]] = {
+                if _lengths(batch) not in ones:  # of one sequence: tells which axis of an argument is the batch's
+                    body(**inputs_of(parted(batch, 1)[0], self.device), use_cache=False)
+                    ones[_lengths(batch)] = {
                         name: _shapes(recorder.pop()[0]) for name, recorder in recorders.items() if recorder.calls
                     }
-                body(input_ids=ids, use_cache=False)
+                body(**inputs_of(batch, self.device), use_cache=False)
                 seen: dict[int, Tensor] = {}  # masks and the like, which all blocks of a model share
                 for recorder in recorders.values():
                     recorder.calls[-1:] = moved(recorder.calls[-1:], home, seen)
@@ -124,7 +120,7 @@ class BlockWalk:
                 "use --rounding nearest"
             )
         self._calls = {name: recorder.calls for name, recorder in recorders.items()}
-        self._ones = {name: [ones[batch.shape[1]][name] for batch in batches] for name in recorders}
+        self._ones = {name: [ones[_lengths(batch)][name] for batch in batches] for name in recorders}
         self._hidden = self._dense = next(iter(recorders.values())).inputs
 
     @torch.no_grad()
@@ -219,7 +215,7 @@ class BackwardWalk(BlockWalk):
     Args:
         model: A causal language model in evaluation mode, on one device.
         blocks: The blocks of the model by name, in order (`model.select.find_blocks`).
-        sequences: Token ids `[length]` of each sequence.
+        sequences: Batches of one sequence each, with labels if they are inputs by name.
         device: Where to compute. Default: where the model is.
     """
 
@@ -227,10 +223,10 @@ class BackwardWalk(BlockWalk):
         self,
         model: nn.Module,
         blocks: Mapping[str, nn.Module],
-        sequences: Sequence[Tensor],
+        sequences: Sequence[Batch],
         device: torch.device | str | None = None,
     ) -> None:
-        self._model, self._blocks, self._batches = model, blocks, [sequence[None] for sequence in sequences]
+        self._model, self._blocks, self._batches = model, blocks, list(sequences)
         super().__init__(model, blocks, self._batches, device)
         self._received = dict[str, list[Tensor]]()
         for name, block in blocks.items():
@@ -255,11 +251,11 @@ class BackwardWalk(BlockWalk):
         gradients = []
         with _replaced(self._model, stand_ins), resident(self._model, self.device), watch(self._model):
             for batch, hidden in zip(self._batches, self._hidden, strict=True):
-                ids, given = batch.to(self.device), hidden.to(self.device).detach().requires_grad_()
+                given = hidden.to(self.device).detach().requires_grad_()
                 for stand_in in stand_ins.values():
                     stand_in.value = given
                 with torch.enable_grad():
-                    self._model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                    self._model(**labelled(batch, self.device), use_cache=False).loss.backward()
                 gradients.append(_gradient(given).to(hidden.device))
         return gradients
 
@@ -283,7 +279,7 @@ class BackwardWalk(BlockWalk):
                 return
             for batch, gradient in zip(self._batches, gradients, strict=True):
                 with torch.enable_grad():
-                    self._model(input_ids=batch.to(self.device), use_cache=False)
+                    self._model(**inputs_of(batch, self.device), use_cache=False)
                 hidden = first.inputs[-1]
                 for name, recorder in recorders.items():
                     recorder.inputs.clear()
@@ -338,6 +334,11 @@ def _output(block: nn.Module, hidden: Tensor, call: Mapping[str, Any]) -> Tensor
     """What a block gives for some hidden states, called as it was when recorded."""
     output = block(hidden, *call["args"], **call["kwargs"])
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _lengths(batch: Batch) -> tuple[Any, ...]:
+    """What batches have in common whose sequences have the same shapes."""
+    return tuple((name, each.shape[1:]) for name, each in inputs_of(batch).items())
 
 
 def _shapes(value: Any) -> Any:
