@@ -208,10 +208,10 @@ def _plan(shelf: Path, scratch: Path, changes: Any) -> bool:
 
 def _config(shelf: Path, scratch: Path, example: tuple[str, str, Any]) -> bool:
     """`config.json` and its like: the architecture that it describes, without weights."""
+    from quadapt.hf.checkpoint import skeleton
     from quadapt.hf.context import context_of
     from quadapt.hf.folder import open_folder
     from quadapt.hf.loading import read_config
-    from quadapt.hf.checkpoint import skeleton
 
     name, file, changes = example
     data = damaged_json((shelf / name / file).read_bytes(), changes)
