@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
-from quadapt.model.select import language_model
+from quadapt.model.select import heads, language_model
 from quadapt.nn.quant_linear import QuantLinear
 
 log = logging.getLogger("quadapt")
@@ -41,15 +41,10 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _modules(model: Any) -> dict[str, nn.Module]:
-    """The modules of the part of a model that reads and writes text, with its head, by name."""
-    text = {id(module) for module in language_model(model).modules()}
-    head = _head(model)
-    return {name: module for name, module in model.named_modules() if id(module) in text or module is head}
-
-
-def _head(model: Any) -> nn.Module | None:
-    found = model.get_output_embeddings()
-    return found if isinstance(found, nn.Module) else None
+    """The modules of the part of a model that reads and writes text, with its heads, by name."""
+    parts = (language_model(model), *heads(model).values())
+    wanted = {id(module) for part in parts for module in part.modules()}
+    return {name: module for name, module in model.named_modules() if id(module) in wanted}
 
 
 def _norms(model: Any) -> list[str]:
@@ -71,8 +66,7 @@ def _embeddings(model: Any) -> list[str]:
 
 
 def _heads(model: Any) -> list[str]:
-    module = _head(model)
-    return [name for name, each in model.named_modules() if each is module]
+    return list(heads(model))
 
 
 ROLES: dict[str, Callable[[Any], list[str]]] = {
@@ -111,6 +105,9 @@ class Also:
 def also(model: Any, roles: Sequence[str], tokens: Sequence[int] = ()) -> Also:
     """Find what is to train beside the adapters.
 
+    The head of a model that is no language model (a classifier's, a detector's) trains whatever `roles` say: it is made
+    for its labels, and often drawn at random.
+
     Args:
         model: The base, without adapters.
         roles: Of :data:`ROLES`.
@@ -120,6 +117,7 @@ def also(model: Any, roles: Sequence[str], tokens: Sequence[int] = ()) -> Also:
         ConfigError: The model has nothing of a role, or holds it in codes, or two wishes contradict each other.
     """
     found = {role: ROLES[role](model) for role in roles}
+    own = [] if "head" in found or model.get_output_embeddings() is not None else _alone(model, _heads(model))
     for role, names in found.items():
         if not names:
             there = ", ".join(each for each, names_of in ROLES.items() if names_of(model))
@@ -144,12 +142,28 @@ def also(model: Any, roles: Sequence[str], tokens: Sequence[int] = ()) -> Also:
                 f"train_also: {', '.join(sorted(known))} are one matrix (tied), and PEFT does not keep layers of these "
                 "names tied while they train. Leave embeddings and head out"
             )
-    modules = dict.fromkeys([*found.get("norms", ()), *ends])
-    for name, _ in model.named_modules():
-        if modules and name not in modules and name.endswith(tuple(modules)):
-            raise ConfigError(f"train_also: PEFT tells modules by how their names end, and would train {name} too")
+    modules = dict.fromkeys([*found.get("norms", ()), *ends, *own])
+    for name in _meant_too(model, list(modules)):
+        raise ConfigError(f"train_also: PEFT tells modules by how their names end, and would train {name} too")
     biases = [model.get_parameter(name) for name in found.get("biases", ())]
     return Also(tuple(modules), tuple(biases), tied)
+
+
+def _alone(model: Any, names: Sequence[str]) -> list[str]:
+    """Those of some modules that PEFT can train without another whose name ends alike; the others stay as they are."""
+    kept = list(names)
+    for name in names:
+        others = _meant_too(model, [name])
+        if set(others) - set(names):
+            kept.remove(name)
+            log.warning("%s stays as it is: PEFT, which goes by how names end, would train %s too", name, others[0])
+    return kept
+
+
+def _meant_too(model: Any, names: Sequence[str]) -> list[str]:
+    """Further modules that PEFT, which goes by how names end, would take for some of these."""
+    every = (name for name, _ in model.named_modules() if name not in names)
+    return [name for name in every if name.endswith(tuple(names))]
 
 
 def _floats(module: nn.Module) -> bool:
@@ -157,7 +171,7 @@ def _floats(module: nn.Module) -> bool:
 
 
 def _are_tied(model: Any) -> bool:
-    head = _head(model)
+    head = model.get_output_embeddings()
     return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
 
 

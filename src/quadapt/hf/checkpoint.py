@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError
+from quadapt.hf.kinds import kind_of
 from quadapt.hf.reading import reading
 from quadapt.model.quantize import quantized_layers
 
@@ -25,8 +26,6 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_CAUSAL = ("forcausallm", "lmheadmodel")
-
 _OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 """What earlier versions of transformers wrote beside the weights: frequencies and causal masks, made anew today."""
 
@@ -34,36 +33,12 @@ _OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(maske
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads the model which `config.architectures` names.
 
-    Args:
-        config: A model's, as transformers reads it. One that names no architecture is taken for a causal language
-            model; so is one that comes with code of its own for that.
-
     Raises:
-        CheckpointError: It names another kind of model, which would lose its head, or its encoder.
+        CheckpointError: It is none that transformers has an Auto class for, see :func:`quadapt.hf.kinds.kind_of`.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
+    import transformers
 
-    named, code = getattr(config, "architectures", None) or [], getattr(config, "auto_map", None) or {}
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named) or not isinstance(code, dict):
-        raise CheckpointError(
-            f"config.json: architectures={named!r:.80} or auto_map={code!r:.80} is damaged. Copy it from its source"
-        )
-    if not named or "AutoModelForCausalLM" in code:
-        return AutoModelForCausalLM
-    lower = {name.lower() for name in named}
-    pictures = {name.lower() for name in _names(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)}
-    causal = {name.lower() for name in _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
-    encodes = getattr(config, "is_encoder_decoder", False)
-    if not encodes and (lower & (causal - pictures) or any(name.endswith(_CAUSAL) for name in lower)):
-        return AutoModelForCausalLM
-    if not encodes and lower & pictures:
-        return AutoModelForImageTextToText
-    raise CheckpointError(
-        f"{', '.join(named)} is no causal language model. quadapt handles these (with a vision tower too, whose text "
-        "part is quantized); classifiers, encoders and encoder-decoders come later. Give a model whose config.json "
-        "names a ..ForCausalLM under architectures"
-    )
+    return getattr(transformers, kind_of(config).auto)
 
 
 def skeleton(
@@ -81,10 +56,6 @@ def skeleton(
         made = auto_class(config).from_config
         model: nn.Module = reading(name, made, config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval()
-
-
-def _names(mapping: Mapping[str, Any]) -> list[str]:
-    return [name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)]
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:

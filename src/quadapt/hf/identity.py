@@ -111,6 +111,7 @@ def lora_config(
     target_modules: list[str] | str = "all-linear",
     base_fingerprint: str = "",
     start: str = "zero",
+    task: str | None = "CAUSAL_LM",
 ) -> LoraConfig:
     """A PEFT config for one of our adapters.
 
@@ -123,6 +124,7 @@ def lora_config(
         base_fingerprint: The fingerprint of the base, over which alone the adapter loads later. If empty, it is filled
             in when the adapter is put over a base.
         start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
+        task: PEFT's name of what the model does, which decides on PEFT's class of the model; None for its general one.
     """
     about = {
         **adapter.identity(),
@@ -134,7 +136,7 @@ def lora_config(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
         lora_dropout=dropout,
         target_modules=target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task,  # type: ignore[arg-type]  # a string where PEFT has an enum of them
         auto_mapping={KEY: about},
     )
 

@@ -11,6 +11,7 @@ from torch import nn
 from quadapt.config.spec import Spec
 from quadapt.errors import ConfigError, QuadaptError
 from quadapt.hf.also import also, widen
+from quadapt.hf.kinds import peft_task
 from quadapt.hf.peft_layer import adapted_layers, declared_params, lora_config
 from quadapt.hf.vocabulary import token_layers
 from quadapt.model.quantize import bits_of, quantized_layers
@@ -61,6 +62,7 @@ def adapt(
         dropout=recipe.dropout,
         target_modules=names,
         start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
+        task=peft_task(model),
     )
     besides = also(model, spec.also, tokens)
     besides.configure(settings)

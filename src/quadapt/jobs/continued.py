@@ -59,7 +59,7 @@ class Earlier:
         """
         besides = also(model, roles)
         adapted = reading(self.folder.name, attach, model, self.folder.path, dropout=dropout)
-        if roles:
+        if besides.modules or besides.biases:
             widen(adapted, besides, stored)
         return adapted
 

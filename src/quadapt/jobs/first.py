@@ -12,6 +12,7 @@ from torch import nn
 from quadapt.config import TuneConfig
 from quadapt.data import Collator, Encoded, pad_token_id
 from quadapt.hf.folder import Folder
+from quadapt.hf.kinds import peft_task
 from quadapt.hf.loading import load_model
 from quadapt.hf.reading import read_json
 from quadapt.hf.vocabulary import embedding_rows
@@ -153,6 +154,6 @@ def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) ->
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         lora_dropout=recipe.dropout,
         target_modules=names,
-        task_type="CAUSAL_LM",
+        task_type=peft_task(dense),  # type: ignore[arg-type]  # a string where PEFT has an enum of them
     )
     return get_peft_model(dense, about, low_cpu_mem_usage=on_meta)

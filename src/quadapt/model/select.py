@@ -128,14 +128,31 @@ class _Known:
     """What about a model says of its matrices that they stay as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        getter = getattr(model, "get_output_embeddings", None)
-        head = getter() if getter is not None else None
-        self.head = head if isinstance(head, nn.Module) else None
+        self.heads = {id(part) for head in heads(model).values() for part in head.modules()}
         self.tied = _tied(model)
         kept = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("", "_strict"))
         self.wide = [pattern for patterns in kept for pattern in patterns]
         text = language_model(model)
         self.text = {id(module) for module in text.modules()}
+
+
+def heads(model: Any) -> dict[str, nn.Module]:
+    """What makes a model's answer of its last hidden states, by name: never quantized.
+
+    Of a language model that is its output embedding. Of others (classifiers, detectors) it is all that lies outside of
+    the network that they are built upon, and the pooler of that, which pretraining for text leaves at random.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if getter is not None else None
+    if isinstance(output, nn.Module):
+        return {name: module for name, module in model.named_modules() if module is output}
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    if not isinstance(body, nn.Module):
+        return {}
+    found = {name: child for name, child in model.named_children() if child is not body}
+    found |= {f"{prefix}.{name}": child for name, child in body.named_children() if name == "pooler"}
+    return {name: module for name, module in found.items() if any(True for _ in module.parameters())}
 
 
 def language_model(model: Any) -> Any:
@@ -160,7 +177,7 @@ def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str],
         return "listed under skip"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if module is known.head:
+    if id(module) in known.heads:
         return "output head"
     if id(module) not in known.text:
         return "outside the language model (vision tower, projector)"
