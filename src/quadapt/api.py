@@ -40,7 +40,9 @@ def prepare(
         model = quadapt.prepare("model", method=qa_lora(bits=3, act_order=True), calibration="text.txt")
 
     Args:
-        model: A folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt.
+        model: A folder or hub name; or a transformers model (quantized in place), dense or quantized by quadapt. It may
+            be of any kind: a language model, an encoder-decoder, a classifier, a detector; the head of one that is no
+            language model trains with the adapter, and merges.
         method: A name as in `quadapt tune` (qa-lora, l4q, qlora, ..), or a :class:`quadapt.methods.Method`, of which
             every piece and every field can be chosen.
         calibration: Text for roundings and starts that are calibrated: files or hub names (only if `model` is a name),
@@ -198,12 +200,13 @@ def _batches(
     return [moved(batch if isinstance(batch, Tensor) else named(batch), device) for batch in batches]
 
 
-def merge(model: nn.Module, *, probe: Tensor | None = None, requantize: bool = False) -> tuple[nn.Module, Certificate]:
+def merge(model: nn.Module, *, probe: Batch | None = None, requantize: bool = False) -> tuple[nn.Module, Certificate]:
     """Merge the adapters of a PEFT model into its quantized base.
 
     Args:
         model: The model that `prepare` gave, after training; it is used up.
-        probe: Token ids `[sequences, length]` to compare the models on; by default random ones.
+        probe: Token ids `[sequences, length]`, or a model's inputs by name, to compare the models on; by default random
+            tokens.
         requantize: Whether to quantize anew what cannot merge, which is lossy.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,16 @@ def _refused(place: Path, words: str, *commands: str) -> None:
 
 def test_a_classifier(folder: Any) -> None:
     place = folder(_bert())
-    words = "BertForSequenceClassification is no causal language model"
+    words = "is a model for sequence-classification, and quadapt {} needs one that goes on with a text"
+    for command in ("tune", "eval", "chat"):
+        _refused(place, words.format(command), command)
+
+
+def test_a_class_that_nobody_knows(folder: Any) -> None:
+    place = folder(_bert())
+    config = json.loads((place / "dense" / "config.json").read_text())
+    (place / "dense" / "config.json").write_text(json.dumps({**config, "architectures": ["BertForTelepathy"]}))
+    words = "BertForTelepathy is no class of transformers that one of its Auto classes loads"
     _refused(place, words, "quantize", "dry", "tune", "plan", "eval", "chat")
 
 

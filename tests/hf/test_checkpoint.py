@@ -297,16 +297,25 @@ def _others() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "llama-tokens", "llama-body", "roberta", "bart", "t5"])
-def test_a_model_of_another_kind_is_refused_by_name_before_it_is_loaded(
-    kind: str, tmp_path: Path, monkeypatch: Any
+def test_a_model_of_any_kind_is_loaded_as_the_class_that_it_is(kind: str, tmp_path: Path) -> None:
+    model = _others()[kind]().eval()
+    model.save_pretrained(tmp_path)
+    found = load_model(str(tmp_path))
+    assert type(found) is type(model)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.state_dict().items())
+
+
+def test_a_class_that_transformers_does_not_have_is_refused_before_anything_is_loaded(
+    tiny_llama: Make, written: Make, monkeypatch: Any
 ) -> None:
     from transformers import PreTrainedModel
 
-    model = _others()[kind]()
-    model.save_pretrained(tmp_path)
+    folder = written(tiny_llama())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForTelepathy"]}))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
-    with pytest.raises(CheckpointError, match=rf"{type(model).__name__} is no causal language model"):
-        load_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match="LlamaForTelepathy is no class of transformers"):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("named", [None, [], ["LLaMAForCausalLM"], ["LlamaForCausalLM"], ["OwnForCausalLM"]], ids=str)

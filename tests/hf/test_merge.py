@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import quadapt
 from quadapt.errors import CheckpointError, ConfigError, MergeError
-from quadapt.hf.merge import Certificate, merge, random_probe
+from quadapt.hf.merge import Certificate, merge
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers, lora_config
+from quadapt.hf.probe import random_probe
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.trained import adapters_off
 from quadapt.model.quantize import quantized_layers

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quadapt.errors import MergeError
-from quadapt.hf.merge import merge, with_tokens
+from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import adapted_layers, lora_config
+from quadapt.hf.probe import with_tokens
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.trained import adapters_off, parts_of, trained_tokens
 from quadapt.nn.adapters import LoRA, Pooled

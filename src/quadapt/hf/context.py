@@ -17,6 +17,14 @@ def context_of(config: Any) -> int:
     return int(getattr(text, "max_position_embeddings", None) or MOST_CONTEXT)
 
 
+def positions_of(model: nn.Module) -> int:
+    """Tokens that a model takes at once: its positions, but for rows of the table that are for padding (RoBERTa)."""
+    table = learnt_positions(model)
+    owner = model.get_submodule(table) if table is not None and hasattr(model, table.partition(".")[0]) else None
+    padding = owner.padding_idx if isinstance(owner, nn.Embedding) else None
+    return context_of(model.config) - (0 if padding is None else padding + 1)
+
+
 _POSITION = re.compile(r"(^|_)(wpe|pos|position|positions)(_|$)")
 
 

@@ -43,7 +43,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def set_ends(model: Any, tokenizer: PreTrainedTokenizerBase, more: Iterable[int | None] = ()) -> None:
     """Add to the model's `generation_config` what ends an answer: the tokenizer's end, and that of a turn."""
     about = getattr(model, "generation_config", None)
-    if about is None or tokenizer is None:
+    if about is None or not hasattr(tokenizer, "eos_token_id"):  # none, or the processor of a model of pictures
         return
     own = about.eos_token_id
     named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, turn_end(tokenizer), *more]

@@ -136,7 +136,7 @@ def lora_config(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
         lora_dropout=dropout,
         target_modules=target_modules,
-        task_type=task,  # type: ignore[arg-type]  # a string where PEFT has an enum of them
+        task_type=task,
         auto_mapping={KEY: about},
     )
 

@@ -1,4 +1,4 @@
-"""What a model does, as the class that its `config.json` names says it: which Auto class loads it, and PEFT's word for it.
+"""What a model does, by the class that its `config.json` names: which Auto class loads it, and PEFT's word for it.
 
 The kinds that commands work with are listed here. Every other class that transformers can load by an Auto class is
 of a kind too, named after that Auto class (`zero-shot-object-detection`): such models are prepared, trained and merged
@@ -34,6 +34,11 @@ class Kind:
 
     labels: bool = False
     """Whether what it gives are labels, which `config.json` names (`id2label`)."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether such a model goes on with a text, token by token."""
+        return self.peft == "CAUSAL_LM"
 
 
 KINDS: dict[str, Kind] = {
@@ -88,6 +93,7 @@ def kind_of(config: Any) -> Kind:
 
 def kind_of_model(model: Any) -> Kind | None:
     """The kind of a model in memory by its class, or by a class that it is derived from; None if nothing tells it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     for cls in type(model).__mro__:
         found = _of_class(cls.__name__.lower(), encodes=encodes)

@@ -17,6 +17,7 @@ from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, find_base, near, open_folder
 from quadapt.hf.imported import Imported, importer_of, one_file
+from quadapt.hf.kinds import Kind, kind_of_model
 from quadapt.hf.quantizer import adopt, base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, reading
 from quadapt.hf.vocabulary import check_vocabulary, embedding_rows, without_additions
@@ -33,7 +34,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
     Weights stay mapped from their file where they need no cast. On the device "meta" all is checked and nothing read.
 
     Raises:
-        CheckpointError: It is no causal language model, or cannot be loaded, or a tensor is missing, too many, or has
+        CheckpointError: It cannot be loaded, or a tensor is missing, too many, or has
             another shape or dtype than the model; the message says which.
     """
     folder = open_folder(name)
@@ -73,7 +74,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """Read transformers' configuration of a model; of one that others have quantized, as quadapt holds it.
 
     Raises:
-        CheckpointError: There is none, or it is of a model that is not a causal language model, or comes with code.
+        CheckpointError: There is none, or it names no class that transformers loads, or comes with code.
     """
     folder = open_folder(name)
     if folder.importer is not None:
@@ -155,6 +156,31 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def load_processor(name: str, kind: Kind | None, *, trust_remote_code: bool = False) -> Any:
+    """Load what prepares the inputs of a model: its tokenizer, its image processor, or a processor of its own.
+
+    Args:
+        name: Folder or hub name.
+        kind: The kind of the model; None for one of text.
+        trust_remote_code: Run code that comes with a model.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be loaded.
+    """
+    import transformers
+
+    if kind is None or kind.reads == "text":
+        return load_tokenizer(name, trust_remote_code=trust_remote_code)
+    auto: Any = transformers.AutoImageProcessor if kind.reads == "images" else transformers.AutoProcessor
+    return reading(name, auto.from_pretrained, name, trust_remote_code=trust_remote_code)
+
+
+def holder_of(folder: Folder, base: str) -> str:
+    """Where the tokenizer or processor of an adapter lies: beside it, or else beside its base."""
+    own = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    return folder.name if any((folder.path / name).exists() for name in own) else base
+
+
 def load(
     name: str,
     *,
@@ -165,6 +191,8 @@ def load(
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load anything that quadapt has written: `(model, tokenizer)`, an ordinary transformers model.
+
+    What comes in the place of the tokenizer for a model of pictures or sound is its processor.
 
     Args:
         name: Folder of a dense or quantized model, of an adapter (its base is found and loaded too), or a GGUF file
@@ -188,19 +216,22 @@ def load(
     if folder.kind != "adapter":
         dense = load_model(folder.name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         _check_runs(folder.name, dense)
-        return _ready(folder, dense, load_tokenizer(folder.name, trust_remote_code=trust_remote_code))
+        kind = kind_of_model(dense)
+        return _ready(folder, dense, load_processor(folder.name, kind, trust_remote_code=trust_remote_code))
     where = find_base(folder, base)
     model: Any = load_model(where, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with over_any_base(any_base):
         _load_adapter(folder, model)
     model.eval()
     _check_runs(folder.name, model)
-    holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
-    return _ready(folder, model, load_tokenizer(holder, trust_remote_code=trust_remote_code))
+    kind, holder = kind_of_model(model), holder_of(folder, where)
+    return _ready(folder, model, load_processor(holder, kind, trust_remote_code=trust_remote_code))
 
 
 def _ready(folder: Folder, model: nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
     """Model and tokenizer, if they belong together; what ends an answer is known to the model."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return model, tokenizer
     with locate(folder.name):
         check_vocabulary(tokenizer, embedding_rows(model))
     own = folder.path / GENERATION

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from quadapt.calibrate import Batch
 from quadapt.errors import ConfigError, MergeError, locate
-from quadapt.hf.context import context_of
 from quadapt.hf.identity import check_merging
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
+from quadapt.hf.probe import answers, perplexity, random_for, with_tokens
 from quadapt.hf.quantizer import adopt
 from quadapt.hf.trained import (
     Part,
@@ -40,7 +40,6 @@ from quadapt.hf.wrapped import unwrapped
 from quadapt.model.layer import Quantization, quantize_layer
 from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import left_over
-from quadapt.model.trial import text_ids
 from quadapt.quant.rounding import Rounding
 from quadapt.quant.weight import QuantWeight, largest_move
 
@@ -87,11 +86,12 @@ class Certificate:
     argmax_changed: float
     """The share of positions where the likeliest token changed."""
 
-    perplexity_before: float
-    """The perplexity of the adapted model on the probe; it means nothing if the probe is random tokens."""
+    perplexity_before: float | None
+    """The perplexity of the adapted model on the probe; it means nothing if the probe is random tokens. None where a
+    model does not say what comes next."""
 
-    perplexity_after: float
-    """The perplexity of the merged model on the probe."""
+    perplexity_after: float | None
+    """The perplexity of the merged model on the probe, likewise."""
 
     layers: tuple[MergedLayer, ...]
     """What the merge did to each quantized layer."""
@@ -114,21 +114,10 @@ class Certificate:
         )
 
 
-def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> Tensor:
-    """Draw token ids `[sequences, length]` from a fixed seed, which is enough to tell equal models from unequal."""
-    return torch.randint(0, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
-
-
-def _random_probe(config: Any) -> Tensor:
-    """Random tokens for a model; where some stand for pictures, none of these."""
-    text, length = config.get_text_config(), min(128, context_of(config))
-    return random_probe(text.vocab_size, length=length) if text is config else text_ids(config, 2, length)
-
-
 def merge(
     model: Any,
     *,
-    probe: Tensor | None = None,
+    probe: Batch | None = None,
     probe_name: str = "",
     requantize: Rounding | None = None,
     batches: Sequence[Batch] = (),
@@ -138,8 +127,8 @@ def merge(
 
     Args:
         model: A `PeftModel` over a quantized model, in whatever a trainer has put around it; it is used up.
-        probe: Token ids `[sequences, length]` to compare the models on; by default random ones. Tokens whose
-            embeddings trained are added to it.
+        probe: What to compare the models on: token ids `[sequences, length]`, to which those whose embeddings trained
+            are added; or a model's inputs by name. By default random tokens.
         probe_name: What the probe is, in words, for the certificate.
         requantize: Quantize the adapted weights anew where adapters cannot merge. Never done unasked.
         batches: What to calibrate the requantization on, if it needs any.
@@ -159,7 +148,7 @@ def merge(
 
 def _merge(
     model: Any,
-    given: Tensor | None,
+    given: Batch | None,
     probe_name: str,
     requantize: Rounding | None,
     batches: Sequence[Batch],
@@ -169,20 +158,19 @@ def _merge(
     besides = _check(model, layers, requantize)
     own = not quantized_layers(model) or check_merging(model)
     if given is None:
-        given = _random_probe(model.config)
-        probe_name = f"{given.numel()} random tokens"
+        given, probe_name = random_for(model)
     tokens = trained_tokens(model)
     probe = with_tokens(given, tokens)
     model.eval()
     exact = all(layer.adapters[name].merged_form for layer in layers.values() for name in layer.active())
     exact = exact and all(part.exact for part in besides)
-    adapted = _logits(model, probe)
+    adapted = answers(model, probe)
     if not bool(torch.isfinite(adapted).all()):
         raise ConfigError(
             "the adapted model gives NaN or infinite logits on the probe. Training diverged; lower the learning rate"
         )
     with adapters_off(model):
-        base = _logits(model, probe)
+        base = answers(model, probe)
     made, left = about(model)
     merge_parts(model)
     if requantize is not None and requantize.needs:
@@ -194,7 +182,7 @@ def _merge(
                 rows.append(_merge_layer(name, layers[name], requantize))
         merged = model.unload()
     besides = settle_ties(merged, besides)
-    after = _logits(merged, probe)
+    after = answers(merged, probe)
     verdict: Verdict = "lossy" if requantize else "exact" if exact and torch.equal(adapted, after) else "equivalent"
     made["merge"] = "requantized" if requantize else verdict
     if not own:
@@ -204,17 +192,8 @@ def _merge(
     if tokens:
         probe_name += f" and {len(tokens)} tokens whose embeddings trained"
     return merged, _compare(
-        (adapted, after, base), given, verdict=verdict, probe_name=probe_name, rows=rows, besides=besides
+        (adapted, after, base), given, merged, verdict=verdict, probe_name=probe_name, rows=rows, besides=besides
     )
-
-
-def with_tokens(probe: Tensor, tokens: Sequence[int]) -> Tensor:
-    """A probe `[sequences, length]` with further sequences that hold all of `tokens`, over and over to their end."""
-    if not tokens:
-        return probe
-    sequences, length = -(-len(tokens) // probe.shape[1]), probe.shape[1]
-    more = torch.tensor(tokens, dtype=probe.dtype, device=probe.device)
-    return torch.cat([probe, more.repeat(-(-sequences * length // len(more)))[: sequences * length].view(-1, length)])
 
 
 def _check(model: Any, layers: dict[str, QuantLoraLinear], requantize: Rounding | None) -> list[Part]:
@@ -288,16 +267,10 @@ def with_dense(model: Any, layers: Mapping[str, QuantLoraLinear], dtype: torch.d
     return plain
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, probe: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    rows = [model(input_ids=row[None].to(device), use_cache=False).logits[0].cpu() for row in probe]
-    return torch.stack(rows)
-
-
 def _compare(
     logits: tuple[Tensor, Tensor, Tensor],
-    given: Tensor,
+    given: Batch,
+    model: Any,
     *,
     verdict: Verdict,
     probe_name: str,
@@ -317,13 +290,8 @@ def _compare(
         effect_lost=lost / effect if effect else float(lost > 0),
         kl=max(0.0, float((before.exp() * (before - after)).sum(-1).mean())),
         argmax_changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
-        perplexity_before=_perplexity(before[: len(given)], given),
-        perplexity_after=_perplexity(after[: len(given)], given),
+        perplexity_before=perplexity(model, before, given),
+        perplexity_after=perplexity(model, after, given),
         layers=tuple(rows),
         besides=tuple(besides),
     )
-
-
-def _perplexity(log_probabilities: Tensor, probe: Tensor) -> float:
-    picked = log_probabilities[:, :-1].gather(-1, probe[:, 1:, None])
-    return float((-picked.mean()).exp())

@@ -188,8 +188,8 @@ class _Certificate(_Part):
     effect_lost: float
     kl: float
     argmax_changed: float
-    perplexity_before: float
-    perplexity_after: float
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
     layers: list[_MergedLayer]
     besides: list[_MergedPart] = []
 

@@ -12,10 +12,11 @@ from quadapt.data import PromptForm, pad_token_id
 from quadapt.errors import DataError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import open_folder
+from quadapt.hf.kinds import kind_of_model
 from quadapt.hf.loading import load
 from quadapt.hf.reading import generating
 from quadapt.hf.vocabulary import embedding_rows
-from quadapt.jobs.source import device_of
+from quadapt.jobs.source import check_writes, device_of
 from quadapt.report.ui import UI
 
 
@@ -29,6 +30,7 @@ def chat(config: ChatConfig, ui: UI) -> dict[str, Any]:
         any_base=config.any_base,
         trust_remote_code=config.trust_remote_code,
     )
+    check_writes(kind_of_model(model), config.model, "chat")
     form = form_of_folder(config, tokenizer)
     torch.manual_seed(config.seed)
     history: list[dict[str, str]] = []

@@ -8,7 +8,8 @@ from typing import Any
 from quadapt.config import ConvertConfig
 from quadapt.errors import CheckpointError
 from quadapt.hf.folder import Folder, open_folder
-from quadapt.hf.loading import load_model, load_tokenizer, quantization_of, read_config
+from quadapt.hf.kinds import kind_of_model
+from quadapt.hf.loading import load_model, load_processor, quantization_of, read_config
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.saving import save_quantized
 from quadapt.hf.workspace import Workspace, check_output
@@ -50,7 +51,8 @@ def convert(config: ConvertConfig, ui: UI) -> dict[str, Any]:
             "left": content.left,
             "bits_per_weight": bits_of(list(layouts.values())),
         }
-        save_quantized(model, load_tokenizer(folder.name, trust_remote_code=code), space.path, note)
+        processor = load_processor(folder.name, kind_of_model(model), trust_remote_code=code)
+        save_quantized(model, processor, space.path, note)
         result: dict[str, Any] = {
             "output": config.output,
             **note,

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from quadapt.config import Grid
-from quadapt.hf.loading import load_model, load_tokenizer
+from quadapt.hf.kinds import kind_of_model
+from quadapt.hf.loading import load_model, load_processor
 from quadapt.hf.saving import copy_processor
 from quadapt.model.embeddings import round_embeddings
 from quadapt.model.quantize import bits_of
@@ -71,7 +72,9 @@ def dense_base(path: Path, config: Any, ui: UI, *, source: Path | None = None) -
     kept = "float32" if config.dtype == "float32" else "auto"
     model: Any = load_model(str(source or config.model), dtype=kept, trust_remote_code=config.trust_remote_code)
     rounded_embeddings(model, config, select(model, skip=config.skip).chosen, ui)
-    write_dense(model, load_tokenizer(config.model, trust_remote_code=config.trust_remote_code), path)
+    write_dense(
+        model, load_processor(config.model, kind_of_model(model), trust_remote_code=config.trust_remote_code), path
+    )
 
 
 def write_dense(model: Any, tokenizer: Any, path: Path) -> None:

@@ -13,10 +13,11 @@ from quadapt.evaluate import exact_match, generate_samples, perplexity
 from quadapt.files import sweep
 from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import open_folder
+from quadapt.hf.kinds import kind_of_model
 from quadapt.hf.loading import load
 from quadapt.hf.workspace import check_disk, check_output, write_json
 from quadapt.jobs.identity import inputs_of
-from quadapt.jobs.source import device_of
+from quadapt.jobs.source import check_writes, device_of
 from quadapt.report.ui import UI
 
 
@@ -42,6 +43,7 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         any_base=config.any_base,
         trust_remote_code=config.trust_remote_code,
     )
+    check_writes(kind_of_model(model), config.model, "eval")
     form, word = _form(config, rows)
     if word:
         ui.say(word)

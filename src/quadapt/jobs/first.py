@@ -154,6 +154,6 @@ def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) ->
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         lora_dropout=recipe.dropout,
         target_modules=names,
-        task_type=peft_task(dense),  # type: ignore[arg-type]  # a string where PEFT has an enum of them
+        task_type=peft_task(dense),
     )
     return get_peft_model(dense, about, low_cpu_mem_usage=on_meta)

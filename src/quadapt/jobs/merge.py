@@ -14,7 +14,8 @@ from quadapt.errors import CheckpointError, QuadaptError
 from quadapt.hf.compressed import attach
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import Folder, find_base, open_folder
-from quadapt.hf.loading import load_model, load_tokenizer, over_any_base
+from quadapt.hf.kinds import kind_of_model
+from quadapt.hf.loading import holder_of, load_model, load_processor, over_any_base
 from quadapt.hf.merge import Certificate
 from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.quantizer import base_config
@@ -103,8 +104,8 @@ def load_adapted(folder: Folder, where: str, config: Any) -> tuple[nn.Module, An
     base = load_model(where, dtype=dtype, device=device_of(config), trust_remote_code=config.trust_remote_code)
     with over_any_base(config.any_base):
         model: Any = reading(folder.name, attach, base, folder.path)
-    holder = folder.name if (folder.path / "tokenizer_config.json").exists() else where
-    return model.eval(), load_tokenizer(holder, trust_remote_code=config.trust_remote_code)
+    holder, code = holder_of(folder, where), config.trust_remote_code
+    return model.eval(), load_processor(holder, kind_of_model(base), trust_remote_code=code)
 
 
 def _probe(config: MergeConfig, folder: Folder, tokenizer: Any, context: int, ui: UI) -> tuple[Tensor | None, str]:

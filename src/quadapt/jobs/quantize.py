@@ -17,7 +17,8 @@ from quadapt.data import Calibration, Rows, calibration_batches, read
 from quadapt.errors import ConfigError
 from quadapt.hf.blocks import BlockFiles
 from quadapt.hf.context import MOST_CONTEXT, context_of
-from quadapt.hf.loading import load_model, load_tokenizer
+from quadapt.hf.kinds import kind_of_model
+from quadapt.hf.loading import load_model, load_processor
 from quadapt.hf.quantizer import adopt, base_config
 from quadapt.hf.saving import save_quantized
 from quadapt.hf.start import GRIDS, START, write_grids, write_start
@@ -124,7 +125,7 @@ def quantize_into(
     kept = "float32" if dtype == "float32" else "auto"
     with within_memory(place):
         model = load_model(name, dtype=kept, device=place.home, trust_remote_code=code)
-    tokenizer = load_tokenizer(name, trust_remote_code=code)
+    tokenizer = load_processor(name, kind_of_model(model), trust_remote_code=code)
     selection = select(model, target_modules=target_modules, skip=config.skip)
     check_reads(model, selection.chosen)
     rounded = rounded_embeddings(model, config, selection.chosen, ui)

@@ -12,6 +12,7 @@ import quadapt
 from quadapt.config import Machine, TuneConfig, Walk
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
 from quadapt.hf.folder import Folder, open_folder
+from quadapt.hf.kinds import Kind
 from quadapt.importers import IMPORTERS
 
 
@@ -81,6 +82,19 @@ def dense_folder(name: str) -> Folder:
     if folder.kind == "adapter":
         raise CheckpointError(f"{name!r} is an adapter. Merge it first: quadapt merge {name} --output FOLDER")
     return folder
+
+
+def check_writes(kind: Kind | None, name: str, command: str) -> None:
+    """Check that models of a kind go on with a text, as causal language models do.
+
+    Raises:
+        ConfigError: They do something else, which the command has no use for.
+    """
+    if kind is not None and not kind.writes:
+        raise ConfigError(
+            f"{name!r} is a model for {kind.name}, and quadapt {command} needs one that goes on with a text. From "
+            "Python: quadapt.load, quadapt.prepare"
+        )
 
 
 def teacher_name(config: TuneConfig, source: str | None) -> str:

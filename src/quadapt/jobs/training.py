@@ -221,7 +221,8 @@ def _written(
     model.save_pretrained(space.path, save_embedding_layers=False)
     tokenizer.save_pretrained(space.path)
     set_ends(model.get_base_model(), tokenizer)
-    model.get_base_model().generation_config.save_pretrained(space.path)
+    if getattr(model.get_base_model(), "generation_config", None) is not None:
+        model.get_base_model().generation_config.save_pretrained(space.path)
     noted = {**summary, "base": where}
     (space.path / "README.md").write_text(adapter_card(noted), encoding="utf-8")
     write_note(space.path, noted)

@@ -11,6 +11,7 @@ from quadapt.data import Encoded, Rows, check_loss, encode, read, read_held_out,
 from quadapt.errors import ConfigError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import Folder, open_folder
+from quadapt.hf.kinds import kind_of
 from quadapt.hf.loading import load_tokenizer, read_config, read_quantization
 from quadapt.hf.start import GRIDS, START
 from quadapt.hf.vocabulary import token_ids
@@ -22,7 +23,7 @@ from quadapt.jobs.first import CHECKPOINTS, TUNED, Stages, tuned_first
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.quantize import calibration_for, quantize_into
 from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
-from quadapt.jobs.source import Place, device_of
+from quadapt.jobs.source import Place, check_writes, device_of
 from quadapt.jobs.training import Over, fit
 from quadapt.report.ui import UI
 
@@ -48,6 +49,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     quantizes = folder.kind == "model" and (chosen.adapter.base != "float" or chosen.begins_rounded)
     makes_base = quantizes or (folder.kind == "model" and config.embeddings != "float")
     about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
+    check_writes(kind_of(about), folder.name, "tune")
     seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
     found = dry.sketch(folder.name, config)
     check_length(found.model, seq_len, "seq_len", ui)

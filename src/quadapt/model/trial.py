@@ -29,16 +29,34 @@ def text_ids(config: Any, sequences: int, length: int) -> Tensor:
     about = config.get_text_config()
     marks = {value for name, value in vars(config).items() if name.endswith(("token_id", "token_index"))}
     marks |= {value for name, value in vars(about).items() if name.endswith("token_id")}
-    ids = torch.tensor([each for each in range(about.vocab_size) if each not in marks] or [0])
-    return ids[torch.randint(len(ids), (sequences, length), generator=torch.Generator().manual_seed(0))]
+    known = torch.tensor([each for each in range(about.vocab_size) if each not in marks] or [0])
+    ids = known[torch.randint(len(known), (sequences, length), generator=torch.Generator().manual_seed(0))]
+    if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
+        ids[:, -1] = config.eos_token_id  # where classifiers of this kind look for what they know of a text
+    return ids
 
 
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Logits of a model for some token ids; an encoder-decoder gets them on both sides."""
     ids = ids.to(next(model.parameters()).device)
-    both = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    return model(input_ids=ids, use_cache=False, **both).logits
+    return answer_of(model(**with_decoder(model, {"input_ids": ids})))
+
+
+def with_decoder(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by name, without a cache; an encoder-decoder that is not told what to write is told what it reads."""
+    whole = {**inputs, "use_cache": False} if "input_ids" in inputs else dict(inputs)
+    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in inputs:
+        whole.setdefault("decoder_input_ids", inputs["input_ids"])
+    return whole
+
+
+def answer_of(output: Any) -> Tensor:
+    """What a model answers: its logits; of one that gives none, the first tensor that it gives."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    return next(each for each in output.to_tuple() if isinstance(each, Tensor))
 
 
 def check_runs(model: Any) -> Tensor:
