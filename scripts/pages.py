@@ -22,6 +22,7 @@ from quadapt.config import Flag, RunConfig, Settings
 from quadapt.exporters.formats import EXPORTERS
 from quadapt.exporters.survey import formats_page, merged_layout
 from quadapt.importers import IMPORTERS
+from quadapt.importers.gguf_families import FAMILIES
 from quadapt.methods import METHODS, method_named
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
@@ -146,6 +147,7 @@ def filled(page: str) -> str:
         "methods": methods,
         "formats": formats,
         "formats that are read": read_formats,
+        "GGUF families": gguf_families,
         "merged methods by format": merged_by_format,
     }
     for name, made in tables.items():
@@ -180,6 +182,16 @@ def read_formats() -> str:
     """Every format of others that is read, in its own words."""
     found = [f"| `{name}` | {importer.summary} |" for name, importer in IMPORTERS.items()]
     return "\n".join(["| format | what is read, and whose it is |", "| --- | --- |", *found])
+
+
+def gguf_families() -> str:
+    """Every family of models that GGUF files are written for, and which of these files are read back as codes."""
+    found = [
+        f"| `{name}` | `{family.arch}` | {', '.join(family.ropes) or 'none'} | {'yes' if family.read else 'no'} |"
+        for name, family in FAMILIES.items()
+    ]
+    head = ["| model | architecture in the file | rotary embedding | read back as codes |", "| --- | --- | --- | --- |"]
+    return "\n".join(head + found)
 
 
 def merged_by_format() -> str:

@@ -67,8 +67,8 @@ def tiny(kind: str = "Llama", **changes: Any) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | changes))
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    made = getattr(transformers, f"{kind}ForCausalLM", None) or getattr(transformers, f"{kind}LMHeadModel")
+    model = made(made.config_class(**(SIZES | changes))).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

@@ -15,7 +15,10 @@ from quadapt.nn.adapters import Pooled
 
 REFUSED = [
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}, "rope_type default or linear"),
+    (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+        "rope_type default or linear or",
+    ),
 ]
 
 
@@ -29,8 +32,8 @@ def test_refuses_what_llama_cpp_would_compute_otherwise(
 
 
 def test_refuses_other_families(tokenizer: Any, tmp_path: Path) -> None:
-    model = tiny("Gemma", head_dim=16, pad_token_id=0)
-    with pytest.raises(ExportError, match=r"GemmaForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
+    model = tiny("OPT", ffn_dim=96, word_embed_proj_dim=64, pad_token_id=0)
+    with pytest.raises(ExportError, match=r"OPTForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
         export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf")
 
 

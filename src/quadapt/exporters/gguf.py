@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
 from quadapt.exporters.ggml import BY_NAME, bytes_of, type_for, why_not
-from quadapt.exporters.gguf_metadata import family_of, namer, rope_factors, write_metadata
+from quadapt.exporters.gguf_metadata import family_of, namer, write_metadata
+from quadapt.exporters.gguf_rope import rope_factors
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
-from quadapt.importers.gguf_family import heads_of
+from quadapt.importers.gguf_family import Family
 from quadapt.model.embeddings import TYPES as EMBEDDINGS
 from quadapt.model.embeddings import recognized
 from quadapt.model.quantize import Progress
@@ -45,13 +46,13 @@ class Entry:
     source: Source
     """Where the numbers of the tensor come from."""
 
-    heads: int = 0
-    """Heads whose rows must be reordered for the rotary embedding; 0 if they stay in order."""
+    order: np.ndarray | None = None
+    """The rows of the matrix in the order in which they are written, int64 `[rows]`; None if that is their own."""
 
     def data(self) -> np.ndarray:
         """What is written: a row of numbers, or of bytes of blocks, for each row of the matrix."""
         rows = self._blocks() if self.row.type in BY_NAME else self._dense()
-        return interleave(rows, self.heads) if self.heads else rows
+        return rows if self.order is None else rows[self.order]  # groups run along a row, so they move with it
 
     def _blocks(self) -> np.ndarray:
         source = self.source if isinstance(self.source, QuantWeight) else recognized(self.source, self.row.type.lower())
@@ -81,7 +82,7 @@ def export_gguf(
     """Write a quantized model as one GGUF file.
 
     Args:
-        model: Llama, Mistral, Qwen2 or Qwen3; quantized layers as codes, without adapters.
+        model: Of one of the families in `gguf_families.py`; quantized layers as codes, without adapters.
         tokenizer: Its (fast) tokenizer.
         path: The file; one that is there is replaced when the new one is whole.
         dense: How weights that a block cannot hold go out: f32 keeps them as they are, f16 rounds them.
@@ -126,14 +127,23 @@ def _entries(model: nn.Module, dense: str) -> list[Entry]:
     wished = _rounded_to(config)
     entries = []
     for name, source in tensors_of(model):
+        if isinstance(source, Tensor) and family.shifts(name):
+            source = source.float() + 1
         row = _row(name_of(name), source, dense)
         if name in of_ends and isinstance(source, Tensor):
             row = _embedding_row(row, source, wished.get(name.rpartition(".")[0], ""))
-        entries.append(Entry(row, source, heads_of(name, family, config)))
-    factors = rope_factors(config)
-    if factors is not None:
-        entries.append(Entry(_row("rope_freqs.weight", factors, dense), factors))
-    return entries
+        entries.append(Entry(row, source, family.order(name, config, row.shape[0])))
+    entries += [Entry(_row(name, factors, dense), factors) for name, factors in rope_factors(config).items()]
+    return entries + _head_again(entries, family)
+
+
+def _head_again(entries: Sequence[Entry], family: Family) -> list[Entry]:
+    """The embedding once more as the output head, if the model has them in one, and llama.cpp wants both."""
+    by_name = {entry.row.name: entry for entry in entries}
+    if not family.own_head or "output.weight" in by_name:
+        return []
+    table = by_name["token_embd.weight"]
+    return [replace(table, row=replace(table.row, name="output.weight"))]
 
 
 def _row(name: str, source: Source, dense: str) -> TensorRow:
@@ -185,15 +195,6 @@ def write_tensors(writer: GGUFWriter, entries: Sequence[Entry], progress: Progre
     by_name = {entry.row.name: entry for entry in entries}
     for name in progress(list(by_name)):
         writer.write_tensor_data(by_name[name].data())
-
-
-def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Bring the rows of each head from transformers' order for the rotary embedding (halves) into llama.cpp's (pairs).
-
-    Rows may be weights, biases, blocks, or rows of `lora_B`: groups run along a row, so they move with it.
-    """
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def _file_type(entries: Sequence[Entry]) -> int:

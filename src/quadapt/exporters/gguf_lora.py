@@ -13,7 +13,6 @@ from quadapt.exporters.gguf import Entry, write_tensors
 from quadapt.exporters.gguf_metadata import family_of, namer
 from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow
-from quadapt.importers.gguf_family import heads_of
 
 _ADVICE = "which a GGUF adapter cannot hold. Use --format lora"
 
@@ -22,7 +21,7 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
     """Write an adapter as a GGUF file, to be loaded together with the GGUF file of its base.
 
     Args:
-        model: A PEFT model over quantized layers of Llama, Mistral, Qwen2 or Qwen3.
+        model: A PEFT model over quantized layers of one of the families in `gguf_families.py`.
         path: The file; one that is there is replaced when the new one is whole.
         adapter_name: Which adapter.
 
@@ -55,11 +54,11 @@ def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry]:
     for name in layers:
         A, B = as_lora(name, layers, adapter_name)
         weight = f"{name}.weight"
-        for suffix, factor, heads in (("lora_a", A, 0), ("lora_b", B, heads_of(weight, family, base.config))):
+        for suffix, factor, order in (("lora_a", A, None), ("lora_b", B, family.order(weight, base.config, len(B)))):
             row = TensorRow(
                 name=f"{name_of(weight)}.{suffix}", type="F32", shape=tuple(factor.shape), nbytes=4 * factor.numel()
             )
-            entries.append(Entry(row, factor, heads))
+            entries.append(Entry(row, factor, order))
     return entries
 
 

@@ -1,18 +1,25 @@
-"""What llama.cpp must know of a model besides its weights: names, sizes, rotary embedding."""
+"""What llama.cpp must know of a model besides its weights: names, sizes, and what it computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quadapt.errors import ExportError
-from quadapt.importers.gguf_family import FAMILIES, Family, names_of
+from quadapt.exporters.gguf_rope import check_rope, head_dim, write_rope
+from quadapt.importers.gguf_families import FAMILIES
+from quadapt.importers.gguf_family import Family, names_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation")
+"""Fields of configurations that name the activation function."""
+
+_FRACTIONS = ("epsilon", "softcapping", "freq_base")
+"""Parts of the keys whose numbers are no whole ones."""
 
 
 def family_of(model: nn.Module) -> Family:
@@ -21,23 +28,21 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ExportError: It is not one that can be written, or it computes what llama.cpp would not.
     """
-    class_name = type(model).__name__
+    class_name, config = type(model).__name__, model.config
     if class_name not in FAMILIES:
         raise ExportError(
             f"{class_name}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf, and llama.cpp's own converter"
         )
-    config: Any = model.config
-    if config.hidden_act != "silu":
-        raise ExportError(
-            f"config.hidden_act={config.hidden_act!r}: llama.cpp computes {class_name} with silu. Use --format hf"
-        )
-    rope, known = _rope(config), ["default", "linear", *(["llama3"] if FAMILIES[class_name].rope_factors else [])]
-    if rope["rope_type"] not in known or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError(
-            f"config.rope_parameters={rope}: for {class_name} rope_type {' or '.join(known)} over whole heads "
-            "can be written. Use --format hf"
-        )
-    return FAMILIES[class_name]
+    family = FAMILIES[class_name]
+    for name, allowed in family.computes.items():
+        value, known = getattr(config, name, None), (allowed(config),) if callable(allowed) else allowed
+        if value not in known:
+            raise ExportError(
+                f"config.{name}={value!r}: llama.cpp computes {class_name} with {' or '.join(map(repr, known))}. "
+                "Use --format hf"
+            )
+    check_rope(family, config, class_name)
+    return family
 
 
 def namer(family: Family, blocks: int) -> Callable[[str], str]:
@@ -61,53 +66,35 @@ def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]
     import gguf
 
     config: Any = model.config
-    head_dim, rope = _head_dim(config), _rope(config)
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    family = FAMILIES[type(model).__name__]
+    said = {key: of(config) if callable(of) else getattr(config, of) for key, of in family.metadata.items()}
+    longest = said["context_length"]
+    window = longest if family.windows else getattr(config, "sliding_window", None) or longest
+    said["context_length"] = min(longest, window)
     writer.add_type("model")
     writer.add_name("Mistral" if name == "mistral" else name)  # which transformers takes for an architecture
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(min(config.max_position_embeddings, window))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if head_dim * config.num_attention_heads != config.hidden_size:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    if window >= config.max_position_embeddings:
-        return []
-    return [
-        f"this model attends to the last {window} tokens, llama.cpp to all: they agree up to {window} tokens, and "
-        f"that is the context length written (the model allows {config.max_position_embeddings})"
-    ]
+    for key, value in said.items():
+        _say(writer, f"{family.arch}.{key}", value)
+    if head_dim(config) * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(head_dim(config))
+        writer.add_value_length(head_dim(config))
+    notes = write_rope(writer, family, config)
+    if "gelu" in [getattr(config, field, "") for field in _ACTIVATIONS]:
+        notes.append("llama.cpp computes gelu by its approximation with tanh, which is off by at most 0.0005")
+    if window < longest:
+        notes.append(
+            f"this model attends to the last {window} tokens, llama.cpp to all: they agree up to {window} tokens, and "
+            f"that is the context length written (the model allows {longest})"
+        )
+    return notes
 
 
-def rope_factors(config: Any) -> Tensor | None:
-    """What llama.cpp is to divide each rotary frequency by, float32 `[head_dim / 2]`; None if they are not Llama 3's.
-
-    Taken from the frequencies that transformers computes.
-    """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope, head_dim = _rope(config), _head_dim(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return (plain / scaled.double()).float()
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    return {"rope_type": "default", **config.rope_parameters}
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _say(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Write a number in the type that llama.cpp reads it in."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif value is not None and any(part in key for part in _FRACTIONS):
+        writer.add_float32(key, float(value))
+    elif value is not None:
+        writer.add_uint32(key, int(value))

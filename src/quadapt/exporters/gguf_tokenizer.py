@@ -28,16 +28,28 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
+_BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
+
 _BYTES, _BYTES_AFTER = ("ByteLevel", True), ("ByteLevel", False)
+
+_FALCON = (("Punctuation", "Contiguous"), _BYTES, ("Digits", False), ("Split", "[0-9][0-9][0-9]"))
 
 _PRE_TOKENIZERS = {
     ((_BYTES,), False): "gpt-2",
     ((("Digits", True), _BYTES), False): "smollm",
     ((("Split", _LLAMA3), _BYTES_AFTER), True): "llama-bpe",
     ((("Split", _LLAMA3), _BYTES_AFTER), False): "dbrx",  # Llama 3's cuts, but words are merged step by step
-    ((("Split", _QWEN2), _BYTES_AFTER), False): "qwen2",
+    ((("Split", _QWEN2), _BYTES_AFTER), False): "qwen2",  # and StableLM 2
+    ((("Split", _BLOOM), _BYTES_AFTER), False): "bloom",
+    (_FALCON, False): "falcon",
 }
 """llama.cpp's names for how byte-level tokenizers cut a text, by the steps of the pre_tokenizer and `ignore_merges`."""
+
+_ON_SPACES = (
+    "Split",
+    json.dumps({"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}),
+)
+"""A step of Gemma's, which does nothing: by then its normalizer has replaced all spaces."""
 
 _KNOWN_ENDS = {
     "<|eot_id|>",
@@ -224,6 +236,7 @@ def _setting(step: dict[str, Any]) -> Any:
     usual: dict[str, tuple[str, dict[str, Any]]] = {
         "ByteLevel": ("use_regex", {"add_prefix_space": False}),
         "Digits": ("individual_digits", {}),
+        "Punctuation": ("behavior", {}),
         "Split": ("pattern", {"behavior": "Isolated", "invert": False}),
         "Prepend": ("prepend", {}),
         "Replace": ("content", {"pattern": {"String": " "}}),
@@ -260,7 +273,7 @@ def _prefix(data: dict[str, Any]) -> tuple[bool, list[str]]:
         if data["model"]["byte_fallback"]
         else ["the tokenizer has no bytes: what it does not know becomes its unknown token, and in llama.cpp an error"]
     )
-    if not pre and normalizers in ([("Replace", _SPACE)], [("Prepend", _SPACE), ("Replace", _SPACE)]):
+    if pre in ([], [_ON_SPACES]) and normalizers in ([("Replace", _SPACE)], [("Prepend", _SPACE), ("Replace", _SPACE)]):
         return len(normalizers) == 2, notes
     if not normalizers and pre == [("Metaspace", "never")]:
         return False, notes

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from quadapt.errors import CheckpointError
 from quadapt.importers.base import IMPORTERS, FileImporter, Importer, Parts, expect
 from quadapt.importers.ggml import BLOCKS, Blocks
-from quadapt.importers.gguf_family import FAMILIES, heads_of, names_of
+from quadapt.importers.gguf_families import FAMILIES, family_names
+from quadapt.importers.gguf_family import names_of
 from quadapt.quant.weight import Layout, QuantWeight
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ _LOW, _HIGH = 1.0, 4.0
 
 @IMPORTERS.register("gguf")
 class GGUF(FileImporter):
-    """GGUF files of Llama, Mistral, Qwen2 and Qwen3, in any mixture of the types that are held."""
+    """GGUF files of the families that `gguf_families.py` says are read, in any mixture of the types that are held."""
 
-    summary: ClassVar[str] = f"{', '.join(BLOCKS)}; of llama.cpp, for Llama, Mistral, Qwen2 and Qwen3"
+    summary: ClassVar[str] = f"{', '.join(BLOCKS)}; of llama.cpp, for {family_names(read=True)}"
     parts: ClassVar[tuple[str, ...]] = ("blocks", "type")
     suffix: ClassVar[str] = ".gguf"
     dtype: ClassVar[str] = "float32"
@@ -52,8 +53,8 @@ class GGUF(FileImporter):
     def of_file(cls, path: Path) -> Importer:
         reader = _open(path)
         arch = str(reader.fields["general.architecture"].contents())
-        if arch not in {family.arch for family in FAMILIES.values()}:
-            raise CheckpointError(f"is of {arch}, and GGUF files of {', '.join(FAMILIES)} are read. {_ADVICE}")
+        if arch not in {family.arch for family in FAMILIES.values() if family.read}:
+            raise CheckpointError(f"is of {arch}, and GGUF files of {family_names(read=True)} are read. {_ADVICE}")
         matrices = [each for each in reader.tensors if each.name.startswith("blk.") and len(each.shape) > 1]
         for each in matrices:
             if len(each.shape) > 2:
@@ -133,8 +134,10 @@ class _Tensors(Mapping[str, Tensor]):
         if part.endswith(".type"):
             return torch.tensor(int(tensor.tensor_type))
         rows = torch.from_numpy(tensor.data) if part.endswith(".blocks") else _numbers(tensor)
-        heads = heads_of(name, self.family, self.config)
-        return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else rows
+        if self.family.shifts(name):
+            rows = rows.float() - 1
+        order = self.family.order(name, self.config, len(rows))
+        return rows if order is None else rows[torch.from_numpy(order).argsort()]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)

@@ -1,39 +1,68 @@
-"""Families of models as llama.cpp knows them: the names of their tensors, and the order of their rows.
+"""What a family of models is to llama.cpp: the names of its tensors, the order of their rows, and what is computed.
 
-Read and written files have these in common.
+Read and written files have these in common. The families themselves are declared in `gguf_families.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+RowOrder = Callable[[Any, int], np.ndarray]
+"""From a configuration and a number of rows, the rows of a matrix in the order in which a file holds them, int64
+`[rows]`: row `order[i]` of transformers' matrix is row `i` of the file's."""
+
+Of = str | Callable[[Any], Any]
+"""Where a number of the metadata comes from: a field of the configuration, or a function of all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How llama.cpp knows a family of models."""
+    """How llama.cpp knows the models of one class of transformers."""
 
     arch: str
     """The name of the architecture in GGUF files, `general.architecture`."""
 
-    interleaved: bool
-    """Whether its rotary embedding turns neighbouring rows (0 and 1, 2 and 3, ..), where transformers turns row `i`
-    with row `i + half`: then the rows of q_proj and k_proj lie in another order in a file."""
+    metadata: Mapping[str, Of]
+    """What a file says of the model, by its keys there without the name of the architecture before them. A value of
+    None is not written."""
 
-    rope_factors: bool
-    """Whether it reads a tensor of factors for the rotary frequencies (Llama 3's scaling)."""
+    computes: Mapping[str, tuple[Any, ...] | Callable[[Any], Any]] = field(default_factory=dict)
+    """What a file does not say, and llama.cpp takes for granted: the values that a field of the configuration may
+    have, or a function of the configuration that gives the only one."""
 
+    rows: Mapping[str, RowOrder] = field(default_factory=dict)
+    """Layers whose rows lie in another order in a file, by the last part of their names."""
 
-_LLAMA = Family(arch="llama", interleaved=True, rope_factors=True)
+    ropes: tuple[str, ...] = ("default", "linear")
+    """The kinds of rotary embedding that a file can say; none if the family has no rotary embedding."""
 
-FAMILIES = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": Family(arch="qwen2", interleaved=False, rope_factors=False),
-    "Qwen3ForCausalLM": Family(arch="qwen3", interleaved=False, rope_factors=False),
-}
-"""The families that can be read as codes, and written, by the model's class."""
+    partial: bool = False
+    """Whether the rotary embedding may turn a part of each head."""
+
+    windows: bool = False
+    """Whether llama.cpp lets the layers attend to the last `sliding_window` tokens alone that do so in transformers."""
+
+    norms_from_one: bool = False
+    """Whether transformers stores the scales of norms less one; in a file they are what inputs are multiplied by."""
+
+    own_head: bool = False
+    """Whether a file needs an output head of its own also where it is the embedding."""
+
+    read: bool = True
+    """Whether files are read, too: transformers makes the configuration of a file, if it knows the architecture."""
+
+    def order(self, name: str, config: Any, rows: int) -> np.ndarray | None:
+        """The order in which a file holds the rows of the tensor `name` of transformers; None if it is the same."""
+        layer = name.split(".")[-2] if "." in name else ""
+        return self.rows[layer](config, rows) if layer in self.rows else None
+
+    def shifts(self, name: str) -> bool:
+        """Whether a file holds the tensor `name` of transformers plus one."""
+        return self.norms_from_one and name.endswith("norm.weight")
 
 
 def names_of(family: Family, blocks: int) -> Callable[[str], str | None]:
@@ -47,13 +76,42 @@ def names_of(family: Family, blocks: int) -> Callable[[str], str | None]:
     table = gguf.get_tensor_name_map(arch, blocks)
 
     def name_of(name: str) -> str | None:
-        found: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        return found
+        for known in (name, name.removeprefix("transformer.")):  # of BLOOM the table has names without it
+            found: str | None = table.get_name(known, try_suffixes=(".weight", ".bias"))
+            if found is not None:
+                return found
+        return None
 
     return name_of
 
 
-def heads_of(name: str, family: Family, config: Any) -> int:
-    """Heads whose rows must be reordered in the tensor `name` of transformers; 0 if its rows stay in order."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return heads.get(name.split(".")[-2], 0) if family.interleaved else 0
+def pairs(heads: str) -> RowOrder:
+    """Rows of heads from transformers' order for the rotary embedding (halves) into that of the llama family (pairs).
+
+    transformers turns row `i` of a head with row `i + half`, llama.cpp's llama neighbouring ones (0 and 1, 2 and 3).
+
+    Args:
+        heads: The field of the configuration that says how many heads there are.
+    """
+
+    def order(config: Any, rows: int) -> np.ndarray:
+        return np.arange(rows).reshape(getattr(config, heads), 2, -1).swapaxes(1, 2).ravel()
+
+    return order
+
+
+def apart(groups: Callable[[Any], int]) -> RowOrder:
+    """Rows of a layer for query, key and value, which transformers holds group by group, into all of each.
+
+    A group is the queries that share a key, then this key and its value.
+
+    Args:
+        groups: From a configuration, how many keys there are.
+    """
+
+    def order(config: Any, rows: int) -> np.ndarray:
+        keys = groups(config)
+        each = np.arange(rows).reshape(keys, config.num_attention_heads // keys + 2, -1)
+        return np.concatenate([part.ravel() for part in (each[:, :-2], each[:, -2], each[:, -1])])
+
+    return order

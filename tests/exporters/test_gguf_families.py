@@ -1,0 +1,133 @@
+"""Each family that GGUF is written for: llama.cpp computes what transformers does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_models import quantized, tiny, with_adapter
+from gguf_models import HALF, LONG, MODELS, WINDOWS, with_their_gelu
+
+from quadapt.errors import ExportError
+from quadapt.exporters.gguf import export_gguf
+from quadapt.exporters.gguf_lora import export_gguf_lora
+from quadapt.exporters.llama_cpp import differences
+from quadapt.importers.gguf_families import FAMILIES, family_names
+from quadapt.nn.adapters import LoRA
+from quadapt.quant.format import Format
+from quadapt.quant.storage import Storage
+
+pytest.importorskip("xllamacpp", reason="needs xllamacpp (pip install 'quadapt[demo]')")
+
+NF4 = Format(levels="nf", bits=4)
+"""Leaves as F32, and so is not subject to llama.cpp's rounding of activations: shows that all else is equal."""
+
+GRIDS = {
+    "Q4_1": (Format(bits=4, group_size=32), Storage.floating("fp16", "float")),
+    "Q4_K": (Format(bits=4, group_size=32), Storage.floating("q4_k", "float")),
+}
+ONE_OF_EACH = list({kind: name for name, (kind, _) in reversed(MODELS.items())}.values())
+
+
+def tokens(count: int) -> list[int]:
+    """Ids drawn at random, the same each time."""
+    return torch.randint(2, 300, (count,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def test_every_family_is_tried_and_named_on_the_first_page() -> None:
+    assert {type(tiny(*MODELS[name][:1], **MODELS[name][1])).__name__ for name in ONE_OF_EACH} == set(FAMILIES)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"GGUF: {family_names()}." in " ".join(readme.split())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_computes_the_same_where_nothing_is_rounded(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Nothing but GELU, which llama.cpp looks up in a table over float16; with that table torch gives its answer."""
+    kind, changes = MODELS[name]
+    model, ids = quantized(tiny(kind, **changes), NF4), tokens(100)
+    export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    apart = differences(tmp_path / "model.gguf", model, ids)
+    if "rope_parameters" in changes:  # and they matter
+        plain = quantized(tiny(kind, **changes | {"rope_parameters": None}), NF4)
+        assert differences(tmp_path / "model.gguf", plain, ids).max() > 0.1
+    if not with_their_gelu(model):
+        assert apart.max() < 1e-3
+        return
+    alike = differences(tmp_path / "model.gguf", model, ids)
+    print(
+        f"{name}: {apart.max():.4f}, {apart.mean():.1e} on average; with its GELU {alike.max():.4f}, {alike.mean():.1e}"
+    )
+    assert apart.max() < 0.01
+    assert alike.max() < 2e-3
+    assert alike.mean() < 1e-4
+
+
+@pytest.mark.parametrize("block", GRIDS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_quantized_model_answers_alike(name: str, block: str, tokenizer: Any, tmp_path: Path) -> None:
+    """What differs is llama.cpp's rounding of activations to 8 bits, and it is small."""
+    kind, changes = MODELS[name]
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    sizes["num_attention_heads"] = 256 // changes.get("head_dim", 64)  # so that all widths are whole super-blocks
+    model = quantized(tiny(kind, **(changes | sizes)), *GRIDS[block])
+    report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    assert {row.type for row in report.tensors if row.linear} == {block}
+    apart = differences(tmp_path / "model.gguf", model, tokens(60))
+    print(f"{name}, {block}: log-probabilities differ by at most {apart.max():.3f}, {apart.mean():.4f} on average")
+    assert apart.max() < 0.3
+    assert apart.mean() < 0.04
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_serves_base_and_adapter(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    kind, changes = MODELS[name]
+    model, ids = with_adapter(quantized(tiny(kind, **changes), NF4), LoRA(), alpha=6.0), tokens(40)
+    base, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
+    export_gguf_lora(model, lora)
+    export_gguf(quantized(tiny(kind, **changes), NF4), tokenizer, base)
+    assert differences(base, model, ids, lora=lora).max() < 0.01
+    assert differences(base, model, ids).max() > 0.1
+
+
+NOT_ALIKE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "activation": ("GPTNeoX", {"hidden_act": "relu"}, "hidden_act='relu'.*GPTNeoXForCausalLM with 'gelu_pytorch_tanh'"),
+    "windows": (
+        "Gemma2",
+        {**WINDOWS, "layer_types": ["full_attention"] * 2},
+        "layer_types=.*with .'sliding_attention'",
+    ),
+    "scale of queries": ("Gemma2", {**WINDOWS, "query_pre_attn_scalar": 64}, "query_pre_attn_scalar=64.* with 32"),
+    "no cap": ("Gemma2", {**WINDOWS, "attn_logit_softcapping": None}, "attn_logit_softcapping=None.* with 50.0"),
+    "a cap": ("Gemma3", {**WINDOWS, "final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0.* with None"),
+    "an own head": ("Gemma", {"head_dim": 32, "tie_word_embeddings": False, "pad_token_id": 0}, "no such tensor"),
+    "norms of queries": ("StableLm", {"qk_layernorm": True}, "qk_layernorm=True"),
+    "alibi": ("Falcon", {"alibi": True}, "alibi=True.* with False"),
+    "biases": ("Falcon", {"bias": True}, "bias=True.* with False"),
+    "parts of heads": ("Llama", {"rope_parameters": HALF}, "rope_type default .*over whole heads"),
+    "other scaling": (
+        "GPTNeoX",
+        {"rope_parameters": {**HALF, "rope_type": "dynamic", "factor": 2.0}},
+        "rope_type default",
+    ),
+    "residual": ("Bloom", {"apply_residual_connection_post_layernorm": True}, "with False"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ALIKE)
+def test_refuses_what_llama_cpp_would_compute_otherwise(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    kind, changes, why = NOT_ALIKE[name]
+    with pytest.raises(ExportError, match=why):
+        export_gguf(quantized(tiny(kind, **changes)), tokenizer, tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_what_differs(tokenizer: Any, tmp_path: Path) -> None:
+    for (kind, changes), words in [
+        (("Falcon", {}), "gelu by its approximation with tanh"),
+        (("Phi3", {"pad_token_id": 0, **LONG}), "more than 256 tokens"),
+        (("Phi3", {"pad_token_id": 0, "sliding_window": 64}), "last 64 tokens, llama.cpp to all"),
+    ]:
+        report = export_gguf(quantized(tiny(kind, **changes)), tokenizer, tmp_path / "model.gguf")
+        assert words in report.notes[-1]
