@@ -48,7 +48,7 @@ def llama_block(dtype: torch.dtype) -> tuple[nn.Module, Example]:
         nn.init.normal_(parameter, std=0.02) if parameter.ndim == 2 else nn.init.ones_(parameter)
     hidden, target = torch.randn(2, SEQUENCES, LENGTH, HIDDEN).to(dtype)
     positions = LlamaRotaryEmbedding(config)(hidden, torch.arange(LENGTH)[None])
-    return block, Example(hidden, (), {"position_embeddings": positions, "attention_mask": None}, target)
+    return block, Example((hidden,), {"position_embeddings": positions, "attention_mask": None}, target)
 
 
 def fitted(block: nn.Module) -> list[BlockAPLinear]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quadapt.calibrate import BackwardWalk, Batch, BlockWalk, Watch, labelled, parted
+from quadapt.calibrate import BackwardWalk, Batch, BlockWalk, Watch, labelled, parted, settings_of
 from quadapt.errors import CalibrationError
 from quadapt.files import sweep, writing
 from quadapt.model.select import find_blocks
@@ -160,13 +160,13 @@ def gather_second_moments(
     open_ = [block for block, inside in units.items() if files.missing(MOMENT, inside)]
     if not open_:
         return
-    walk = BlockWalk(model, blocks, batches, device)
-    last = list(blocks).index(open_[-1])
-    for block in progress(list(blocks)[: last + 1]):
-        if block in open_:
-            files.keep(MOMENT, block, walk.advance_and_gather(block, blocks[block], units[block]))
-        else:
-            walk.advance(block, blocks[block])
+    with BlockWalk(model, blocks, batches, device) as walk:
+        last = max(walk.order.index(block) for block in open_)
+        for block in progress(walk.order[: last + 1]):
+            if block in open_:
+                files.keep(MOMENT, block, walk.advance_and_gather(block, units[block]))
+            else:
+                walk.advance(block)
 
 
 def gather_fisher(
@@ -238,12 +238,13 @@ def _whole(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: t
     """Gradients of sequences one by one, through the model as a whole."""
     with watch(model), torch.enable_grad():
         for sequence in sequences:
-            model(**labelled(sequence, device), use_cache=False).loss.backward()
+            model(**labelled(sequence, device), **settings_of(model)).loss.backward()
 
 
 def _by_blocks(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: torch.device) -> None:
     """Gradients of sequences one by one, block by block on a device."""
-    BackwardWalk(model, find_blocks(model), sequences, device).back(watch)
+    with BackwardWalk(model, find_blocks(model), sequences, device) as walk:
+        walk.back(watch)
 
 
 @contextmanager

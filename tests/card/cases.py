@@ -173,10 +173,10 @@ def test_more_text_takes_no_more_room() -> None:
         ledger.reset()
         walk = BlockWalk(model, find_blocks(model), text(count), CARD)
         for name, block in find_blocks(model).items():
-            walk.second_moment(name, block, block.get_submodule("mlp.down_proj"))
-            walk.advance(name, block)
+            walk.second_moment(name, block.get_submodule("mlp.down_proj"))
+            assert ledger.now == 0  # hidden states wait beside the model
+            walk.advance(name)
         peaks.append(ledger.peak)
-        assert {each.device.type for each in walk._hidden} == {"cpu"}
     assert peaks[0] == peaks[1] > 0
 
 

@@ -56,9 +56,9 @@ def test_a_step_moves_what_block_ap_trains_and_nothing_else() -> None:
     """As AdamW written out has it for a first step: each number by its rate, against the sign of its gradient."""
     layer = moved(BlockAPLinear(linear(), layout(12, 80)))
     block = nn.Sequential(nn.LayerNorm(80), layer)
-    example = Example(torch.randn(2, 5, 80), (), {}, torch.randn(2, 5, 12))
+    example = Example((torch.randn(2, 5, 80),), {}, torch.randn(2, 5, 12))
     before = {name: each.detach().clone() for name, each in block.named_parameters()}
-    loss = nn.functional.mse_loss(block(example.hidden), example.target)
+    loss = nn.functional.mse_loss(block(*example.args), example.target)
     trained = {name: each for name, each in block.named_parameters() if name.startswith(("1.source", "1.trained"))}
     slopes = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
     how = BlockAP(learning_rate=0.01, weight_learning_rate=0.005)
@@ -132,21 +132,21 @@ def random_ids(sequences: int = 24) -> list[torch.Tensor]:
     return list(torch.randint(3, 96, (sequences, 24), generator=torch.Generator().manual_seed(5)).split(4))
 
 
-def walk(model: nn.Module, ids: list[torch.Tensor]) -> tuple[BlockWalk, str, nn.Module]:
+def walk(model: nn.Module, ids: list[torch.Tensor], size: int) -> tuple[BlockWalk, str, nn.Module]:
     blocks = find_blocks(model)
     name, block = next(iter(blocks.items()))
-    found = BlockWalk(model, blocks, ids)
-    found.advance_dense(name, block)
+    found = BlockWalk(model, blocks, ids, size=size)
+    found.advance_dense(name)
     return found, name, block
 
 
 def test_examples_are_what_a_block_gets_and_gives(tiny_llama: Make) -> None:
-    found, name, block = walk(tiny_llama(), random_ids(6))
-    examples = found.examples(name, 3)  # batches of 4 and 2: 3, 1, 2
-    assert [len(each.hidden) for each in examples] == [3, 1, 2]
+    found, _name, block = walk(tiny_llama(), random_ids(6), 3)
+    examples = found.examples()  # batches of 4 and 2: 3, 1, 2
+    assert [len(each.args[0]) for each in examples] == [3, 1, 2]
     for each in examples:
         with torch.no_grad():
-            output = block(each.hidden, *each.args, **each.kwargs)
+            output = block(*each.args, **each.kwargs)
         output = output if isinstance(output, torch.Tensor) else output[0]
         torch.testing.assert_close(output, each.target, rtol=1e-5, atol=1e-5)
 
@@ -154,13 +154,13 @@ def test_examples_are_what_a_block_gets_and_gives(tiny_llama: Make) -> None:
 def fitted(
     model: nn.Module, rounding: BlockAP, ids: list[torch.Tensor] | None = None
 ) -> tuple[list[BlockAPLinear], tuple[float, float]]:
-    found, name, block = walk(model, ids or random_ids())
+    found, name, block = walk(model, ids or random_ids(), rounding.batch_size)
     layers = {}
     for each in [each for each in select(model).chosen if each.startswith(f"{name}.")]:
         dense = model.get_submodule(each)
         layers[each] = BlockAPLinear(dense, layout(dense.out_features, dense.in_features))
         model.set_submodule(each, layers[each])
-    return list(layers.values()), rounding.fit(block, list(layers.values()), found.examples(name, rounding.batch_size))
+    return list(layers.values()), rounding.fit(block, list(layers.values()), found.examples())
 
 
 def test_training_lowers_the_error_of_a_real_block(tmp_path: Any) -> None:
@@ -235,6 +235,6 @@ def test_what_it_cannot_do_is_said() -> None:
         BlockAP().check(layout(4, 64, scales="double", offsets="double"))
     with pytest.raises(ConfigError, match="epochs and batch_size must be 1 or more"):
         BlockAP(epochs=0).check(layout(4, 64))
-    example = Example(torch.zeros(2, 3, 8), (), {}, torch.zeros(2, 3, 8))
+    example = Example((torch.zeros(2, 3, 8),), {}, torch.zeros(2, 3, 8))
     with pytest.raises(CalibrationError, match="at least 4 calibration sequences"):
         BlockAP().fit(nn.Identity(), [], [example])

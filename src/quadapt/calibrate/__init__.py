@@ -1,7 +1,8 @@
 """Statistics of what a model's layers are given, gathered block by block."""
 
-from quadapt.calibrate.batch import Batch, inputs_of, labelled, named, parted, sequences_in
-from quadapt.calibrate.walk import BackwardWalk, BlockWalk, Gathered, Watch
+from quadapt.calibrate.backward import BackwardWalk, Watch
+from quadapt.calibrate.batch import Batch, inputs_of, labelled, named, parted, sequences_in, settings_of
+from quadapt.calibrate.walk import BlockWalk, Gathered
 
 __all__ = [
     "BackwardWalk",
@@ -14,4 +15,5 @@ __all__ = [
     "named",
     "parted",
     "sequences_in",
+    "settings_of",
 ]

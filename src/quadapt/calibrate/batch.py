@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,15 @@ def labelled(batch: Batch, device: torch.device | None = None) -> dict[str, Any]
             f"a batch of {', '.join(batch)} has no labels, and a loss is needed. Give them under the name labels"
         )
     return {**inputs_of(batch, device), "labels": labels if device is None else labels.to(device)}
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """Further arguments of a model's forward: it keeps no cache, where it knows of one."""
+    parameters = inspect.signature(model.forward).parameters
+    about = getattr(model, "config", None)
+    text = about.get_text_config() if hasattr(about, "get_text_config") else about
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return {"use_cache": False} if "use_cache" in parameters or (takes_any and hasattr(text, "use_cache")) else {}
 
 
 def sequences_in(batch: Batch) -> int:

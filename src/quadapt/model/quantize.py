@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,14 +102,31 @@ def quantize_model(
     units = {block: [name for name in layers if name.startswith(f"{block}.")] for block in blocks}
     there = next(model.parameters()).device if device is None else indexed(device)
     worker = _Worker(model, dict(layers), quantization, keeper or InMemory(), statistics or {}, there)
-    walk = BlockWalk(model, blocks, batches, there) if quantization.needs_data and any(units.values()) else None
-    for unit in progress([*units, *(["outside the blocks"] if outside else [])]):
-        names = units.get(unit, outside)
-        worker.unit(unit, names, walk if unit in units else None)
-        if walk is not None and unit in units:
-            walk.advance(unit, blocks[unit])
+    with _walk(model, blocks, batches, there, quantization) if any(units.values()) else nullcontext() as walk:
+        inside = list(units) if walk is None else walk.order
+        for unit in progress([*inside, *(["outside the blocks"] if outside else [])]):
+            names = units.get(unit, outside)
+            worker.unit(unit, names, walk if unit in units else None)
+            if walk is not None and unit in units:
+                walk.advance(unit)
     worker.finish()
     return worker.all
+
+
+def _walk(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    device: torch.device,
+    quantization: Quantization,
+) -> AbstractContextManager[BlockWalk | None]:
+    """The walk through a model's blocks, if its rounding needs one."""
+    if not quantization.needs_data:
+        return nullcontext()
+    rounding = quantization.rounding
+    return BlockWalk(
+        model, blocks, batches, device, rounding.batch_size if isinstance(rounding, BlockRounding) else None
+    )
 
 
 class _Worker:
@@ -135,7 +153,7 @@ class _Worker:
         """Quantize the layers of one block, or take them from an earlier run."""
         found = self.keeper.find(unit)
         if walk is not None and isinstance(self.quantization.rounding, BlockRounding):
-            walk.advance_dense(unit, self.model.get_submodule(unit))  # before anything in it is replaced
+            walk.advance_dense(unit)  # before anything in it is replaced
         done = self._home(found or self.keeper.keep(unit, self._quantize(unit, names, walk)))
         self.all.weights.update(done.weights)
         self.all.rows.extend(done.rows)
@@ -205,7 +223,7 @@ class _Worker:
             self.model.set_submodule(name, fitted[name])
         block = self.model.get_submodule(unit)
         with locate(unit):
-            errors = rounding.fit(block, list(fitted.values()), walk.examples(unit, rounding.batch_size))
+            errors = rounding.fit(block, list(fitted.values()), walk.examples())
         weights = {name: rounding.of_layer(layer) for name, layer in fitted.items()}
         seconds = time.perf_counter() - start
         rows = [
@@ -218,15 +236,14 @@ class _Worker:
         """Each stage with its statistics: gathered in its turn, or all before the first if the rounding says so."""
 
         def gather(stage: list[str]) -> Statistics:
-            block, first = self.model.get_submodule(unit), self.model.get_submodule(stage[0])
-            return {"second_moment": walk.second_moment(unit, block, first)}
+            return {"second_moment": walk.second_moment(unit, self.model.get_submodule(stage[0]))}
 
         found = ((stage, gather(stage)) for stage in stages)
         return found if self.quantization.rounding.true_sequential else list(found)
 
     def _stages(self, unit: str, names: list[str], walk: BlockWalk) -> list[list[str]]:
         """Layers that share their statistics, in order; each stage is calibrated on the quantized ones before it."""
-        return walk.stages(unit, self.model.get_submodule(unit), {name: self.layers[name] for name in names})
+        return walk.stages(unit, {name: self.layers[name] for name in names})
 
     def _replace(self, name: str, weight: QuantWeight) -> None:
         bias = self.layers[name].bias

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quadapt.errors import CalibrationError, ConfigError
 from quadapt.nn.adapters.l4q import L4Q
 from quadapt.nn.quant_linear import autocast
-from quadapt.nn.resident import moved
+from quadapt.nn.resident import moved, tensors_in
 from quadapt.quant.fixed import mean, total
 from quadapt.quant.grids import as_float, implied_offsets
 from quadapt.quant.rounding import ROUNDINGS, BlockRounding, Nearest, Statistics, find_grid, real_codes
@@ -24,17 +24,14 @@ from quadapt.setting import Count, setting
 class Example(NamedTuple):
     """A few sequences on their way through a block."""
 
-    hidden: Tensor
-    """What the block receives behind the quantized blocks before it, `[sequences, length, hidden]`."""
-
     args: tuple[Any, ...]
-    """Further arguments of the block's forward, by position."""
+    """Arguments of the block's forward by position, as they come from the quantized blocks before it."""
 
     kwargs: Mapping[str, Any]
-    """Further arguments of the block's forward, by name."""
+    """Arguments of the block's forward by name."""
 
     target: Tensor
-    """What the dense block gives behind dense blocks, `[sequences, length, hidden]`."""
+    """What the dense block gives behind dense blocks, the first of its tensors: `[sequences, length, hidden]`."""
 
     def on(self, device: torch.device) -> Example:
         """The sequences with all their tensors on a device."""
@@ -232,8 +229,7 @@ def step(block: nn.Module, example: Example, optimizer: torch.optim.Optimizer) -
 
 
 def _output(block: nn.Module, example: Example) -> Tensor:
-    output = block(example.hidden, *example.args, **example.kwargs)
-    return output if isinstance(output, Tensor) else output[0]
+    return next(tensors_in(block(*example.args, **example.kwargs)))
 
 
 def _distance(block: nn.Module, example: Example) -> Tensor:

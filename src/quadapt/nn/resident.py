@@ -6,12 +6,13 @@ system may drop its pages whenever it wants memory, and read them again from the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def indexed(device: torch.device | str) -> torch.device:
@@ -52,19 +53,22 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
 
 
-def moved(value: Any, device: torch.device, seen: dict[int, Tensor] | None = None) -> Any:
-    """`value` with all tensors in it (in tuples, lists and dicts too) on `device`.
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with all tensors in it changed: in tuples, lists, dicts and what else torch knows to hold tensors."""
+    return tree_map_only(Tensor, change, value)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a value, in order."""
+    return (each for each in tree_leaves(value) if isinstance(each, Tensor))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """`value` with all tensors in it on `device`; what is shared stays shared.
 
     Args:
         value: Anything; what holds no tensors stays as it is.
         device: Where to.
-        seen: What became of tensors that were met before, by identity: what is shared stays shared.
     """
-    seen = {} if seen is None else seen
-    if isinstance(value, Tensor):
-        return seen.setdefault(id(value), value.to(device))
-    if isinstance(value, (tuple, list)):
-        return type(value)(moved(item, device, seen) for item in value)
-    if isinstance(value, dict):
-        return {key: moved(item, device, seen) for key, item in value.items()}
-    return value
+    there: dict[int, Tensor] = {}
+    return changed(value, lambda tensor: there.setdefault(id(tensor), tensor.to(device)))
