@@ -183,13 +183,14 @@ def _batches(
     batches: list[Batch] = [each for each in calibration if not isinstance(each, str)]
     if names:
         length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
-        batches = calibration_batches(
+        drawn = calibration_batches(
             read(names),
             load_tokenizer(name),
             length=length,
             sequences=config.calibration_sequences,
             seed=config.value("seed"),
-        ).batches
+        )
+        batches = [*drawn.batches]
     if not batches:
         quantization = config.spec.quantization
         what, else_ = ("rounding", "nearest") if quantization.needs_data else ("start", "zero")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quadapt.calibrate import BackwardWalk, Batch, BlockWalk, Watch, labelled, parted, settings_of
+from quadapt.calibrate import BackwardWalk, Batch, BlockWalk, Watch, call_of, parted
 from quadapt.errors import CalibrationError
 from quadapt.files import sweep, writing
 from quadapt.model.select import find_blocks
@@ -160,7 +160,7 @@ def gather_second_moments(
     open_ = [block for block, inside in units.items() if files.missing(MOMENT, inside)]
     if not open_:
         return
-    with BlockWalk(model, blocks, batches, device) as walk:
+    with BlockWalk(model, {block: blocks[block] for block in units}, batches, device) as walk:
         last = max(walk.order.index(block) for block in open_)
         for block in progress(walk.order[: last + 1]):
             if block in open_:
@@ -238,12 +238,17 @@ def _whole(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: t
     """Gradients of sequences one by one, through the model as a whole."""
     with watch(model), torch.enable_grad():
         for sequence in sequences:
-            model(**labelled(sequence, device), **settings_of(model)).loss.backward()
+            model(**call_of(model, sequence, device, loss=True)).loss.backward()
 
 
 def _by_blocks(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: torch.device) -> None:
     """Gradients of sequences one by one, block by block on a device."""
-    with BackwardWalk(model, find_blocks(model), sequences, device) as walk:
+    wanted = {
+        name: block
+        for name, block in find_blocks(model).items()
+        if any(parameter.requires_grad for parameter in block.parameters())
+    }
+    with BackwardWalk(model, wanted, sequences, device) as walk:
         walk.back(watch)
 
 

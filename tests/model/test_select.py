@@ -229,15 +229,26 @@ def test_blocks_are_the_decoder_layers_in_order(tiny_llama: Make) -> None:
     assert all(block is model.model.layers[index] for index, block in enumerate(blocks.values()))
 
 
-def test_the_list_with_the_most_weights_wins_and_of_nested_ones_the_outermost() -> None:
+def test_blocks_are_those_that_a_model_names_or_else_all_in_lists_and_of_nested_ones_the_outermost() -> None:
     model = nn.Module()
     model.few = nn.ModuleList([nn.Linear(4, 4)])
-    model.empty = nn.ModuleList()
-    model.many = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])])
-    assert list(find_blocks(model)) == ["many.0"]
+    model.empty = nn.ModuleList([nn.GELU()])
+    model.many = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.Bilinear(8, 8, 8)])])
+    assert list(find_blocks(model)) == ["few.0", "many.0"]
+    model._no_split_modules = ["Bilinear"]  # it holds no linear layer
+    assert list(find_blocks(model)) == ["few.0", "many.0"]
+    model._no_split_modules = ["Linear"]
+    assert list(find_blocks(model)) == ["few.0", "many.0.0"]
+
+
+def test_both_stacks_of_an_encoder_decoder_are_blocks() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 96, "d_model": 64, "d_ff": 96, "num_heads": 4, "d_kv": 16}
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_layers=2, num_decoder_layers=1))
+    assert list(find_blocks(model)) == ["encoder.block.0", "encoder.block.1", "decoder.block.0"]
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(4, 4)), nn.ModuleDict({"a": nn.ModuleList([nn.GELU()])})])
-def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ConfigError, match="no list of blocks"):
-        find_blocks(model)
+def test_a_model_may_have_no_blocks(model: nn.Module) -> None:
+    assert not find_blocks(model)

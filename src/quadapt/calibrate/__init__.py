@@ -1,7 +1,7 @@
 """Statistics of what a model's layers are given, gathered block by block."""
 
 from quadapt.calibrate.backward import BackwardWalk, Watch
-from quadapt.calibrate.batch import Batch, inputs_of, labelled, named, parted, sequences_in, settings_of
+from quadapt.calibrate.batch import Batch, call_of, inputs_of, named, parted, sequences_in
 from quadapt.calibrate.walk import BlockWalk, Gathered
 
 __all__ = [
@@ -10,10 +10,9 @@ __all__ = [
     "BlockWalk",
     "Gathered",
     "Watch",
+    "call_of",
     "inputs_of",
-    "labelled",
     "named",
     "parted",
     "sequences_in",
-    "settings_of",
 ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quadapt.calibrate.batch import Batch, labelled, settings_of
+from quadapt.calibrate.batch import Batch, call_of
 from quadapt.calibrate.held import Held
 from quadapt.calibrate.walk import BlockWalk
 from quadapt.nn.resident import changed, resident, tensors_in
@@ -50,8 +50,8 @@ class BackwardWalk(BlockWalk):
         )
 
     def _begun(self, model: nn.Module, batch: Batch) -> Held:
-        inputs = {**labelled(batch, self._home), **settings_of(model)}
-        return Held(lambda: model(**inputs).loss, grad=True)
+        call = call_of(model, batch, self._home, loss=True)
+        return Held(lambda: model(**call).loss, grad=True)
 
     def back(self, watch: Watch) -> None:
         """Send gradients through all parts, once: what lies behind the blocks, the blocks, what lies before them."""
@@ -155,4 +155,6 @@ def _head(model: Any) -> dict[str, nn.Module]:
     """The output head of a model by its name, if it has one."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
-    return {name: each for name, each in model.named_modules() if each is head and isinstance(head, nn.Linear)}
+    if not isinstance(head, nn.Linear):
+        return {}
+    return {name: head for name, each in model.named_modules() if each is head}

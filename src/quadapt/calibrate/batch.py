@@ -34,31 +34,43 @@ def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Any
     return inputs if device is None else moved(inputs, device)
 
 
-def labelled(batch: Batch, device: torch.device | None = None) -> dict[str, Any]:
-    """A batch as the keyword arguments of a model's forward that gives a loss.
+def call_of(model: Any, batch: Batch, device: torch.device | None = None, *, loss: bool = False) -> dict[str, Any]:
+    """All arguments with which a model's forward is called on a batch; it keeps no cache.
+
+    An encoder-decoder that is not told what it has written is told what it reads.
 
     Args:
-        batch: Token ids, which are the labels of a language model too; or inputs by name, `labels` among them.
+        model: One of transformers, or one that takes the like.
+        batch: Token ids, which are the labels of a language model too; or inputs by name.
         device: Where to bring them. Default: they stay where they are.
+        loss: Whether labels go along, so that the model gives a loss.
 
     Raises:
-        CalibrationError: There are no labels.
+        CalibrationError: A loss is asked for, and there are no labels.
     """
+    call = inputs_of(batch, device)
+    if loss:
+        call["labels"] = _labels(batch) if device is None else _labels(batch).to(device)
+    about = getattr(model, "config", None)
+    if getattr(about, "is_encoder_decoder", False) and "input_ids" in call and not loss:
+        call.setdefault("decoder_input_ids", call["input_ids"])
+    return call | ({"use_cache": False} if _knows_a_cache(model, about) else {})
+
+
+def _labels(batch: Batch) -> Tensor:
     labels = batch if isinstance(batch, Tensor) else batch.get("labels")
     if labels is None:
         raise CalibrationError(
             f"a batch of {', '.join(batch)} has no labels, and a loss is needed. Give them under the name labels"
         )
-    return {**inputs_of(batch, device), "labels": labels if device is None else labels.to(device)}
+    return labels
 
 
-def settings_of(model: Any) -> dict[str, Any]:
-    """Further arguments of a model's forward: it keeps no cache, where it knows of one."""
+def _knows_a_cache(model: Any, config: Any) -> bool:
     parameters = inspect.signature(model.forward).parameters
-    about = getattr(model, "config", None)
-    text = about.get_text_config() if hasattr(about, "get_text_config") else about
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    return {"use_cache": False} if "use_cache" in parameters or (takes_any and hasattr(text, "use_cache")) else {}
+    return "use_cache" in parameters or (takes_any and hasattr(text, "use_cache"))
 
 
 def sequences_in(batch: Batch) -> int:

@@ -105,8 +105,8 @@ def stopping(blocks: Mapping[str, nn.Module]) -> Callable[[], None]:
         for name, block in blocks.items():
             if block.__dict__.get("forward") is ours[name]:  # and not that of a walk that began later
                 del block.forward
-                if own[name] is not None:
-                    block.forward = own[name]
+                if (before := own[name]) is not None:
+                    block.forward = before
 
     return undo
 

@@ -15,12 +15,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from quadapt.calibrate.batch import Batch, inputs_of, parted, settings_of
+from quadapt.calibrate.batch import Batch, call_of, parted
 from quadapt.calibrate.held import Held, stopping
 from quadapt.errors import CalibrationError
 from quadapt.nn.block_ap import Example
@@ -77,7 +77,7 @@ class BlockWalk:
             self.close()
             raise
 
-    def __enter__(self) -> BlockWalk:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -86,8 +86,8 @@ class BlockWalk:
 
     def _begun(self, model: nn.Module, batch: Batch) -> Held:
         """A forward over a batch that has come to the first block."""
-        inputs = {**inputs_of(batch, self._home), **settings_of(model)}
-        return Held(lambda: model(**inputs))
+        call = call_of(model, batch, self._home)
+        return Held(lambda: model(**call))
 
     def _found_order(self, model: nn.Module, batch: Batch) -> list[str]:
         """Run one sequence through the model, to see in which order it runs its blocks."""
@@ -99,12 +99,17 @@ class BlockWalk:
             [(_, output)] = self._run(name, [held])
             held.go_on(moved(output, self._home))
         self._held.clear()
-        wrong = [name for name in self._blocks if found.count(name) != 1 and name not in self._may_rest - set(found)]
-        for name in wrong:
-            raise CalibrationError(
-                f"{name}: {type(model).__name__} runs this block {found.count(name)} times in one forward, and blocks "
-                "that are calibrated must run once. Use --rounding nearest"
-            )
+        for name in self._blocks:
+            if name not in found and name not in self._may_rest:
+                raise CalibrationError(
+                    f"{name}: {type(model).__name__} does not run this block on the calibration data. Give data that "
+                    "reach it (inputs by name), list it under skip, or use --rounding nearest"
+                )
+            if found.count(name) > 1:
+                raise CalibrationError(
+                    f"{name}: {type(model).__name__} runs this block {found.count(name)} times in one forward, and "
+                    "blocks that are calibrated must run once. Use --rounding nearest"
+                )
         return found
 
     def _output(self, name: str, held: Held) -> Any:

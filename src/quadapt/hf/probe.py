@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadapt.calibrate import Batch, inputs_of, parted
+from quadapt.calibrate import Batch, call_of, parted
 from quadapt.hf.context import positions_of
 from quadapt.hf.kinds import kind_of_model
-from quadapt.model.trial import answer_of, text_ids, with_decoder
+from quadapt.model.trial import answer_of, text_ids
 
 
 def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> Tensor:
@@ -44,7 +44,7 @@ def with_tokens(probe: Batch, tokens: Sequence[int]) -> Batch:
 def answers(model: nn.Module, probe: Batch) -> Tensor:
     """What a model answers to a probe, sequence by sequence: logits, or whatever it gives first."""
     device = next(model.parameters()).device
-    rows = [answer_of(model(**with_decoder(model, inputs_of(part, device)))) for part in parted(probe, 1)]
+    rows = [answer_of(model(**call_of(model, part, device))) for part in parted(probe, 1)]
     return torch.cat([row.cpu() for row in rows])
 
 

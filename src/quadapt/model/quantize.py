@@ -99,12 +99,12 @@ def quantize_model(
     quantization.check(layers)
     blocks = find_blocks(model)
     outside = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
-    units = {block: [name for name in layers if name.startswith(f"{block}.")] for block in blocks}
+    units = {block: inside for block in blocks if (inside := [each for each in layers if each.startswith(f"{block}.")])}
     there = next(model.parameters()).device if device is None else indexed(device)
     worker = _Worker(model, dict(layers), quantization, keeper or InMemory(), statistics or {}, there)
-    with _walk(model, blocks, batches, there, quantization) if any(units.values()) else nullcontext() as walk:
-        inside = list(units) if walk is None else walk.order
-        for unit in progress([*inside, *(["outside the blocks"] if outside else [])]):
+    with _walk(model, {unit: blocks[unit] for unit in units}, batches, there, quantization) as walk:
+        order = list(units) if walk is None else walk.order
+        for unit in progress([*order, *(["outside the blocks"] if outside else [])]):
             names = units.get(unit, outside)
             worker.unit(unit, names, walk if unit in units else None)
             if walk is not None and unit in units:
@@ -123,6 +123,11 @@ def _walk(
     """The walk through a model's blocks, if its rounding needs one."""
     if not quantization.needs_data:
         return nullcontext()
+    if not blocks:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of blocks with layers to quantize, which "
+            f"rounding={quantization.rounding.name!r} walks through. Use rounding 'nearest' (--rounding nearest)"
+        )
     rounding = quantization.rounding
     return BlockWalk(
         model, blocks, batches, device, rounding.batch_size if isinstance(rounding, BlockRounding) else None

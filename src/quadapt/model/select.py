@@ -5,7 +5,7 @@ Every parameter with two axes or more is either selected or listed with a reason
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,36 +232,38 @@ def last_parts(names: Iterable[str]) -> list[str]:
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder layers of a model's language model, by name, in order: the list of modules with the most weights.
+    """The blocks of a model's language model, by name, in the order in which the model holds them.
 
-    Raises:
-        ConfigError: There is no list of modules.
-        ShapeError: There is one, of transposed linear layers.
+    They are the items of lists of modules whose class the model names as one that is not to be split
+    (`_no_split_modules`), or that transformers takes for a layer (`GradientCheckpointingLayer`); of blocks in blocks
+    the outermost. A model may have several such lists: an encoder's and a decoder's. Of one that declares none, all
+    outermost lists of modules with linear layers are taken; where there are none, there are no blocks.
     """
-
-    def weight(item: tuple[str, nn.ModuleList]) -> int:
-        linears = [module for module in item[1].modules() if isinstance(module, nn.Linear)]
-        return sum(module.in_features * module.out_features for module in linears)
-
     text = {id(module) for module in language_model(model).modules()}
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and id(module) in text
-    ]
-    if not lists or not weight(max(lists, key=weight)):
-        for name, module in model.named_modules():
-            if type(module).__name__ == "Conv1D":
-                raise ShapeError(
-                    f"{name}: is {_described(model, module, module.weight)}, which cannot be quantized yet"
-                )
-        raise ConfigError(
-            f"{type(model).__name__} has no list of blocks to walk through. Only decoder models are supported"
-        )
-    name, blocks = max(
-        lists, key=weight
-    )  # of nested lists the outermost wins: max keeps the first, and parents come first
-    return {f"{name}.{index}": block for index, block in enumerate(blocks)}
+    kept = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    items = {
+        f"{name}.{index}": item
+        for name, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList) and id(stack) in text
+        for index, item in stack.named_children()
+        if any(isinstance(each, nn.Linear) for each in item.modules())
+    }
+    declared = {
+        name: item
+        for name, item in items.items()
+        if any(cls.__name__ in kept or cls.__name__ == "GradientCheckpointingLayer" for cls in type(item).__mro__)
+    }
+    return _outermost(declared or items)
+
+
+def _outermost(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those blocks that lie in no other, by name."""
+
+    def parents(name: str) -> Iterator[str]:
+        parts = name.split(".")
+        return (".".join(parts[:count]) for count in range(1, len(parts)))
+
+    return {name: block for name, block in blocks.items() if not any(parent in blocks for parent in parents(name))}
 
 
 def on_meta(module: nn.Module) -> bool:

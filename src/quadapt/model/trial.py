@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quadapt.calibrate import call_of
 from quadapt.errors import ConfigError
 from quadapt.limits import limit_of
 from quadapt.model.select import last_parts
@@ -39,16 +40,7 @@ def text_ids(config: Any, sequences: int, length: int) -> Tensor:
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Logits of a model for some token ids; an encoder-decoder gets them on both sides."""
-    ids = ids.to(next(model.parameters()).device)
-    return answer_of(model(**with_decoder(model, {"input_ids": ids})))
-
-
-def with_decoder(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs by name, without a cache; an encoder-decoder that is not told what to write is told what it reads."""
-    whole = {**inputs, "use_cache": False} if "input_ids" in inputs else dict(inputs)
-    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in inputs:
-        whole.setdefault("decoder_input_ids", inputs["input_ids"])
-    return whole
+    return answer_of(model(**call_of(model, ids, next(model.parameters()).device)))
 
 
 def answer_of(output: Any) -> Tensor:

@@ -22,9 +22,13 @@ class LastHidden:
     """Catches what the last block of a model gives, `[batch, tokens, hidden]`, whenever the model runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        last = list(find_blocks(model).values())[-1]
+        blocks = list(find_blocks(model).values())
+        if not blocks:
+            raise ConfigError(
+                f"{type(model).__name__} has no list of blocks, whose last one rilq reads. Use another objective"
+            )
         self.value: Tensor | None = None
-        self._handle = last.register_forward_hook(self._catch)
+        self._handle = blocks[-1].register_forward_hook(self._catch)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.value = output[0] if isinstance(output, tuple) else output

@@ -160,7 +160,7 @@ def block_training_bytes(model: nn.Module, layouts: Mapping[str, Layout]) -> int
 def largest_part(model: nn.Module) -> int:
     """Bytes of the largest block, or of what lies outside the blocks (but for the head), if that is more."""
     blocks = [parameter_bytes(block) for block in find_blocks(model).values()]
-    return max(*blocks, parameter_bytes(getattr(model, "base_model", model)) - sum(blocks))
+    return max(*blocks, 0, parameter_bytes(getattr(model, "base_model", model)) - sum(blocks))
 
 
 def hidden_bytes(model: nn.Module) -> int:
