@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import FAMILIES, logits_of, tensors_in, tiny_of
 from export_models import logits, quantized, tiny, trained, with_adapter
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,11 +153,19 @@ def test_names_are_those_of_files_where_these_differ(tokenizer: Any, tmp_path: P
     assert (logits(other, IDS) - logits(model, IDS)).abs().max() < 1e-4
 
 
-def test_refuses_models_that_are_stored_otherwise(tokenizer: Any, tmp_path: Path) -> None:
-    model = tiny("Mixtral", num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(ExportError, match=r"experts.*MixtralForCausalLM is stored in other pieces"):
-        export_hf(quantized(model, skip=("experts", "gate")), tokenizer, tmp_path / "dense")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_and_transposed_layers_are_as_transformers_stores_them(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_of(name)
+    model.save_pretrained(tmp_path / "wanted")
+    model = quantized(model)
+    export_hf(model, tokenizer, tmp_path / "dense", dtype="float32")
+    wanted, found = (tensors_in(tmp_path / folder) for folder in ("wanted", "dense"))
+    assert {key: each.shape for key, each in found.items()} == {key: each.shape for key, each in wanted.items()}
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert not hasattr(other.config, "quantization_config")
+    torch.testing.assert_close(logits_of(other), logits_of(model), rtol=1e-4, atol=1e-5)
 
 
 def test_refuses_adapters_and_taken_folders(tokenizer: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import tiny_of
 from torch import nn
 
 from quadapt.errors import ConfigError, ShapeError
@@ -122,46 +123,37 @@ def test_a_model_of_mere_shapes_is_sorted_out_too(tiny_llama: Make) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def experts() -> Any:
-    from transformers import MixtralConfig, MixtralForCausalLM
+def test_experts_in_an_unknown_form_are_refused_by_name_with_advice(tiny_llama: Make) -> None:
+    class SomeExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrices = nn.Parameter(torch.zeros(4, 32, 64))
 
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
-    )
-
-
-def test_stacked_experts_are_refused_by_name_with_advice(experts: Any) -> None:
-    with pytest.raises(ShapeError, match=r"gate_up_proj: is a stack of 4 matrices \(experts\).*--skip gate_up_proj"):
-        select(experts, skip=["gate"])
-
-
-def test_a_matrix_of_an_unknown_module_is_refused_by_name_with_advice(experts: Any) -> None:
-    with pytest.raises(ShapeError, match=r"mlp\.gate: is a MixtralTopKRouter.*--skip gate"):
-        select(experts)
-
-
-def test_experts_that_are_skipped_or_not_targeted_are_left(experts: Any) -> None:
-    for settings in ({"skip": ["experts", "gate"]}, {"target_modules": ["self_attn"]}):
-        selection = select(experts, **settings)
-        assert {name.rpartition(".")[2] for name in selection.chosen} == set(ATTENTION)
-        assert set(selection.chosen) | set(selection.left) == all_matrices(experts)
-
-
-def test_transposed_linear_layers_are_refused() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(ShapeError, match=r"c_attn: is a Conv1D"):
+    model = tiny_llama()
+    model.model.layers[0].mlp.experts = SomeExperts()
+    with pytest.raises(ShapeError, match=r"experts\.matrices: is part of SomeExperts.*--skip matrices"):
         select(model)
+    assert select(model, skip=["experts"]).left["model.layers.0.mlp.experts.matrices"] == "listed under skip"
+
+
+def test_parameters_that_a_models_own_code_computes_with_are_left(tiny_llama: Make) -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.A_log = nn.Parameter(torch.zeros(32, 16))
+
+    model = tiny_llama()
+    model.model.layers[0].mixer = Mixer()
+    why = "a parameter of Mixer, whose own code computes with it"
+    assert select(model).left["model.layers.0.mixer.A_log"] == why
+
+
+def test_experts_that_are_skipped_or_not_targeted_are_left() -> None:
+    for settings in ({"skip": ["experts"]}, {"target_modules": ["self_attn"]}):
+        model = tiny_of("Mixtral")
+        selection = select(model, **settings)  # type: ignore[arg-type]  # of strings
+        assert {name.rpartition(".")[2] for name in selection.chosen} == set(ATTENTION)
+        assert set(selection.chosen) | set(selection.left) == all_matrices(model)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
-from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, rounded_besides, tensors_of
+from quadapt.exporters.tensors import (
+    TYPES,
+    Source,
+    Stored,
+    as_stored,
+    dense_of,
+    refuse_adapters,
+    rounded_besides,
+    tensors_of,
+)
 from quadapt.hf.ending import set_ends
 from quadapt.hf.saving import copy_processor
 from quadapt.model.quantize import Progress
@@ -88,7 +97,7 @@ class Writer(ABC):
 
         refuse_adapters(model)
         found = dict(tensors_of(model))
-        sources = as_stored(model, found)
+        sources = as_stored(model, found, dense=False)
         layers = {name.removesuffix(".weight"): each for name, each in found.items() if isinstance(each, QuantWeight)}
         self._check(layers)
         coded, plain = self._tensors(sources, progress)
@@ -120,7 +129,7 @@ class Writer(ABC):
             raise ExportError(why)
 
     def _tensors(
-        self, sources: Mapping[str, Source], progress: Progress
+        self, sources: Mapping[str, Stored], progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All tensors of the file by name, on the CPU: those of quantized layers, and the others."""
         coded: dict[str, Tensor] = {}
@@ -131,9 +140,13 @@ class Writer(ABC):
                 parts = self.parts(source)
                 coded |= {f"{name.removesuffix('.weight')}.{part}": each.cpu() for part, each in parts.items()}
             else:
-                dtype = self.floats if source.is_floating_point() else source.dtype
-                plain[name] = source.detach().to("cpu", dtype).contiguous()
+                plain[name] = dense_of(source, self._plain)
         return coded, plain
+
+    def _plain(self, source: Source) -> Tensor:
+        """A tensor that is not quantized, as the file has it."""
+        assert isinstance(source, Tensor)
+        return source.detach().to("cpu", self.floats if source.is_floating_point() else source.dtype).contiguous()
 
     def _save_config(self, model: Any, layers: Mapping[str, QuantWeight], folder: Path) -> None:
         config = copy.deepcopy(model.config)

@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_folder
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.exporters.tensors import TYPES, Source, as_stored, refuse_adapters, rounded_besides, shape_of, tensors_of
+from quadapt.exporters.tensors import (
+    TYPES,
+    Assembled,
+    Source,
+    Stored,
+    as_stored,
+    dense_of,
+    quantized_parts,
+    refuse_adapters,
+    rounded_besides,
+    shape_of,
+    tensors_of,
+)
 from quadapt.hf.ending import set_ends
 from quadapt.hf.saving import copy_processor
 from quadapt.model.quantize import Progress
@@ -85,19 +97,28 @@ def export_hf(
     )
 
 
-def _target(source: Source, dtype: torch.dtype) -> torch.dtype:
+def _target(source: Stored, dtype: torch.dtype) -> torch.dtype:
+    if isinstance(source, Assembled):
+        return _target(source.pieces[0], dtype)
     return dtype if isinstance(source, QuantWeight) or source.is_floating_point() else source.dtype
 
 
-def _densify(name: str, source: Source, dtype: torch.dtype) -> tuple[Tensor, float]:
+def _densify(name: str, source: Stored, dtype: torch.dtype) -> tuple[Tensor, float]:
     """A tensor as it is saved, and how far the cast moved a weight at most, in quantization steps."""
-    exact = source.dequantize() if isinstance(source, QuantWeight) else source
-    dense = exact.to(device="cpu", dtype=_target(source, dtype)).contiguous()
-    if not bool(torch.isfinite(dense).all()):
-        raise ExportError(
-            f"{name}: has values that are infinite or NaN in {dtype}. Use dtype='bfloat16', or repair the model"
-        )
-    return dense, largest_move(source, exact, dense) if isinstance(source, QuantWeight) else 0.0
+    moves = [0.0]
+
+    def cast(piece: Source) -> Tensor:
+        exact = piece.dequantize() if isinstance(piece, QuantWeight) else piece
+        dense = exact.to(device="cpu", dtype=_target(piece, dtype)).contiguous()
+        if not bool(torch.isfinite(dense).all()):
+            raise ExportError(
+                f"{name}: has values that are infinite or NaN in {dtype}. Use dtype='bfloat16', or repair the model"
+            )
+        if isinstance(piece, QuantWeight):
+            moves.append(largest_move(piece, exact, dense))
+        return dense
+
+    return dense_of(source, cast), max(moves)
 
 
 def _save_config(model: Any, dtype: str, folder: Path) -> None:
@@ -110,18 +131,18 @@ def _save_config(model: Any, dtype: str, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _row(name: str, tensor: Tensor, source: Source, move: float) -> TensorRow:
+def _row(name: str, tensor: Tensor, source: Stored, move: float) -> TensorRow:
     return TensorRow(
         name=name,
         type=TYPES.get(tensor.dtype, str(tensor.dtype)),
         shape=tuple(tensor.shape),
         nbytes=tensor.nbytes,
-        linear=isinstance(source, QuantWeight),
+        linear=bool(quantized_parts(source)),
         note=f"the cast moved a weight by up to {move:.4f} of a quantization step" if move else "",
     )
 
 
-def _notes(sources: dict[str, Source], moves: dict[str, float], dtype: str) -> tuple[str, ...]:
+def _notes(sources: dict[str, Stored], moves: dict[str, float], dtype: str) -> tuple[str, ...]:
     torch_dtype, notes = _DTYPES[dtype], []
     worst = max(moves, key=lambda name: moves[name])
     if moves[worst]:

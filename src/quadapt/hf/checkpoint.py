@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quadapt.errors import CheckpointError
 from quadapt.hf.kinds import kind_of
 from quadapt.hf.reading import reading
+from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import quantized_layers
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -44,7 +45,7 @@ def auto_class(config: Any) -> Any:
 def skeleton(
     config: Any, *, name: str = "model", dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The dense model without its weights, on the meta device, in evaluation mode.
+    """The dense model without its weights, on the meta device, in evaluation mode, and in the linear form.
 
     Args:
         config: A model's configuration, as transformers reads it.
@@ -55,7 +56,7 @@ def skeleton(
     with torch.device("meta"):
         made = auto_class(config).from_config
         model: nn.Module = reading(name, made, config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval()
+    return linear_form(model).eval()
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:

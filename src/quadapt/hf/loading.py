@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from quadapt.errors import CheckpointError, ConfigError, locate
-from quadapt.hf.checkpoint import auto_class, check_loaded, stored_tensors
+from quadapt.hf.checkpoint import auto_class, check_loaded, skeleton, stored_tensors
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.dense import changes, in_linear_form
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, find_base, near, open_folder
 from quadapt.hf.imported import Imported, importer_of, one_file
@@ -48,6 +49,10 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
         config = read_config(name, trust_remote_code=trust_remote_code)
         stored = {} if _foreign(config) else reading(name, stored_tensors, folder.path)
         call = partial(auto_class(config).from_pretrained, name)
+        if not getattr(config, "quantization_config", None) and changes(
+            skeleton(config, name=name, trust_remote_code=trust_remote_code)
+        ):
+            call = partial(in_linear_form, call, config)
     model, info = reading(
         name,
         call,

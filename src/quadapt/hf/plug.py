@@ -32,8 +32,11 @@ def plug_into_peft() -> None:
 
 def plug_into_transformers() -> None:
     """Make transformers know our quantizer, and check what adapters it loads."""
+    from transformers import modeling_utils
     from transformers.integrations.peft import PeftAdapterMixin
 
     import quadapt.hf.quantizer  # noqa: F401 - registers itself
 
     wrap(PeftAdapterMixin, "load_adapter", "quadapt.hf.doors:load_into_model")
+    wrap(modeling_utils, "remove_tied_weights_from_state_dict", "quadapt.hf.stored_form:without_ties")
+    wrap(modeling_utils, "revert_weight_conversion", "quadapt.hf.stored_form:revert")

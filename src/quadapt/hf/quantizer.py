@@ -15,7 +15,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.config import QuadaptConfig
+from quadapt.hf.stored_form import conversions
 from quadapt.model.layer import quantize_layer
+from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import fingerprint, quantized_layers
 from quadapt.model.select import refuse_foreign, select
 from quadapt.nn.quant_linear import QuantLinear
@@ -50,6 +52,12 @@ class QuadaptQuantizer(HfQuantizer):
             return float(self.quantization_config.bits) / 8
         return float(super().param_element_size(model, param_name, param))
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """How the tensors of files become those of the model, which is in the linear form."""
+        found = conversions(model, weight_conversions, dense=not self.pre_quantized)
+        updated: list[Any] = super().update_weight_conversions(found, model)
+        return updated
+
     def get_quantize_ops(self) -> ConversionOps:
         """How a float weight is quantized on loading."""
         return _QuantizeOnLoading(self.quantization_config)
@@ -58,6 +66,7 @@ class QuadaptQuantizer(HfQuantizer):
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        linear_form(model)
         if not self.pre_quantized:
             selection = select(model, skip=config.skip)
             self._left = selection.left
@@ -118,17 +127,21 @@ class _QuantizeOnLoading(ConversionOps):
         self.config = config
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        full_layer_name, model = kwargs["full_layer_name"], kwargs["model"]
-        weight = next(iter(input_dict.values()))
-        weight = weight[0] if isinstance(weight, list) else weight
-        name = full_layer_name.rpartition(".")[0]
-        quantized = quantize_layer(name, weight, self.config.quantization(), {})[0].weight
-        _linear(model, name).__dict__["layout"] = quantized.layout
-        layer = model.get_submodule(name)
-        for tensor_name, tensor in quantized.tensors.items():  # what the loader will compare shapes with
-            if tensor_name != "weight":
-                layer.register_parameter(tensor_name, nn.Parameter(tensor.to("meta"), requires_grad=False))
-        return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in quantized.tensors.items()}
+        model, made = kwargs["model"], dict[str, Any]()
+        for full, found in input_dict.items():
+            weight = found[0] if isinstance(found, list) else found
+            name = (full if len(input_dict) > 1 else kwargs["full_layer_name"]).rpartition(".")[0]
+            layer = model.get_submodule(name)
+            if not isinstance(layer, QuantLinear):  # one of several that come from one tensor, and is skipped
+                made[full] = weight
+                continue
+            quantized = quantize_layer(name, weight, self.config.quantization(), {})[0].weight
+            layer.__dict__["layout"] = quantized.layout
+            for tensor_name, tensor in quantized.tensors.items():  # what the loader will compare shapes with
+                if tensor_name != "weight":
+                    layer.register_parameter(tensor_name, nn.Parameter(tensor.to("meta"), requires_grad=False))
+            made |= {f"{name}.{tensor_name}": tensor for tensor_name, tensor in quantized.tensors.items()}
+        return made
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

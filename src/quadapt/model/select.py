@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quadapt.errors import ConfigError, ShapeError
+from quadapt.model.linear_form import linear_form
+from quadapt.nn.experts import Experts
 from quadapt.nn.quant_linear import QuantLinear
 
 
@@ -29,7 +31,7 @@ class Selection:
 
 
 def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequence[str] = ()) -> Selection:
-    """Sort out the matrices of `model`.
+    """Sort out the matrices of `model`, which is brought into the linear form (`linear_form.py`), in place.
 
     Args:
         model: May be on the meta device.
@@ -39,10 +41,10 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
 
     Raises:
         ConfigError: A name matches nothing, nothing is left to quantize, or the model is quantized by something else.
-        ShapeError: Some matrices are stacked experts or transposed, which cannot be quantized yet; skip them by name.
+        ShapeError: Experts are stacked in a form that is not known; skip them by name.
     """
     refuse_foreign(model)
-    known = _Known(model)
+    known = _Known(linear_form(model))
     chosen: dict[str, nn.Linear] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -53,10 +55,10 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
             reason = _reason(module, full, known, target_modules, skip)
             if reason:
                 left[full] = reason
-            elif parameter.ndim > 2 or not isinstance(module, nn.Linear):
+            elif not isinstance(module, nn.Linear):
                 raise ShapeError(
-                    f"{full}: is {_described(model, module, parameter)}, which cannot be quantized yet. To leave it "
-                    f"unquantized, list it under skip (--skip {full.rsplit('.', 1)[-1]})"
+                    f"{full}: is part of {type(module).__name__}, which holds experts in a form that quadapt does not "
+                    f"know. To leave them unquantized, list them under skip (--skip {full.rsplit('.', 1)[-1]})"
                 )
             else:
                 chosen[name] = module
@@ -134,6 +136,7 @@ class _Known:
         self.wide = [pattern for patterns in kept for pattern in patterns]
         text = language_model(model)
         self.text = {id(module) for module in text.modules()}
+        self.routers = {id(module) for module in routers(text)}
 
 
 def heads(model: Any) -> dict[str, nn.Module]:
@@ -175,6 +178,18 @@ def language_model(model: Any) -> Any:
 def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str], skip: Sequence[str]) -> str:
     if any(matches(name, pattern) for pattern in skip):
         return "listed under skip"
+    why = _kept(module, name, known)
+    if why:
+        return why
+    if targets and not any(matches(name, pattern) for pattern in targets):
+        return "not among target_modules"
+    if not isinstance(module, nn.Linear) and "Expert" not in type(module).__name__:
+        return f"a parameter of {type(module).__name__}, whose own code computes with it"
+    return ""
+
+
+def _kept(module: nn.Module, name: str, known: _Known) -> str:
+    """Why a matrix stays as it is, by what the model says of it; empty if it does not."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if id(module) in known.heads:
@@ -183,30 +198,39 @@ def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str],
         return "outside the language model (vision tower, projector)"
     if any(id(parameter) in known.tied for parameter in module.parameters(recurse=False)):
         return "tied to another matrix"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "convolution"
     if any(matches(name, pattern) or matches(f"{name}.weight", pattern) for pattern in known.wide):
         return "kept in float32 by the model's own code"
+    return _of_another_kind(module) or ("router" if id(module) in known.routers else "")
+
+
+def _of_another_kind(module: nn.Module) -> str:
+    """What a module is that computes otherwise than a linear layer; empty if it does not."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution"
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear and type(module).__name__ not in _PLAIN:
         return f"{type(module).__name__}, a linear layer with a forward of its own"
-    if targets and not any(matches(name, pattern) for pattern in targets):
-        return "not among target_modules"
     return ""
+
+
+def routers(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that decide which experts a token is sent to, or how much each counts, with all that is in them.
+
+    They are known by the names of their classes, and by their place: beside the experts, with an output for each, or
+    one for all.
+    """
+    for parent in model.modules():
+        experts = [each for each in parent.children() if isinstance(each, Experts)]
+        if "Router" in type(parent).__name__ or "Gating" in type(parent).__name__:
+            yield from parent.modules()
+        if experts:
+            outputs = {1, *(each.count for each in experts)}
+            yield from (
+                each for each in parent.children() if isinstance(each, nn.Linear) and each.out_features in outputs
+            )
 
 
 _PLAIN = ("FalconLinear",)
 """Subclasses of nn.Linear that compute what it does."""
-
-
-def _described(model: nn.Module, module: nn.Module, parameter: Tensor) -> str:
-    """What a matrix is that cannot be quantized."""
-    if parameter.ndim > 2:
-        return f"a stack of {parameter.shape[0]} matrices (experts)"
-    class_name = type(module).__name__
-    if class_name != "Conv1D":
-        return f"a {class_name}"
-    others = last_parts(name for name, each in model.named_modules() if type(each).__name__ == class_name)
-    return f"a Conv1D, a linear layer that stores its weight transposed (as {', '.join(others)} of this model do)"
 
 
 def _tied(model: nn.Module) -> set[int]:
@@ -239,7 +263,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     the outermost. A model may have several such lists: an encoder's and a decoder's. Of one that declares none, all
     outermost lists of modules with linear layers are taken; where there are none, there are no blocks.
     """
-    text = {id(module) for module in language_model(model).modules()}
+    text = {id(module) for module in language_model(linear_form(model)).modules()}
     kept = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     items = {
         f"{name}.{index}": item

@@ -38,7 +38,7 @@ class Codes(Exporter):
         from quadapt.model.quantize import quantized_layers
 
         if base_of(model) is model:  # names of layers that carry adapters are others than they will be
-            as_stored(model, dict(tensors_of(model)))
+            as_stored(model, dict(tensors_of(model)), dense=False)
         layouts = {name: layer.layout for name, layer in quantized_layers(base_of(model)).items()}
         why = self.writer().why_not_together(layouts)
         if why:
