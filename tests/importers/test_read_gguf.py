@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf.quants import quantize
 from tests.exporters.export_models import byte_level, quantized, tiny
+from tests.exporters.gguf_models import MODELS
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ import quadapt
 from quadapt.errors import CheckpointError
 from quadapt.exporters.gguf import export_gguf
 from quadapt.hf.loading import load_model
+from quadapt.importers.gguf_families import FAMILIES
 from quadapt.model.quantize import quantized_layers
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -44,14 +46,19 @@ def by_transformers(file: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
 
-def requantized(source: Path, target: Path, kind: Callable[[str], str | None]) -> Path:
-    """A file with its matrices quantized by the gguf package: to the type that `kind(name)` gives, None leaves one."""
+def requantized(source: Path, target: Path, kind: Callable[[str], str | None], **more: str) -> Path:
+    """A file with its matrices quantized by the gguf package: to the type that `kind(name)` gives, None leaves one.
+
+    It says `more` of its rotary embedding than before.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    for key, value in more.items():
+        writer.add_string(f"{writer.arch}.rope.scaling.{key}", value)
     for each in reader.tensors:
         new = kind(each.name) if len(each.shape) > 1 else None
         if new is None:
@@ -111,6 +118,31 @@ def test_every_family_with_types_that_differ_and_a_tied_head(family: str, tmp_pa
     model = alike(requantized(tmp_path / "dense.gguf", tmp_path / "new.gguf", kind), 10)
     arch = "Llama" if family == "Mistral" else family  # llama.cpp's architecture of both
     assert type(model).__name__ == f"{arch}ForCausalLM"
+
+
+READ = [name for name, (kind, _) in MODELS.items() if FAMILIES[f"{kind}ForCausalLM"].read]
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["codes", "dense"])
+@pytest.mark.parametrize("name", READ)
+def test_a_model_that_was_exported_computes_the_same(name: str, dense: bool, tmp_path: Path) -> None:
+    """Sizes, windows, caps and rotary embeddings come out of the file as they went in."""
+    kind, changes = MODELS[name]
+    if changes.get("attention_bias"):
+        pytest.skip("transformers makes a Llama without biases of a file")
+    model = tiny(kind, **changes) if dense else quantized(tiny(kind, **changes))
+    export_gguf(model, byte_level(), tmp_path / "model.gguf")
+    again: Any = quadapt.load(tmp_path / "model.gguf")[0]
+    assert bool(quantized_layers(again)) != dense
+    ids = torch.randint(2, 300, (1, 100), generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    export_gguf(tiny("Qwen2"), byte_level(), tmp_path / "plain.gguf")
+    file = requantized(tmp_path / "plain.gguf", tmp_path / "new.gguf", lambda _: "Q4_0", type="ntk")
+    with pytest.raises(CheckpointError, match="type is ntk, with nothing more; known are none, linear, yarn, longrope"):
+        load_model(str(file))
 
 
 def test_the_scaling_of_llama_3_is_found_again(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from quadapt.hf.quantizer import adopt, base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, reading
 from quadapt.hf.vocabulary import check_vocabulary, embedding_rows, without_additions
 from quadapt.importers import FileImporter
+from quadapt.importers.gguf import configured
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.trial import check_runs
 
@@ -305,6 +306,7 @@ def _load_gguf(path: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
         AutoModelForCausalLM.from_pretrained,
         str(path.parent),
         gguf_file=path.name,
+        config=reading(str(path), configured, path, _config(str(path), trust_remote_code=False)),
         dtype=wanted,
         output_loading_info=True,
         ignore_mismatched_sizes=True,

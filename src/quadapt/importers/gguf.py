@@ -9,8 +9,6 @@ Rows of q_proj and k_proj lie in another order in files of the llama family, whi
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from quadapt.errors import CheckpointError
 from quadapt.importers.base import IMPORTERS, FileImporter, Importer, Parts, expect
 from quadapt.importers.ggml import BLOCKS, Blocks
+from quadapt.importers.gguf_config import FACTORS, FREQUENCIES, completed, llama3_scaling
 from quadapt.importers.gguf_families import FAMILIES, family_names
 from quadapt.importers.gguf_family import names_of
 from quadapt.quant.weight import Layout, QuantWeight
@@ -30,14 +29,12 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
 _ADVICE = "quadapt.load gives it as dense numbers; to tune over codes, take a file of Q4_K, Q6_K, Q8_0 and the like"
 
-
-_ROPE = "rope_freqs.weight"
-"""What llama.cpp divides each rotary frequency by, which transformers does not read."""
-
-_LOW, _HIGH = 1.0, 4.0
-"""`low_freq_factor` and `high_freq_factor` of all of Llama 3."""
+_READ = tuple(family for family in FAMILIES.values() if family.read)
+"""The families whose files are read as codes."""
 
 
 @IMPORTERS.register("gguf")
@@ -52,8 +49,8 @@ class GGUF(FileImporter):
     @classmethod
     def of_file(cls, path: Path) -> Importer:
         reader = _open(path)
-        arch = str(reader.fields["general.architecture"].contents())
-        if arch not in {family.arch for family in FAMILIES.values() if family.read}:
+        arch = _arch(reader)
+        if arch not in {family.arch for family in _READ}:
             raise CheckpointError(f"is of {arch}, and GGUF files of {family_names(read=True)} are read. {_ADVICE}")
         matrices = [each for each in reader.tensors if each.name.startswith("blk.") and len(each.shape) > 1]
         for each in matrices:
@@ -65,15 +62,11 @@ class GGUF(FileImporter):
                 )
         if not any(each.tensor_type.name in BLOCKS for each in matrices):
             raise CheckpointError("is not quantized. quadapt.load gives it as a dense model")
-        _scaling(reader)
+        llama3_scaling(reader)
         return cls()
 
     def completed(self, path: Path, config: Any) -> Any:
-        scaling = _scaling(_open(path))
-        if scaling:
-            config = copy.deepcopy(config)
-            config.rope_parameters = {**config.rope_parameters, **scaling}
-        return config
+        return configured(path, config)
 
     def tensors(self, path: Path, model: Any) -> Mapping[str, Tensor]:
         return _Tensors(_open(path), model)
@@ -99,6 +92,13 @@ class GGUF(FileImporter):
         return BLOCKS[gguf.GGMLQuantizationType(int(parts["type"])).name]
 
 
+def configured(path: Path, config: Any) -> Any:
+    """Transformers' configuration of a file, completed by all that the file says, if it is of a family that is read."""
+    reader = _open(path)
+    family = next((family for family in _READ if family.arch == _arch(reader)), None)
+    return config if family is None else completed(reader, family, config)
+
+
 class _Tensors(Mapping[str, Tensor]):
     """The tensors of a file by the names that they have in a model, each made when it is asked for.
 
@@ -116,7 +116,7 @@ class _Tensors(Mapping[str, Tensor]):
         layers = {name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
         self._found: dict[str, tuple[str, ReaderTensor]] = {}
         for tensor in reader.tensors:
-            if tensor.name == _ROPE:  # part of the configuration, see `completed`
+            if tensor.name in (FREQUENCIES, *FACTORS.values()):  # part of the configuration, see `completed`
                 continue
             if tensor.name not in known:
                 raise CheckpointError(
@@ -156,36 +156,8 @@ def _numbers(tensor: ReaderTensor) -> Tensor:
     return torch.from_numpy(tensor.data).view(dtype)
 
 
-def _scaling(reader: GGUFReader) -> dict[str, Any]:
-    """Llama 3's scaling of rotary frequencies, as transformers' configuration has it; empty if there is none.
-
-    A file has the factor of each frequency, and not the numbers that they come of: those are found again from them.
-
-    Raises:
-        CheckpointError: The factors are not of that scaling.
-    """
-    tensor = next((each for each in reader.tensors if each.name == _ROPE), None)
-    if tensor is None:
-        return {}
-    factors = torch.from_numpy(tensor.data).double().flatten()
-    base = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.freq_base")
-    theta, half = 10000.0 if base is None else float(base.contents()), len(factors)
-    waves = 2 * math.pi * theta ** (torch.arange(half, dtype=torch.float64) / half)
-    most = float(f"{float(factors.max()):.5g}")
-    smooth = ((1 / factors - 1 / most) / (1 - 1 / most)).clamp(0, 1) if most > 1 else torch.ones(half)
-    between = (smooth > 0.01) & (smooth < 0.99)
-    reach = waves[between] * (_LOW + smooth[between] * (_HIGH - _LOW))
-    length = round(float(reach.median())) if len(reach) else 0
-    want = ((length / waves - _LOW) / (_HIGH - _LOW)).clamp(0, 1)
-    if not length or not torch.allclose(1 / ((1 - want) / most + want), factors, rtol=1e-4):
-        raise CheckpointError(f"{_ROPE}: has factors that are not those of Llama 3's scaling. {_ADVICE}")
-    return {
-        "rope_type": "llama3",
-        "factor": most,
-        "low_freq_factor": _LOW,
-        "high_freq_factor": _HIGH,
-        "original_max_position_embeddings": length,
-    }
+def _arch(reader: GGUFReader) -> str:
+    return str(reader.fields["general.architecture"].contents())
 
 
 def _open(path: Path) -> GGUFReader:

@@ -83,7 +83,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma2ForCausalLM": Family(
         arch="gemma2",
-        read=False,
         metadata={
             **_RMS,
             "attention.sliding_window": "sliding_window",
@@ -103,7 +102,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma3ForCausalLM": Family(
         arch="gemma3",
-        read=False,
         metadata={
             **_RMS,
             "attention.sliding_window": "sliding_window",
@@ -130,7 +128,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "Phi3ForCausalLM": Family(
         arch="phi3",
-        read=False,
         metadata={
             **_RMS,
             "attention.sliding_window": lambda _: 0,
@@ -167,7 +164,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "StableLmForCausalLM": Family(
         arch="stablelm",
-        read=False,
         metadata={
             **_GROUPED,
             "attention.layer_norm_epsilon": "layer_norm_eps",
