@@ -73,7 +73,8 @@ class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
             if statistic in self.wanted:
                 with safe_open(path, framework="pt") as file:
                     tensor = file.get_tensor(name)
-                found[statistic] = _square(tensor) if statistic == MOMENT else tensor
+                if tensor.numel():  # nothing is known of experts to which hardly a token was sent
+                    found[statistic] = _square(tensor) if statistic == MOMENT else tensor
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -86,11 +87,12 @@ class StatisticsFiles(Mapping[str, "dict[str, Tensor]"]):
         """Layers of which a statistic is not there."""
         return [layer for layer in layers if statistic not in self._layers.get(layer, {})]
 
-    def keep(self, statistic: str, unit: str, groups: Iterable[tuple[Sequence[str], Tensor]]) -> None:
-        """Write statistics of a unit, each shared by some layers, under a temporary name, and rename."""
+    def keep(self, statistic: str, unit: str, groups: Iterable[tuple[Sequence[str], Tensor | None]]) -> None:
+        """Write statistics of a unit, each shared by some layers (None: there are none), and give the file its name."""
         tensors: dict[str, Tensor] = {}
         layers: dict[str, str] = {}
-        for at, (names, tensor) in enumerate(groups):
+        for at, (names, found) in enumerate(groups):
+            tensor = torch.empty(0, 0) if found is None else found
             tensors[str(at)] = _triangle(tensor) if statistic == MOMENT else tensor.float().contiguous().cpu()
             layers |= dict.fromkeys(names, str(at))
         path = self.folder / f"{statistic}@{unit}.safetensors"
@@ -216,7 +218,7 @@ def gather_fisher(
     for name, total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise CalibrationError(f"{name}: gradients are not finite. Gather in float32 (--dtype float32)")
-        files.keep(FISHER, name, [([name], total)])
+        files.keep(FISHER, name, [([name], total if bool(total.any()) else None)])
     unfinished.unlink(missing_ok=True)
 
 

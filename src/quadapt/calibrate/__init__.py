@@ -2,9 +2,11 @@
 
 from quadapt.calibrate.backward import BackwardWalk, Watch
 from quadapt.calibrate.batch import Batch, call_of, inputs_of, named, parted, sequences_in
-from quadapt.calibrate.walk import BlockWalk, Gathered
+from quadapt.calibrate.walk import LEAST_TOKENS, MOMENTS_AT_ONCE, BlockWalk, Gathered
 
 __all__ = [
+    "LEAST_TOKENS",
+    "MOMENTS_AT_ONCE",
     "BackwardWalk",
     "Batch",
     "BlockWalk",

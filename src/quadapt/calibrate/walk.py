@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,10 +25,18 @@ from quadapt.calibrate.batch import Batch, call_of, parted
 from quadapt.calibrate.held import Held, stopping
 from quadapt.errors import CalibrationError
 from quadapt.nn.block_ap import Example
+from quadapt.nn.experts import Experts
 from quadapt.nn.resident import indexed, moved, resident, tensors_in
 
-Gathered = tuple[list[str], Tensor]
-"""Layers that share their input, and its second moment, float64 `[in, in]`."""
+Gathered = tuple[list[str], Tensor | None]
+"""Layers that share their input, and its second moment, float64 `[in, in]`; None if it was given too few tokens."""
+
+LEAST_TOKENS = 32
+"""How many tokens must be sent to an expert for statistics of it. With fewer, in a space of hundreds of dimensions, a
+moment would tell little but where the damping is: then it is rounded to nearest, and the report names it."""
+
+MOMENTS_AT_ONCE = 1 << 30
+"""Bytes of the second moments of experts that are gathered in one pass; more of them take several passes."""
 
 
 class BlockWalk:
@@ -153,11 +162,69 @@ class BlockWalk:
         Returns:
             For each group of layers that share their input: their names, and the moment as :meth:`second_moment`.
         """
-        stages = self.stages(name, layers)
-        moments = [_Moment() for _ in stages]
-        with _hooks({layers[stage[0]]: moment for stage, moment in zip(stages, moments, strict=True)}):
+        groups, found = self.stages(name, layers), list[Gathered]()
+        routed = [group for group in groups if _place(group[0], self._experts(name))]
+        *first, last = [*self._fitting(routed, layers)] or [[]]
+        for some in first:
+            found += self._gather(name, some, layers)
+        with self._gathering(name, last + [group for group in groups if group not in routed], layers) as moments:
             self.advance(name)
-        return [(stage, moment.mean()) for stage, moment in zip(stages, moments, strict=True)]
+        return found + moments()
+
+    def moments(self, name: str, groups: Sequence[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[Gathered]:
+        """Second moments of groups of layers of a block, each group's when it is asked for.
+
+        A group may be quantized before the next one is asked for, and is then calibrated on. What experts of one layer
+        are given does not depend on each other: their moments are gathered together.
+
+        Args:
+            name: The block, at which all forwards are held.
+            groups: Groups of layers that share their input, as :meth:`stages` gives them.
+            layers: The layers by name.
+        """
+        experts = self._experts(name)
+        for place, some in groupby(groups, lambda group: _place(group[0], experts)):
+            for together in self._fitting(list(some), layers) if place else ([group] for group in some):
+                yield from self._gather(name, together, layers)
+
+    def _experts(self, name: str) -> dict[str, Experts]:
+        """The experts in a block, by the beginning of the names of their layers."""
+        inside = self._blocks[name].named_modules(prefix=name)
+        return {f"{path}.": module for path, module in inside if isinstance(module, Experts)}
+
+    def _fitting(self, groups: Sequence[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
+        """Groups as many at a time as have moments that fit together."""
+        some, size = list[list[str]](), 0
+        for group in groups:
+            linear: Any = layers[group[0]]
+            more = 8 * linear.in_features**2
+            if some and size + more > MOMENTS_AT_ONCE:
+                yield some
+                some, size = [], 0
+            some.append(group)
+            size += more
+        if some:
+            yield some
+
+    def _gather(self, name: str, groups: Sequence[list[str]], layers: Mapping[str, nn.Module]) -> list[Gathered]:
+        with self._gathering(name, groups, layers) as moments:
+            for _ in self._run(name, self._held):
+                pass
+        return moments()
+
+    @contextmanager
+    def _gathering(
+        self, name: str, groups: Sequence[list[str]], layers: Mapping[str, nn.Module]
+    ) -> Iterator[Callable[[], list[Gathered]]]:
+        """Inside, second moments of the inputs of some groups are added up; gives the function that tells them."""
+        moments, experts = [_Moment() for _ in groups], self._experts(name)
+
+        def told() -> list[Gathered]:
+            least = [LEAST_TOKENS if _place(group[0], experts) else 1 for group in groups]
+            return [(group, moment.mean(at)) for group, moment, at in zip(groups, moments, least, strict=True)]
+
+        with _hooks({layers[group[0]]: moment for group, moment in zip(groups, moments, strict=True)}):
+            yield told
 
     def examples(self) -> list[Example]:
         """What the next block is called with, and what the dense one gave (:meth:`advance_dense` has been called)."""
@@ -169,11 +236,15 @@ class BlockWalk:
     def stages(self, name: str, layers: Mapping[str, nn.Module]) -> list[list[str]]:
         """`layers` of a block in the order in which it runs them; those that share an input tensor stand together.
 
+        Of experts none need be run: those of one layer stand where it is run, first what all of them begin with.
+
         Raises:
             CalibrationError: The block does not run one of them.
         """
         seen: dict[int, list[str]] = {}
         kept: list[Tensor] = []  # so that no identity is used twice
+        experts = self._experts(name)
+        routed = {layer: place for layer in layers if (place := _place(layer, experts))}
 
         def note(layer: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -182,23 +253,37 @@ class BlockWalk:
 
             return hook
 
-        with _hooks({layers[layer]: note(layer) for layer in layers}):
+        watched = {layer: layers[layer] for layer in layers if layer not in routed}
+        watched |= {prefix: experts[prefix] for prefix, _ in routed.values()}
+        with _hooks({module: note(layer) for layer, module in watched.items()}):
             for _ in self._run(name, self._held[:1]):
                 pass
-        missing = set(layers) - {layer for stage in seen.values() for layer in stage}
+        missing = set(watched) - {layer for stage in seen.values() for layer in stage}
         if missing:
             raise CalibrationError(
-                f"{sorted(missing)[0]}: is not used when the model runs on the calibration data. List it under skip"
+                f"{sorted(missing)[0].rstrip('.')}: is not used when the model runs on the calibration data. List it "
+                "under skip"
             )
-        return list(seen.values())
+        found = list[list[str]]()
+        for stage in seen.values():
+            found += [plain] if (plain := [layer for layer in stage if layer in layers]) else []
+            for prefix in (layer for layer in stage if layer in experts):
+                every = [f"{prefix}{at}." for at in range(experts[prefix].count)]
+                groups = [[each + part for part in parts] for parts in experts[prefix].stages() for each in every]
+                found += [some for group in groups if (some := [layer for layer in group if layer in layers])]
+        return found
 
     def second_moment(self, name: str, layer: nn.Module) -> Tensor:
         """Mean of `x x^T` over the inputs of a layer of a block, float64 `[in, in]`, on the device that computes."""
-        moment = _Moment()
-        with _hooks({layer: moment}):
-            for _ in self._run(name, self._held):
-                pass
-        return moment.mean()
+        [(_, moment)] = self._gather(name, [[""]], {"": layer})
+        assert moment is not None
+        return moment
+
+
+def _place(layer: str, experts: Mapping[str, Experts]) -> tuple[str, str] | None:
+    """The beginning of a layer's name and its part, if it is one of an expert's."""
+    found = next((prefix for prefix in experts if layer.startswith(prefix)), None)
+    return None if found is None else (found, layer.rpartition(".")[2])
 
 
 def _close(undo: Callable[[], None], *forwards: list[Held]) -> None:
@@ -220,9 +305,9 @@ class _Moment:
         moment = (x.T @ x).double()
         self._total, self._tokens = moment if self._total is None else self._total.add_(moment), self._tokens + len(x)
 
-    def mean(self) -> Tensor:
-        assert self._total is not None
-        return self._total.div_(self._tokens)
+    def mean(self, least: int) -> Tensor | None:
+        """The mean over all tokens; None if there were fewer than `least`."""
+        return None if self._total is None or self._tokens < least else self._total.div_(self._tokens)
 
 
 @contextmanager

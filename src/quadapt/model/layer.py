@@ -147,12 +147,17 @@ class Quantization:
 
 
 def quantize_layer(
-    name: str, weight: Tensor, quantization: Quantization, statistics: Statistics
+    name: str,
+    weight: Tensor,
+    quantization: Quantization,
+    statistics: Statistics,
+    *,
+    unseen: str = "lies outside the blocks",
 ) -> tuple[Begun, LayerRow]:
     """Quantize one weight matrix. What cannot be done as asked is done in the nearest way, with a note.
 
-    Outside the blocks there are no statistics: such layers are rounded to nearest. Scales that fp16 cannot hold become
-    fp32.
+    Layers without statistics are rounded to nearest; `unseen` says why there are none. Scales that fp16 cannot hold
+    become fp32.
     """
     clock, layout = time.perf_counter(), quantization.layout(name, *weight.shape)
     rounding, start, notes = quantization.rounding, quantization.start, list[str]()
@@ -160,12 +165,12 @@ def quantize_layer(
         notes.append(quantization.shortened(name, layout))
     if not rounding.needs <= statistics.keys():
         rounding = rounding.without_data()
-        notes.append("rounded to nearest: lies outside the blocks")
+        notes.append(f"rounded to nearest: {unseen}")
     if quantization.adapted and not any(matches(name, pattern) for pattern in quantization.adapted):
         start = Zero()
     if not start.needs <= statistics.keys():
         start = Zero()
-        notes.append(f"no {quantization.start.name} start: lies outside the blocks")
+        notes.append(f"no {quantization.start.name} start: {unseen}")
 
     def begin(layout: Layout) -> Begun:
         quantize = partial(rounding, layout=layout, statistics=statistics)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quadapt.calibrate import Batch, BlockWalk
+from quadapt.calibrate import LEAST_TOKENS, Batch, BlockWalk
 from quadapt.errors import ConfigError, locate
 from quadapt.model.layer import LayerRow, Quantization, quantize_layer, row_of, widened
 from quadapt.model.select import find_blocks, matches
@@ -50,6 +50,10 @@ class Keeper(Protocol):
 
     def keep(self, unit: str, done: Done) -> Done:
         """Keep a finished unit; return what to go on with."""
+
+
+OUTSIDE = "outside the blocks"
+"""The unit of all layers that lie in no block."""
 
 
 class InMemory:
@@ -104,7 +108,7 @@ def quantize_model(
     worker = _Worker(model, dict(layers), quantization, keeper or InMemory(), statistics or {}, there)
     with _walk(model, {unit: blocks[unit] for unit in units}, batches, there, quantization) as walk:
         order = list(units) if walk is None else walk.order
-        for unit in progress([*order, *(["outside the blocks"] if outside else [])]):
+        for unit in progress([*order, *([OUTSIDE] if outside else [])]):
             names = units.get(unit, outside)
             worker.unit(unit, names, walk if unit in units else None)
             if walk is not None and unit in units:
@@ -189,21 +193,27 @@ class _Worker:
 
     def _quantize(self, unit: str, names: list[str], walk: BlockWalk | None) -> Done:
         if walk is None:
-            return self._layers([(names, {})])
+            return self._layers([(names, {})], "" if unit != OUTSIDE else "lies outside the blocks")
         with resident(self.model.get_submodule(unit), self.device):
             rounding = self.quantization.rounding
             if names and isinstance(rounding, BlockRounding):
                 return self._fit(unit, names, walk, rounding)
-            return self._layers(self._gathered(unit, self._stages(unit, names, walk), walk))
+            return self._layers(self._gathered(unit, names, walk))
 
-    def _layers(self, stages: Iterable[tuple[list[str], Statistics]]) -> Done:
-        """Quantize layer by layer, each in its place before the next stage is asked for."""
+    def _layers(self, stages: Iterable[tuple[list[str], Statistics]], unseen: str = "") -> Done:
+        """Quantize layer by layer, each in its place before the next stage is asked for.
+
+        `unseen` says why statistics may be missing, if it is not that too few tokens were sent to an expert.
+        """
+        unseen = unseen or f"an expert to which fewer than {LEAST_TOKENS} tokens were sent"
         done = Done({}, [])
         for stage, statistics in stages:
             for name in stage:
                 known = {**statistics, **moved(dict(self.statistics.get(name, {})), self.device)}
                 with locate(name), resident(self.layers[name], self.device):
-                    begun, row = quantize_layer(name, self.layers[name].weight.detach(), self.quantization, known)
+                    begun, row = quantize_layer(
+                        name, self.layers[name].weight.detach(), self.quantization, known, unseen=unseen
+                    )
                     self._replace(name, self._product(name, begun.weight))
                 done.rows.append(row)
                 done.weights[name] = begun.weight
@@ -237,18 +247,15 @@ class _Worker:
         ]
         return Done(weights, rows)
 
-    def _gathered(self, unit: str, stages: list[list[str]], walk: BlockWalk) -> Iterable[tuple[list[str], Statistics]]:
-        """Each stage with its statistics: gathered in its turn, or all before the first if the rounding says so."""
+    def _gathered(self, unit: str, names: list[str], walk: BlockWalk) -> Iterable[tuple[list[str], Statistics]]:
+        """Layers that share their statistics, in order, each group calibrated on the quantized ones before it.
 
-        def gather(stage: list[str]) -> Statistics:
-            return {"second_moment": walk.second_moment(unit, self.model.get_submodule(stage[0]))}
-
-        found = ((stage, gather(stage)) for stage in stages)
+        If the rounding says so, all statistics are gathered before the first layer is quantized.
+        """
+        layers = {name: self.layers[name] for name in names}
+        moments = walk.moments(unit, walk.stages(unit, layers), layers)
+        found = ((stage, {} if moment is None else {"second_moment": moment}) for stage, moment in moments)
         return found if self.quantization.rounding.true_sequential else list(found)
-
-    def _stages(self, unit: str, names: list[str], walk: BlockWalk) -> list[list[str]]:
-        """Layers that share their statistics, in order; each stage is calibrated on the quantized ones before it."""
-        return walk.stages(unit, {name: self.layers[name] for name in names})
 
     def _replace(self, name: str, weight: QuantWeight) -> None:
         bias = self.layers[name].bias

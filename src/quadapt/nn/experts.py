@@ -94,10 +94,10 @@ class Experts(nn.Module):
     def __len__(self) -> int:
         return self.count
 
-    def stages(self) -> list[list[tuple[str, ...]]]:
+    def stages(self) -> list[tuple[str, ...]]:
         """Layers of one expert by name, in the order in which it runs them; those that share their input together."""
         names = tuple(self[0]._modules)
-        return [[names[:-1]], [names[-1:]]] if len(names) > 1 else [[names]]
+        return [names[:-1], names[-1:]] if len(names) > 1 else [names]
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """What one expert gives for some tokens `[tokens, in]`."""
