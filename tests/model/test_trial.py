@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import quadapt
 from quadapt.errors import ConfigError, ShapeError
 from quadapt.hf.quantizer import adopt
+from quadapt.model.inputs import text_ids
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.select import select
-from quadapt.model.trial import check_reads, check_runs, logits_of, text_ids
+from quadapt.model.trial import check_reads, check_runs, logits_of
 from quadapt.nn.quant_linear import QuantLinear
 
 Make = Callable[..., Any]

@@ -159,20 +159,12 @@ def heads(model: Any) -> dict[str, nn.Module]:
 
 
 def language_model(model: Any) -> Any:
-    """The part of a model that reads and writes text: all of it, unless it has a tower for pictures or sound too.
-
-    Raises:
-        ConfigError: That part cannot be told from the others.
-    """
+    """The part of a model that reads and writes text: all of it, unless that part can be told from its towers."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return model
     text = model.get_decoder()
-    if text is model or text is getattr(model, "base_model", None):
-        raise ConfigError(
-            f"{type(model).__name__} does not say which part of it is the language model. Give a model of text alone"
-        )
-    return text
+    return model if text is None or text is getattr(model, "base_model", None) else text
 
 
 def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str], skip: Sequence[str]) -> str:

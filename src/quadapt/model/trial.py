@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadapt.calibrate import call_of
+from quadapt.calibrate import Batch, call_of
 from quadapt.errors import ConfigError
 from quadapt.limits import limit_of
+from quadapt.model.inputs import random_inputs
 from quadapt.model.select import last_parts
 
 TOKENS = 8
@@ -25,22 +26,10 @@ SAME = 0.05
 """Relative difference of logits that comes from another order of sums; where codes are taken for weights it is 0.5."""
 
 
-def text_ids(config: Any, sequences: int, length: int) -> Tensor:
-    """Random token ids `[sequences, length]`, always the same ones, none of which stands for a picture or sound."""
-    about = config.get_text_config()
-    marks = {value for name, value in vars(config).items() if name.endswith(("token_id", "token_index"))}
-    marks |= {value for name, value in vars(about).items() if name.endswith("token_id")}
-    known = torch.tensor([each for each in range(about.vocab_size) if each not in marks] or [0])
-    ids = known[torch.randint(len(known), (sequences, length), generator=torch.Generator().manual_seed(0))]
-    if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
-        ids[:, -1] = config.eos_token_id  # where classifiers of this kind look for what they know of a text
-    return ids
-
-
 @torch.no_grad()
-def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """Logits of a model for some token ids; an encoder-decoder gets them on both sides."""
-    return answer_of(model(**call_of(model, ids, next(model.parameters()).device)))
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """What a model answers to token ids, which an encoder-decoder gets on both sides, or to inputs by name."""
+    return answer_of(model(**call_of(model, batch, next(model.parameters()).device)))
 
 
 def answer_of(output: Any) -> Tensor:
@@ -52,25 +41,42 @@ def answer_of(output: Any) -> Tensor:
 
 
 def check_runs(model: Any) -> Tensor:
-    """Run a model on a few tokens, and return its logits.
+    """Run a model on a few tokens (or on a picture, or on sound), and return what it answers.
 
     Raises:
         ConfigError: It cannot be run, or gives logits that are NaN or infinite.
     """
-    try:
-        logits = logits_of(model.eval(), text_ids(model.config, 1, TOKENS))
-    except Exception as error:  # whatever a model's own code raises
-        if limit_of(error) is not None:
-            raise
-        raise ConfigError(
-            f"{type(model).__name__} cannot be run on tokens ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-    if bool((logits.isnan() | (logits == torch.inf)).any()):
-        raise ConfigError(
-            f"{type(model).__name__} gives logits that are NaN or infinite on a few tokens. Its weights are damaged, "
-            f"or {logits.dtype} is too narrow for it: try --dtype float32"
-        )
-    return logits
+    return _tried(model)[1]
+
+
+def inputs_for(model: Any, sequences: int = 1, length: int = TOKENS) -> Batch:
+    """Random inputs on which a model runs.
+
+    Raises:
+        ConfigError: There are none, or it gives logits for them that are NaN or infinite.
+    """
+    return _tried(model, sequences, length)[0]
+
+
+def _tried(model: Any, sequences: int = 1, length: int = TOKENS) -> tuple[Batch, Tensor]:
+    """The first inputs on which a model runs, and what it answers."""
+    first: Exception | None = None
+    for batch in random_inputs(model.eval(), sequences, length):
+        try:
+            logits = logits_of(model, batch)
+        except Exception as error:  # whatever a model's own code raises
+            if limit_of(error) is not None:
+                raise
+            first = first or error
+            continue
+        if bool((logits.isnan() | (logits == torch.inf)).any()):
+            raise ConfigError(
+                f"{type(model).__name__} gives logits that are NaN or infinite on a few tokens. Its weights are "
+                f"damaged, or {logits.dtype} is too narrow for it: try --dtype float32"
+            )
+        return batch, logits
+    why = f"{type(first).__name__}: {' '.join(str(first).split())}" if first else "it takes neither text nor pictures"
+    raise ConfigError(f"{type(model).__name__} cannot be run on tokens ({why})") from first
 
 
 def check_reads(model: Any, layers: Mapping[str, nn.Linear]) -> None:
@@ -86,10 +92,10 @@ def check_reads(model: Any, layers: Mapping[str, nn.Linear]) -> None:
     Raises:
         ConfigError: The model cannot be run, or gives something else then; the layers that it reads are named.
     """
-    dense = check_runs(model)
+    batch, dense = _tried(model)
     with _as_codes(layers) as read:
         try:
-            given = logits_of(model, text_ids(model.config, 1, TOKENS))
+            given = logits_of(model, batch)
             same = bool((given - dense).norm() <= SAME * dense.norm())
         except torch.OutOfMemoryError:
             raise
