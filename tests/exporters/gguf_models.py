@@ -34,6 +34,8 @@ LONG: dict[str, Any] = {  # llama.cpp's contexts are multiples of 256 tokens
     },
 }
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -60,10 +62,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom with 6 heads": ("Bloom", {"hidden_size": 96, "num_attention_heads": 6}),
     "stablelm": ("StableLm", {}),
     "stablelm 2": ("StableLm", {"use_parallel_residual": True, "use_qkv_bias": True, "tie_word_embeddings": True}),
+    "stablelm 2 with norms of heads": ("StableLm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "falcon 7b": ("Falcon", {}),
     "falcon 40b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon 2": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
     "falcon with a key a head": ("Falcon", {"multi_query": False}),
+    "gpt-2": ("GPT2", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2 with experts": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 128}),
+    "qwen3 with experts": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
 }
 """Models by name: the family, and what differs from the sizes of all."""
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from export_models import quantized, tiny, with_adapter
-from gguf_models import HALF, LONG, MODELS, WINDOWS, with_their_gelu
+from gguf_models import EXPERTS, HALF, LONG, MODELS, WINDOWS, with_their_gelu
 
 from quadapt.errors import ExportError
 from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.gguf_lora import export_gguf_lora
 from quadapt.exporters.llama_cpp import differences
 from quadapt.importers.gguf_families import FAMILIES, family_names
+from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import LoRA
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -70,6 +71,8 @@ def test_a_quantized_model_answers_alike(name: str, block: str, tokenizer: Any, 
     """What differs is llama.cpp's rounding of activations to 8 bits, and it is small."""
     kind, changes = MODELS[name]
     sizes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    if kind in ("Mixtral", "Qwen2Moe", "Qwen3Moe"):  # all experts take part: rounding may change which are chosen
+        sizes |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "num_experts_per_tok": 4}
     sizes["num_attention_heads"] = 256 // changes.get("head_dim", 64)  # so that all widths are whole super-blocks
     model = quantized(tiny(kind, **(changes | sizes)), *GRIDS[block])
     report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
@@ -83,7 +86,9 @@ def test_a_quantized_model_answers_alike(name: str, block: str, tokenizer: Any, 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_serves_base_and_adapter(name: str, tokenizer: Any, tmp_path: Path) -> None:
     kind, changes = MODELS[name]
-    model, ids = with_adapter(quantized(tiny(kind, **changes), NF4), LoRA(), alpha=6.0), tokens(40)
+    model = quantized(tiny(kind, **changes), NF4)
+    targets = list(quantized_layers(model))  # and not the routers of experts, which are dense
+    model, ids = with_adapter(model, LoRA(), alpha=6.0, target_modules=targets), tokens(40)
     base, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
     export_gguf_lora(model, lora)
     export_gguf(quantized(tiny(kind, **changes), NF4), tokenizer, base)
@@ -102,7 +107,9 @@ NOT_ALIKE: dict[str, tuple[str, dict[str, Any], str]] = {
     "no cap": ("Gemma2", {**WINDOWS, "attn_logit_softcapping": None}, "attn_logit_softcapping=None.* with 50.0"),
     "a cap": ("Gemma3", {**WINDOWS, "final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0.* with None"),
     "an own head": ("Gemma", {"head_dim": 32, "tie_word_embeddings": False, "pad_token_id": 0}, "no such tensor"),
-    "norms of queries": ("StableLm", {"qk_layernorm": True}, "qk_layernorm=True"),
+    "norms of queries": ("Phi", {"qk_layernorm": True}, "qk_layernorm=True.* with False"),
+    "weights of experts": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False}, "norm_topk_prob=False.* with True"),
+    "layers without experts": ("Qwen2Moe", {**EXPERTS, "mlp_only_layers": [1]}, "mlp_only_layers=.* with \\[\\]"),
     "alibi": ("Falcon", {"alibi": True}, "alibi=True.* with False"),
     "biases": ("Falcon", {"bias": True}, "bias=True.* with False"),
     "parts of heads": ("Llama", {"rope_parameters": HALF}, "rope_type default .*over whole heads"),
@@ -131,3 +138,25 @@ def test_notes_what_differs(tokenizer: Any, tmp_path: Path) -> None:
     ]:
         report = export_gguf(quantized(tiny(kind, **changes)), tokenizer, tmp_path / "model.gguf")
         assert words in report.notes[-1]
+
+
+def test_experts_of_which_one_is_not_held_leave_as_f32(tokenizer: Any, tmp_path: Path) -> None:
+    kind, changes = MODELS["mixtral"]
+    model = quantized(tiny(kind, **changes), skip=("0.mlp.experts.1.up_proj",))
+    report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    types = {row.name: row.type for row in report.tensors if "exps" in row.name}
+    assert types.pop("blk.0.ffn_up_exps.weight") == "F32"
+    assert set(types.values()) == {"Q4_1"}
+    assert any(note.startswith("its matrices are of several types: left as F32") for note in report.notes)
+    assert differences(tmp_path / "model.gguf", model, tokens(5)).mean() < 0.5
+
+
+def test_refuses_an_adapter_over_some_of_the_experts(tmp_path: Path) -> None:
+    kind, changes = MODELS["mixtral"]
+    model = quantized(tiny(kind, **changes))
+    targets = [name for name in quantized_layers(model) if "experts.3" not in name]
+    adapted = with_adapter(model, LoRA(), target_modules=targets)
+    with pytest.raises(
+        ExportError, match=r"ffn_gate_exps.weight: 3 of its 4 matrices have an adapter, .*--format lora"
+    ):
+        export_gguf_lora(adapted, tmp_path / "lora.gguf")

@@ -33,7 +33,7 @@ def test_refuses_what_llama_cpp_would_compute_otherwise(
 
 def test_refuses_other_families(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny("OPT", ffn_dim=96, word_embed_proj_dim=64, pad_token_id=0)
-    with pytest.raises(ExportError, match=r"OPTForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
+    with pytest.raises(ExportError, match=r"OPTForCausalLM.*LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM"):
         export_gguf(quantized(model), tokenizer, tmp_path / "model.gguf")
 
 

@@ -9,65 +9,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
-from quadapt.exporters.ggml import BY_NAME, bytes_of, type_for, why_not
+from quadapt.exporters.ggml import BY_NAME
+from quadapt.exporters.gguf_entries import Entry, Stack, row_of, stacked, write_tensors
 from quadapt.exporters.gguf_metadata import family_of, namer, write_metadata
 from quadapt.exporters.gguf_rope import rope_factors
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.exporters.tensors import DTYPES, TYPES, Source, as_numpy, refuse_adapters, shape_of, tensors_of
+from quadapt.exporters.tensors import refuse_adapters, tensors_of
 from quadapt.importers.gguf_family import Family
 from quadapt.model.embeddings import TYPES as EMBEDDINGS
 from quadapt.model.embeddings import recognized
+from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import Progress
-from quadapt.quant.weight import QuantWeight
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor that is to be written to the file."""
-
-    row: TensorRow
-    """The name, the type and the shape of the tensor in the file."""
-
-    source: Source
-    """Where the numbers of the tensor come from."""
-
-    order: np.ndarray | None = None
-    """The rows of the matrix in the order in which they are written, int64 `[rows]`; None if that is their own."""
-
-    def data(self) -> np.ndarray:
-        """What is written: a row of numbers, or of bytes of blocks, for each row of the matrix."""
-        rows = self._blocks() if self.row.type in BY_NAME else self._dense()
-        return rows if self.order is None else rows[self.order]  # groups run along a row, so they move with it
-
-    def _blocks(self) -> np.ndarray:
-        source = self.source if isinstance(self.source, QuantWeight) else recognized(self.source, self.row.type.lower())
-        assert source is not None
-        return bytes_of(source)
-
-    def _dense(self) -> np.ndarray:
-        dtype = DTYPES[self.row.type]
-        dense = self.source.dequantize(dtype) if isinstance(self.source, QuantWeight) else self.source.to(dtype)
-        if not bool(torch.isfinite(dense).all()):
-            raise ExportError(
-                f"{self.row.name}: has values that are infinite or NaN in {self.row.type}. "
-                "Use dense='f32', or repair the model"
-            )
-        return as_numpy(dense)
 
 
 def export_gguf(
@@ -97,7 +59,7 @@ def export_gguf(
     if dense not in ("f32", "f16"):
         raise ExportError(f"dense={dense!r} is unknown. Use f32 or f16")
     refuse_adapters(model)
-    path, family = Path(path), family_of(model)
+    path, family = Path(path), family_of(linear_form(model))
     entries = _entries(model, dense.upper())
     with new_file(path) as partial:
         writer = gguf.GGUFWriter(partial, family.arch)
@@ -118,7 +80,7 @@ def export_gguf(
     )
 
 
-def _entries(model: nn.Module, dense: str) -> list[Entry]:
+def _entries(model: nn.Module, dense: str) -> list[Entry | Stack]:
     config: Any = model.config
     family = family_of(model)
     name_of = namer(family, config.num_hidden_layers)
@@ -129,12 +91,12 @@ def _entries(model: nn.Module, dense: str) -> list[Entry]:
     for name, source in tensors_of(model):
         if isinstance(source, Tensor) and family.shifts(name):
             source = source.float() + 1
-        row = _row(name_of(name), source, dense)
+        row = row_of(name_of(name), source, dense)
         if name in of_ends and isinstance(source, Tensor):
             row = _embedding_row(row, source, wished.get(name.rpartition(".")[0], ""))
         entries.append(Entry(row, source, family.order(name, config, row.shape[0])))
-    entries += [Entry(_row(name, factors, dense), factors) for name, factors in rope_factors(config).items()]
-    return entries + _head_again(entries, family)
+    entries += [Entry(row_of(name, factors, dense), factors) for name, factors in rope_factors(config).items()]
+    return stacked(entries + _head_again(entries, family), dense)
 
 
 def _head_again(entries: Sequence[Entry], family: Family) -> list[Entry]:
@@ -144,23 +106,6 @@ def _head_again(entries: Sequence[Entry], family: Family) -> list[Entry]:
         return []
     table = by_name["token_embd.weight"]
     return [replace(table, row=replace(table.row, name="output.weight"))]
-
-
-def _row(name: str, source: Source, dense: str) -> TensorRow:
-    shape = shape_of(source)
-    if isinstance(source, Tensor):
-        if source.dtype not in TYPES:
-            raise ExportError(
-                f"{name}: its dtype {source.dtype} is not one of {', '.join(map(str, TYPES))}. Cast the model"
-            )
-        type_name = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
-        return TensorRow(name=name, type=type_name, shape=shape, nbytes=prod(shape) * DTYPES[type_name].itemsize)
-    why, block = why_not(source), type_for(source.layout)
-    if block is not None and not why:
-        nbytes = prod(shape) // block.weights * block.nbytes
-        return TensorRow(name=name, type=block.name, shape=shape, nbytes=nbytes, linear=True)
-    nbytes = prod(shape) * DTYPES[dense].itemsize
-    return TensorRow(name=name, type=dense, shape=shape, nbytes=nbytes, linear=True, note=why)
 
 
 def _rounded_to(config: Any) -> dict[str, str]:
@@ -181,23 +126,7 @@ def _embedding_row(row: TensorRow, source: Tensor, wished: str) -> TensorRow:
     return replace(row, note=f"was rounded to {wished} once, and no longer has such values: left as {row.type}")
 
 
-def write_tensors(writer: GGUFWriter, entries: Sequence[Entry], progress: Progress = iter) -> None:
-    """Write all of the file: what is known beforehand, then one tensor after the other."""
-    import gguf
-
-    for row in (entry.row for entry in entries):
-        ggml_type = gguf.GGMLQuantizationType[row.type]
-        # The type overrides float32.
-        writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, ggml_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    by_name = {entry.row.name: entry for entry in entries}
-    for name in progress(list(by_name)):
-        writer.write_tensor_data(by_name[name].data())
-
-
-def _file_type(entries: Sequence[Entry]) -> int:
+def _file_type(entries: Sequence[Entry | Stack]) -> int:
     """What most weights are held in, for people: llama.cpp shows it and reads each tensor's own type."""
     import gguf
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ from torch import nn
 
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
-from quadapt.exporters.gguf import Entry, write_tensors
+from quadapt.exporters.gguf_entries import Entry, Stack, stacked, write_tensors
 from quadapt.exporters.gguf_metadata import family_of, namer
 from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow
+from quadapt.model.quantize import quantized_layers
 
 _ADVICE = "which a GGUF adapter cannot hold. Use --format lora"
 
@@ -48,7 +51,7 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
     return adapter_report("gguf-lora", path, [entry.row for entry in entries], layers, adapter_name)
 
 
-def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry]:
+def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry | Stack]:
     family, entries = family_of(base), []
     name_of = namer(family, base.config.num_hidden_layers)
     for name in layers:
@@ -59,7 +62,17 @@ def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry]:
                 name=f"{name_of(weight)}.{suffix}", type="F32", shape=tuple(factor.shape), nbytes=4 * factor.numel()
             )
             entries.append(Entry(row, factor, order))
-    return entries
+    _refuse_some_of_a_stack(layers, base, name_of)
+    return stacked(entries, "F32")
+
+
+def _refuse_some_of_a_stack(layers: Layers, base: Any, name_of: Callable[[str], str]) -> None:
+    """Raise ExportError if the adapter is over some of the experts whose matrices a file has in one tensor."""
+    every = [name.removesuffix(".base_layer") for name in quantized_layers(base)]
+    found, there = (Counter(name_of(f"{name}.weight") for name in names) for names in (layers, every))
+    for name, count in found.items():
+        if count != there[name]:
+            raise ExportError(f"{name}: {count} of its {there[name]} matrices have an adapter, {_ADVICE}")
 
 
 def alpha_of(model: nn.Module, adapter_name: str = "default") -> float:

@@ -15,7 +15,7 @@ from quadapt.importers.gguf_family import Family, names_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_function")
 """Fields of configurations that name the activation function."""
 
 _FRACTIONS = ("epsilon", "softcapping", "freq_base")
@@ -31,7 +31,8 @@ def family_of(model: nn.Module) -> Family:
     class_name, config = type(model).__name__, model.config
     if class_name not in FAMILIES:
         raise ExportError(
-            f"{class_name}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf, and llama.cpp's own converter"
+            f"{class_name}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf (and then llama.cpp's own "
+            "converter, if llama.cpp computes such models)"
         )
     family = FAMILIES[class_name]
     for name, allowed in family.computes.items():

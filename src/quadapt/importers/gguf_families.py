@@ -9,6 +9,7 @@ Source: llama.cpp, `src/models/` (what each family computes) and `conversion/` (
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from quadapt.importers.gguf_family import Family, Of, apart, pairs
@@ -24,7 +25,17 @@ _SIZES: dict[str, Of] = {
 _GROUPED: dict[str, Of] = {**_SIZES, "attention.head_count_kv": "num_key_value_heads"}
 _RMS: dict[str, Of] = {**_GROUPED, "attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 
+_EXPERTS: dict[str, Of] = {
+    **_RMS,
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+
 _SILU = {"hidden_act": ("silu",)}
+_ALL_LAYERS = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
+"""That every layer has experts."""
+
 _GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
 """llama.cpp has the approximation by tanh alone. That of gelu itself is noted, see `gguf_metadata.py`."""
 
@@ -70,9 +81,30 @@ _GEMMA = {
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
+    "MixtralForCausalLM": replace(
+        _LLAMA,
+        metadata={**_RMS, "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        read=False,
+    ),
     "Qwen2ForCausalLM": Family(arch="qwen2", metadata=_RMS, computes=_SILU, ropes=("default", "linear", "yarn")),
     "Qwen3ForCausalLM": Family(
         arch="qwen3", metadata=_RMS, computes={**_SILU, "attention_bias": (False,)}, ropes=("default", "linear", "yarn")
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        arch="qwen2moe",
+        metadata={
+            **_EXPERTS,
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        computes={**_SILU, **_ALL_LAYERS, "norm_topk_prob": (False,)},
+        own_head=True,
+        read=False,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        arch="qwen3moe",
+        metadata=_EXPERTS,
+        computes={**_SILU, **_ALL_LAYERS, "norm_topk_prob": (True,), "attention_bias": (False,)},
+        read=False,
     ),
     "GemmaForCausalLM": Family(
         arch="gemma",
@@ -117,6 +149,22 @@ FAMILIES: dict[str, Family] = {
         },
         windows=True,
         norms_from_one=True,
+    ),
+    "GPT2LMHeadModel": Family(
+        arch="gpt2",
+        metadata={
+            **_SIZES,
+            "feed_forward_length": lambda config: config.n_inner or 4 * config.hidden_size,
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+        computes={
+            "activation_function": _GELU,
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        },
+        ropes=(),
+        read=False,
     ),
     "PhiForCausalLM": Family(
         arch="phi2",
@@ -169,7 +217,7 @@ FAMILIES: dict[str, Family] = {
             "attention.layer_norm_epsilon": "layer_norm_eps",
             "use_parallel_residual": "use_parallel_residual",
         },
-        computes={**_SILU, "qk_layernorm": (False,)},
+        computes=_SILU,
         partial=True,
         own_head=True,
     ),
@@ -191,4 +239,5 @@ FAMILIES: dict[str, Family] = {
 
 def family_names(*, read: bool = False) -> str:
     """The names of the families in a row: all that are written, or those whose files are read as well."""
-    return ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if family.read or not read)
+    found = [name for name, family in FAMILIES.items() if family.read or not read]
+    return ", ".join(name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for name in found)

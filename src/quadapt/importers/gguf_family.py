@@ -5,6 +5,7 @@ Read and written files have these in common. The families themselves are declare
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,10 +66,15 @@ class Family:
         return self.norms_from_one and name.endswith("norm.weight")
 
 
+_ONE_OF_SEVERAL = re.compile(r"(\.experts)\.\d+|\.norms\.\d+")
+"""What tells one of several tensors from the others, where a file holds them in one."""
+
+
 def names_of(family: Family, blocks: int) -> Callable[[str], str | None]:
     """A function from a tensor's name in transformers to its name in GGUF, by the `gguf` package's own table.
 
-    The function gives None for a tensor that the family does not have.
+    The function gives None for a tensor that the family does not have. Those that a file holds in one (of all
+    experts of a layer, norms of all heads) have one name.
     """
     import gguf
 
@@ -76,6 +82,7 @@ def names_of(family: Family, blocks: int) -> Callable[[str], str | None]:
     table = gguf.get_tensor_name_map(arch, blocks)
 
     def name_of(name: str) -> str | None:
+        name = _ONE_OF_SEVERAL.sub(r"\1", name)
         for known in (name, name.removeprefix("transformer.")):  # of BLOOM the table has names without it
             found: str | None = table.get_name(known, try_suffixes=(".weight", ".bias"))
             if found is not None:
