@@ -15,7 +15,7 @@ def plug_into_peft() -> None:
     from peft import PeftModel, peft_model
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
-    from peft.utils import hotswap
+    from peft.utils import hotswap, transformers_weight_conversion
 
     import quadapt.hf.identity  # noqa: F401 - makes PEFT know our type of config
 
@@ -27,16 +27,28 @@ def plug_into_peft() -> None:
     wrap(LoraModel, "_check_add_weighted_adapter", "quadapt.hf.tuner:check_weighted")
     wrap(PeftModel, "load_adapter", "quadapt.hf.doors:load_into_peft_model")
     wrap(peft_model, "set_peft_model_state_dict", "quadapt.hf.doors:set_state")
+    wrap(
+        transformers_weight_conversion,
+        "convert_peft_config_for_transformers",
+        "quadapt.hf.expert_adapters:convert_config",
+    )
+    wrap(
+        transformers_weight_conversion,
+        "convert_peft_adapter_state_dict_for_transformers",
+        "quadapt.hf.expert_adapters:convert_state",
+    )
     wrap(hotswap, "check_hotswap_configs_compatible", "quadapt.hf.doors:check_swap")
 
 
 def plug_into_transformers() -> None:
     """Make transformers know our quantizer, and check what adapters it loads."""
     from transformers import modeling_utils
+    from transformers.integrations import peft
     from transformers.integrations.peft import PeftAdapterMixin
 
     import quadapt.hf.quantizer  # noqa: F401 - registers itself
 
     wrap(PeftAdapterMixin, "load_adapter", "quadapt.hf.doors:load_into_model")
+    wrap(peft, "get_model_conversion_mapping", "quadapt.hf.expert_adapters:mapping_for_adapters")
     wrap(modeling_utils, "remove_tied_weights_from_state_dict", "quadapt.hf.stored_form:without_ties")
     wrap(modeling_utils, "revert_weight_conversion", "quadapt.hf.stored_form:revert")

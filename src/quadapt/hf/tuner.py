@@ -16,10 +16,11 @@ from torch import nn
 
 from quadapt.errors import ConfigError, locate
 from quadapt.hf.also import settle
-from quadapt.hf.identity import admit, identity_of, settings_of
+from quadapt.hf.identity import KEY, admit, identity_of, settings_of
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.quantizer import adopt, base_config, disown
 from quadapt.hf.trained import Part, changed_besides, merge_parts, parts_of, settle_ties
+from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.select import left_over
 from quadapt.nn.adapters import adapter_from
@@ -36,6 +37,8 @@ def inject(
 ) -> None:
     """PEFT's `inject_adapter`: an adapter that may go over a model gets its layers, and a name for its base."""
     given = self.peft_config[adapter_name]
+    if KEY in (getattr(given, "auto_mapping", None) or {}):
+        linear_form(model)  # over which it was trained, and which its names are of
     self.peft_config[adapter_name] = admit(model, given)
     stock(self, model, adapter_name, *args, **kwargs)
     finish_injection(self, model, adapter_name, given)
