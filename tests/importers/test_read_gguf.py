@@ -120,7 +120,7 @@ def test_every_family_with_types_that_differ_and_a_tied_head(family: str, tmp_pa
     assert type(model).__name__ == f"{arch}ForCausalLM"
 
 
-READ = [name for name, (kind, _) in MODELS.items() if FAMILIES[f"{kind}ForCausalLM"].read]
+READ = [name for name, (kind, _) in MODELS.items() if getattr(FAMILIES.get(f"{kind}ForCausalLM"), "read", False)]
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["codes", "dense"])
@@ -128,10 +128,12 @@ READ = [name for name, (kind, _) in MODELS.items() if FAMILIES[f"{kind}ForCausal
 def test_a_model_that_was_exported_computes_the_same(name: str, dense: bool, tmp_path: Path) -> None:
     """Sizes, windows, caps and rotary embeddings come out of the file as they went in."""
     kind, changes = MODELS[name]
-    if changes.get("attention_bias"):
-        pytest.skip("transformers makes a Llama without biases of a file")
     model = tiny(kind, **changes) if dense else quantized(tiny(kind, **changes))
     export_gguf(model, byte_level(), tmp_path / "model.gguf")
+    if dense and (kind == "Mixtral" or changes.get("qk_layernorm")):  # transformers' own reader does not know them
+        with pytest.raises(CheckpointError, match=r"mixtral|norms"):
+            quadapt.load(tmp_path / "model.gguf")
+        return
     again: Any = quadapt.load(tmp_path / "model.gguf")[0]
     assert bool(quantized_layers(again)) != dense
     ids = torch.randint(2, 300, (1, 100), generator=torch.Generator().manual_seed(3))

@@ -91,6 +91,8 @@ def _entries(model: nn.Module, dense: str) -> list[Entry | Stack]:
     for name, source in tensors_of(model):
         if isinstance(source, Tensor) and family.shifts(name):
             source = source.float() + 1
+        if isinstance(source, Tensor) and source.ndim == 2 and len(source) == 1:
+            source = source[0]  # the gate of a shared expert is a vector in a file
         row = row_of(name_of(name), source, dense)
         if name in of_ends and isinstance(source, Tensor):
             row = _embedding_row(row, source, wished.get(name.rpartition(".")[0], ""))

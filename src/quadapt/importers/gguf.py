@@ -4,12 +4,14 @@ A file has all that is known of its model; transformers makes a configuration an
 layers keep their blocks (`ggml.py`), or are floats. The embedding and the output head, of whatever type, become the
 numbers that llama.cpp dequantizes them to, in float32: computation has that dtype if no other is asked for.
 
-Rows of q_proj and k_proj lie in another order in files of the llama family, which is undone: groups run along a row.
+Where rows lie in another order in a file, as those of q_proj and k_proj of the llama family do, that is undone: groups
+run along a row. Stacks of experts are taken apart into the matrices of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,19 +24,19 @@ from quadapt.importers.base import IMPORTERS, FileImporter, Importer, Parts, exp
 from quadapt.importers.ggml import BLOCKS, Blocks
 from quadapt.importers.gguf_config import FACTORS, FREQUENCIES, completed, llama3_scaling
 from quadapt.importers.gguf_families import FAMILIES, family_names
-from quadapt.importers.gguf_family import names_of
+from quadapt.importers.gguf_family import names_of, one_of_several
 from quadapt.quant.weight import Layout, QuantWeight
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-
 _ADVICE = "quadapt.load gives it as dense numbers; to tune over codes, take a file of Q4_K, Q6_K, Q8_0 and the like"
 
-_READ = tuple(family for family in FAMILIES.values() if family.read)
-"""The families whose files are read as codes."""
+_READ = {name: family for name, family in FAMILIES.items() if family.read}
+"""The families whose files are read as codes, by the model's class."""
 
 
 @IMPORTERS.register("gguf")
@@ -49,13 +51,14 @@ class GGUF(FileImporter):
     @classmethod
     def of_file(cls, path: Path) -> Importer:
         reader = _open(path)
-        arch = _arch(reader)
-        if arch not in {family.arch for family in _READ}:
+        name = _name_of_model(reader)
+        if name is None:
+            arch = reader.fields["general.architecture"].contents()
             raise CheckpointError(f"is of {arch}, and GGUF files of {family_names(read=True)} are read. {_ADVICE}")
         matrices = [each for each in reader.tensors if each.name.startswith("blk.") and len(each.shape) > 1]
         for each in matrices:
-            if len(each.shape) > 2:
-                raise CheckpointError(f"{each.name}: is a stack of matrices (experts), which cannot be held. {_ADVICE}")
+            if len(each.shape) > 2 and not _READ[name].experts:
+                raise CheckpointError(f"{each.name}: is a stack of matrices (experts), which {name} does not have")
             if each.tensor_type.name not in BLOCKS.keys() | _FLOATS.keys():
                 raise CheckpointError(
                     f"{each.name}: is {each.tensor_type.name}, and {', '.join(BLOCKS)} can be held. {_ADVICE}"
@@ -95,8 +98,17 @@ class GGUF(FileImporter):
 def configured(path: Path, config: Any) -> Any:
     """Transformers' configuration of a file, completed by all that the file says, if it is of a family that is read."""
     reader = _open(path)
-    family = next((family for family in _READ if family.arch == _arch(reader)), None)
-    return config if family is None else completed(reader, family, config)
+    name = _name_of_model(reader)
+    return config if name is None else completed(reader, name, config)
+
+
+def _name_of_model(reader: GGUFReader) -> str | None:
+    """The class of a file's model; None if it is not one of those that are read."""
+    arch = reader.fields["general.architecture"].contents()
+    count = reader.fields.get(f"{arch}.expert_count")
+    experts = count is not None and count.contents() > 0
+    found = (name for name, family in _READ.items() if family.arch == arch and family.experts == experts)
+    return next(found, None)
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -111,10 +123,13 @@ class _Tensors(Mapping[str, Tensor]):
     def __init__(self, reader: GGUFReader, model: Any) -> None:
         self.family, self.config = FAMILIES[type(model).__name__], model.config
         name_of = names_of(self.family, model.config.num_hidden_layers)
-        known = {name_of(name): name for name in model.state_dict()}
+        known: dict[str | None, list[str]] = {}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in self._shapes:
+            known.setdefault(name_of(name), []).append(name)
         head = model.get_output_embeddings()
         layers = {name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
-        self._found: dict[str, tuple[str, ReaderTensor]] = {}
+        self._found: dict[str, tuple[str, _Piece]] = {}
         for tensor in reader.tensors:
             if tensor.name in (FREQUENCIES, *FACTORS.values()):  # part of the configuration, see `completed`
                 continue
@@ -123,19 +138,21 @@ class _Tensors(Mapping[str, Tensor]):
                     f"{tensor.name}: {type(model).__name__} has no such tensor. The file is damaged, or of a later "
                     "sort of model"
                 )
-            name = known[tensor.name]
-            layer, _, leaf = name.rpartition(".")
-            blocks = layer in layers and leaf == "weight" and tensor.tensor_type.name in BLOCKS
-            for part in (f"{layer}.blocks", f"{layer}.type") if blocks else (name,):
-                self._found[part] = name, tensor
+            for name, piece in _pieces(tensor, known[tensor.name]):
+                layer, _, leaf = name.rpartition(".")
+                blocks = layer in layers and leaf == "weight" and tensor.tensor_type.name in BLOCKS
+                for part in (f"{layer}.blocks", f"{layer}.type") if blocks else (name,):
+                    self._found[part] = name, piece
 
     def __getitem__(self, part: str) -> Tensor:
-        name, tensor = self._found[part]
+        name, piece = self._found[part]
         if part.endswith(".type"):
-            return torch.tensor(int(tensor.tensor_type))
-        rows = torch.from_numpy(tensor.data) if part.endswith(".blocks") else _numbers(tensor)
+            return torch.tensor(int(piece.type))
+        rows = torch.from_numpy(piece.data) if part.endswith(".blocks") else piece.numbers()
         if self.family.shifts(name):
             rows = rows.float() - 1
+        if rows.ndim == 1 and self._shapes[name] == (1, len(rows)):
+            return rows[None]  # the gate of a shared expert, a matrix of one row
         order = self.family.order(name, self.config, len(rows))
         return rows if order is None else rows[torch.from_numpy(order).argsort()]
 
@@ -146,18 +163,42 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._found)
 
 
-def _numbers(tensor: ReaderTensor) -> Tensor:
-    """The numbers of a tensor: floats as they are, blocks as the gguf package dequantizes them, in float32."""
-    from gguf.quants import dequantize
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor of a file, or one of those that it stacks."""
 
-    dtype = _FLOATS.get(tensor.tensor_type.name)
-    if dtype is None:
-        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
-    return torch.from_numpy(tensor.data).view(dtype)
+    type: GGMLQuantizationType
+    """GGML's type of the numbers."""
+
+    data: np.ndarray
+    """The rows, of numbers or of bytes of blocks; mapped from the file."""
+
+    def numbers(self) -> Tensor:
+        """Floats as they are, blocks as the gguf package dequantizes them, in float32."""
+        from gguf.quants import dequantize
+
+        dtype = _FLOATS.get(self.type.name)
+        if dtype is None:
+            return torch.from_numpy(dequantize(self.data, self.type))
+        return torch.from_numpy(self.data).view(dtype)
 
 
-def _arch(reader: GGUFReader) -> str:
-    return str(reader.fields["general.architecture"].contents())
+def _pieces(tensor: ReaderTensor, names: Sequence[str]) -> Iterator[tuple[str, _Piece]]:
+    """A tensor of a file under its name in the model; under several if the file holds these in one.
+
+    Raises:
+        CheckpointError: It does not hold as many.
+    """
+    if not one_of_several(names[0]):
+        yield names[-1], _Piece(tensor.tensor_type, tensor.data)
+        return
+    if len(tensor.data) != len(names):
+        raise CheckpointError(
+            f"{tensor.name}: holds {len(tensor.data)} tensors in one, and the model has {len(names)}. The file is "
+            "damaged, or of a later sort of model"
+        )
+    for name, data in zip(names, tensor.data, strict=True):
+        yield name, _Piece(tensor.tensor_type, data)
 
 
 def _open(path: Path) -> GGUFReader:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quadapt.errors import CheckpointError
+from quadapt.importers.gguf_families import FAMILIES
 from quadapt.importers.gguf_family import Family
 
 if TYPE_CHECKING:
@@ -34,13 +35,19 @@ _SCALING = {
 """What a file says of each kind of scaling."""
 
 
-def completed(reader: GGUFReader, family: Family, config: Any) -> Any:
+def completed(reader: GGUFReader, name: str, config: Any) -> Any:
     """A copy of transformers' configuration of a file, with all that the file and its family say.
+
+    Args:
+        reader: The file.
+        name: The class of its model.
+        config: What transformers makes of the file. It takes a Mixtral for a Llama.
 
     Raises:
         CheckpointError: The file scales rotary frequencies in a way that is not known.
     """
-    config, before = copy.deepcopy(config), f"{family.arch}."
+    family, config = FAMILIES[name], _of_class(name, config)
+    before, tensors = f"{family.arch}.", {each.name for each in reader.tensors}
     said = {key.removeprefix(before): of.contents() for key, of in reader.fields.items() if key.startswith(before)}
     for key, field in family.metadata.items():
         if isinstance(field, str) and key in said and key != "vocab_size":
@@ -52,11 +59,24 @@ def completed(reader: GGUFReader, family: Family, config: Any) -> Any:
             setattr(config, field, allowed(config))
         elif getattr(config, field, None) not in allowed:
             setattr(config, field, allowed[0])
+    for field, shown in family.shown.items():
+        setattr(config, field, shown in tensors)
     if family.ropes:
         config.rope_parameters = _rope(reader, family, config, said)
     if (config.pad_token_id or 0) >= config.vocab_size:  # the default of the class
         config.pad_token_id = None
     return config
+
+
+def _of_class(name: str, config: Any) -> Any:
+    """A copy of a configuration, of the kind that models of the class `name` have."""
+    import transformers
+
+    kind = getattr(transformers, name).config_class
+    if isinstance(config, kind):
+        return copy.deepcopy(config)
+    own = {"model_type", "architectures", "transformers_version"}
+    return kind(**{key: value for key, value in config.to_dict().items() if key not in own})
 
 
 def _rope(reader: GGUFReader, family: Family, config: Any, said: dict[str, Any]) -> dict[str, Any]:

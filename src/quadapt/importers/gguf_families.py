@@ -69,6 +69,7 @@ _LLAMA = Family(
     arch="llama",
     metadata=_RMS,
     computes=_SILU,
+    shown={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
     rows={"q_proj": pairs("num_attention_heads"), "k_proj": pairs("num_key_value_heads")},
     ropes=("default", "linear", "yarn", "llama3"),
 )
@@ -84,7 +85,6 @@ FAMILIES: dict[str, Family] = {
     "MixtralForCausalLM": replace(
         _LLAMA,
         metadata={**_RMS, "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
-        read=False,
     ),
     "Qwen2ForCausalLM": Family(arch="qwen2", metadata=_RMS, computes=_SILU, ropes=("default", "linear", "yarn")),
     "Qwen3ForCausalLM": Family(
@@ -98,13 +98,11 @@ FAMILIES: dict[str, Family] = {
         },
         computes={**_SILU, **_ALL_LAYERS, "norm_topk_prob": (False,)},
         own_head=True,
-        read=False,
     ),
     "Qwen3MoeForCausalLM": Family(
         arch="qwen3moe",
         metadata=_EXPERTS,
         computes={**_SILU, **_ALL_LAYERS, "norm_topk_prob": (True,), "attention_bias": (False,)},
-        read=False,
     ),
     "GemmaForCausalLM": Family(
         arch="gemma",
@@ -218,6 +216,7 @@ FAMILIES: dict[str, Family] = {
             "use_parallel_residual": "use_parallel_residual",
         },
         computes=_SILU,
+        shown={"use_qkv_bias": "blk.0.attn_q.bias", "qk_layernorm": "blk.0.attn_q_norm.weight"},
         partial=True,
         own_head=True,
     ),

@@ -35,6 +35,9 @@ class Family:
     """What a file does not say, and llama.cpp takes for granted: the values that a field of the configuration may
     have, or a function of the configuration that gives the only one."""
 
+    shown: Mapping[str, str] = field(default_factory=dict)
+    """Fields of the configuration that are true if a file has a certain tensor, and what its name is there."""
+
     rows: Mapping[str, RowOrder] = field(default_factory=dict)
     """Layers whose rows lie in another order in a file, by the last part of their names."""
 
@@ -56,6 +59,11 @@ class Family:
     read: bool = True
     """Whether files are read, too: transformers makes the configuration of a file, if it knows the architecture."""
 
+    @property
+    def experts(self) -> bool:
+        """Whether its layers have experts."""
+        return "expert_count" in self.metadata
+
     def order(self, name: str, config: Any, rows: int) -> np.ndarray | None:
         """The order in which a file holds the rows of the tensor `name` of transformers; None if it is the same."""
         layer = name.split(".")[-2] if "." in name else ""
@@ -68,6 +76,11 @@ class Family:
 
 _ONE_OF_SEVERAL = re.compile(r"(\.experts)\.\d+|\.norms\.\d+")
 """What tells one of several tensors from the others, where a file holds them in one."""
+
+
+def one_of_several(name: str) -> bool:
+    """Whether a tensor of transformers is one of several that a file holds in one."""
+    return _ONE_OF_SEVERAL.search(name) is not None
 
 
 def names_of(family: Family, blocks: int) -> Callable[[str], str | None]:
