@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
-from quadapt.model.select import heads, language_model
+from quadapt.model.select import ends_of, heads, language_model
 from quadapt.nn.quant_linear import QuantLinear
 
 log = logging.getLogger("quadapt")
@@ -61,8 +61,8 @@ def _biases(model: Any) -> list[str]:
 
 
 def _embeddings(model: Any) -> list[str]:
-    module = model.get_input_embeddings()
-    return [name for name, each in model.named_modules() if each is module]
+    found = [each for each in ends_of(model) if isinstance(each, nn.Embedding)]
+    return [name for name, each in model.named_modules() if any(each is one for one in found)]
 
 
 def _heads(model: Any) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError, ConfigError, locate
+from quadapt.model.select import ends_of
 from quadapt.nn.adapters import ADAPTERS, adapter_from
 from quadapt.nn.adapters.base import FIRST
 
@@ -77,9 +78,7 @@ def _expected(model: Any, adapter_name: str) -> dict[str, Tensor]:
 
 def _embeddings(model: Any) -> tuple[str, ...]:
     """Names of the base's embeddings and head, with which the names of their tensors begin."""
-    layers = (
-        [model.get_input_embeddings(), model.get_output_embeddings()] if hasattr(model, "get_input_embeddings") else []
-    )
+    layers = ends_of(model)
     return tuple(
         f"{name.removeprefix(PREFIX)}."
         for name, module in model.named_modules()

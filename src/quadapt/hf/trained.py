@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from quadapt.errors import MergeError
 from quadapt.hf.also import settle
 from quadapt.hf.peft_layer import QuantLoraLinear
+from quadapt.model.select import ends_of
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import hash_tensor
 
@@ -243,7 +244,7 @@ def _unwrap(model: Any) -> None:
 def _refuse_ties(model: Any, layers: dict[str, Any]) -> None:
     """Weights of input and output embeddings may come apart; `config.json` has a switch for these alone."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = {id(innermost(each)) for each in (base.get_input_embeddings(), base.get_output_embeddings()) if each}
+    ends = {id(innermost(each)) for each in ends_of(base)}
     ours = {id(layer.get_base_layer()) for layer in layers.values()}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
@@ -308,7 +309,7 @@ def changed_besides(model: nn.Module, parts: Sequence[Part]) -> str:
 def trained_tokens(model: Any) -> list[int]:
     """Token ids whose embedding trained: all rows that trained singly, or those that moved most of a whole matrix."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = {id(innermost(each)) for each in (base.get_input_embeddings(), base.get_output_embeddings()) if each}
+    ends = {id(innermost(each)) for each in ends_of(base)}
     tokens: set[int] = set()
     for module in adapting(model).values():
         active = _active(module)

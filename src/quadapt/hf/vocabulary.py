@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import CheckpointError, ConfigError
+from quadapt.model.select import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,11 +22,8 @@ NOISE = 0.01
 
 def embedding_rows(model: nn.Module) -> int:
     """Tokens that a model takes and gives: rows of its embedding, or of its head if that has fewer."""
-    whole: Any = model
-    if not hasattr(model, "get_input_embeddings"):
-        return sys.maxsize  # no model of transformers
-    rows = [part.weight.shape[0] for part in (whole.get_input_embeddings(), whole.get_output_embeddings()) if part]
-    return int(min(rows))
+    weights = [getattr(part, "weight", None) for part in ends_of(model)]
+    return min((len(weight) for weight in weights if weight is not None), default=sys.maxsize)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quadapt.errors import ConfigError
 from quadapt.kernels import pack
 from quadapt.kernels.reference import as_floats, expand
+from quadapt.model.select import ends_of
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import row_chunks
 from quadapt.quant.storage import Storage
@@ -159,7 +160,7 @@ def _embeddings(model: Any, left_out: Mapping[str, object]) -> dict[str, Any]:
     """The input embedding and the head, by name, without those that are left out; of tied ones the embedding alone."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, Any] = {}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for module in ends_of(model):
         weight, name = getattr(module, "weight", None), names.get(id(module), "embedding")
         seen = any(each.weight is weight for each in found.values())
         if isinstance(weight, Tensor) and not seen and name not in left_out:

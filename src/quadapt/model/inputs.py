@@ -22,7 +22,7 @@ def text_ids(config: Any, sequences: int, length: int) -> Tensor:
     marks |= {value for name, value in vars(about).items() if name.endswith("token_id")}
     known = torch.tensor([each for each in range(about.vocab_size) if each not in marks] or [0])
     ids = known[torch.randint(len(known), (sequences, length), generator=_generator())]
-    if getattr(config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
+    if getattr(config, "is_encoder_decoder", False) and isinstance(getattr(config, "eos_token_id", None), int):
         ids[:, -1] = config.eos_token_id  # where classifiers of this kind look for what they know of a text
     return ids
 

@@ -158,6 +158,17 @@ def heads(model: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if any(True for _ in module.parameters())}
 
 
+def ends_of(model: Any) -> list[nn.Module]:
+    """The input embedding and the output head of a model, or what it has of them."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):  # no model of transformers, or one with several or no embeddings
+            continue
+    return [each for each in found if isinstance(each, nn.Module)]
+
+
 def language_model(model: Any) -> Any:
     """The part of a model that reads and writes text: all of it, unless that part can be told from its towers."""
     config: Any = getattr(model, "config", None)
