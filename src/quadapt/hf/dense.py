@@ -17,8 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quadapt.hf.stored_form import conversions
-from quadapt.model.linear_form import linear_form, turned
-from quadapt.nn.experts import Experts
+from quadapt.model.linear_form import linear_form
 
 NAME = "quadapt-linear-form"
 """The name by which transformers knows this, while it loads."""
@@ -51,11 +50,6 @@ class LinearFormQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         linear_form(model)
-
-
-def changes(model: nn.Module) -> bool:
-    """Whether a model in the linear form is another than transformers would make."""
-    return bool(turned(model)) or any(isinstance(module, Experts) for module in model.modules())
 
 
 def in_linear_form(load: Callable[..., Any], config: Any, **settings: Any) -> tuple[Any, Any]:

@@ -14,13 +14,14 @@ from quadapt.errors import CheckpointError, ConfigError, locate
 from quadapt.hf.checkpoint import auto_class, check_loaded, skeleton, stored_tensors
 from quadapt.hf.compressed import NF8_FILE, read_nf8
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.dense import changes, in_linear_form
+from quadapt.hf.dense import in_linear_form
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, find_base, near, open_folder
 from quadapt.hf.imported import Imported, importer_of, one_file
 from quadapt.hf.kinds import Kind, kind_of_model
 from quadapt.hf.quantizer import adopt, base_config, content_of
 from quadapt.hf.reading import check_generation, check_tokenizer, read_json, reading
+from quadapt.hf.stored_form import changes
 from quadapt.hf.vocabulary import check_vocabulary, embedding_rows, without_additions
 from quadapt.importers import FileImporter
 from quadapt.importers.gguf import configured

@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from quadapt.errors import CheckpointError, ConfigError
 from quadapt.hf.config import QuadaptConfig
-from quadapt.hf.stored_form import conversions
+from quadapt.hf.stored_form import changes, conversions
 from quadapt.model.layer import quantize_layer
 from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import fingerprint, quantized_layers
@@ -119,6 +119,8 @@ class QuadaptQuantizer(HfQuantizer):
             if layer.bias is not None:
                 dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
             model.set_submodule(name, dense)
+        if changes(model):
+            model._weight_conversions = None  # type: ignore[assignment]  # those of its family, not of our folder
         return model
 
 

@@ -4,7 +4,7 @@ transformers lists, for each family, how the tensors of its files become those o
 of experts that are stacked. For the linear form the list is another one. Where files have a tensor for each matrix of
 each expert, as most have, only names change, and nothing is copied. Where they hold stacks, these are taken apart into
 views; `Conv1D` is turned around. Written out it all goes the other way, so that a dense model is again an ordinary
-checkpoint of its family. A quantized one keeps the names of the linear form, but for what only changes names.
+checkpoint of its family. A quantized one keeps the names of the linear form.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def conversions(model: nn.Module, given: Sequence[WeightTransform], *, dense: bo
     Args:
         model: In the linear form.
         given: The list of transformers.
-        dense: Whether the files hold the dense model; in those of a quantized one nothing is stacked or transposed.
+        dense: Whether the files hold the dense model; those of a quantized one have the names of the linear form.
     """
     kept, own, done = list[WeightTransform](), list[WeightTransform](), set[str]()
     for each in given:
@@ -47,7 +47,8 @@ def conversions(model: nn.Module, given: Sequence[WeightTransform], *, dense: bo
             kept.append(each)
             continue
         done.add(found.name)
-        own += _by_name(each, found) or ([_taken_apart(each, found)] if dense else [])
+        if dense:
+            own += _by_name(each, found) or [_taken_apart(each, found)]
     if dense:
         own += [_from(stack) for stack in _once(stacks_of(model)) if stack.name not in done]
         tails = dict.fromkeys(".".join(name.split(".")[-2:]) for name in turned(model))
@@ -251,14 +252,24 @@ class _Turn(ConversionOps):
 _OWN = (_ByName, _TakenApart, _Turned)
 
 
+def changes(model: nn.Module) -> bool:
+    """Whether a model in the linear form is another than transformers would make."""
+    return bool(turned(model)) or any(isinstance(module, Experts) for module in model.modules())
+
+
 def revert(stock: Callable[..., Any], model: Any, state_dict: Mapping[str, Tensor]) -> Any:
-    """Give a model's tensors the names and shapes that files have: transformers' `revert_weight_conversion`."""
-    if not turned(model) and not any(isinstance(module, Experts) for module in model.modules()):
+    """Give a model's tensors the names and shapes that files have: transformers' `revert_weight_conversion`.
+
+    A quantized model in the linear form keeps the names of it.
+    """
+    if not changes(model):
         return stock(model, state_dict)
+    if quantized_layers(model):
+        return state_dict
     before = getattr(model, "_weight_conversions", None)
     try:
-        model._weight_conversions = conversions(model, known(model), dense=not quantized_layers(model)) or None
-        return stock(model, state_dict) if model._weight_conversions else state_dict
+        model._weight_conversions = conversions(model, known(model), dense=True)
+        return stock(model, state_dict)
     finally:
         model._weight_conversions = before
 
@@ -266,10 +277,10 @@ def revert(stock: Callable[..., Any], model: Any, state_dict: Mapping[str, Tenso
 @contextmanager
 def names_alone(model: Any) -> Iterator[None]:
     """Inside, transformers gives tensors other names, and has nothing of ours to stack or to transpose."""
-    before = getattr(model, "_weight_conversions", None)
-    if not turned(model) and not any(isinstance(module, Experts) for module in model.modules()):
+    if not changes(model):
         yield
         return
+    before = getattr(model, "_weight_conversions", None)
     listed = list[WeightTransform]()
     for each in known(model):
         found = _stack_of(model, each)
@@ -316,16 +327,19 @@ def without_ties(stock: Callable[..., Any], state_dict: Mapping[str, Tensor], mo
 
 
 def known(model: Any) -> list[WeightTransform]:
-    """Transformers' own list for a model: what was used when it was loaded, and all that makes stacks of experts."""
+    """Transformers' own list for a model: what was used when it was loaded, and all that makes stacks of experts.
+
+    Of a quantized one, whose folder has the names of the linear form, all that its family has, but for prefixes, of
+    which only loading knows whether they were there.
+    """
     used = getattr(model, "_weight_conversions", None)
-    every = [each for each in get_model_conversion_mapping(model, add_legacy=False) if not _of_prefix(each)]
+    every = [
+        each for each in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(each, PrefixChange)
+    ]
     if used is None:
         return every
-    found = [each for each in used if not isinstance(each, _OWN)]
-    there = {str(each) for each in found}
-    return found + [each for each in every if str(each) not in there and _stack_of(model, each)]
-
-
-def _of_prefix(each: WeightTransform) -> bool:
-    """Whether it adds or removes a prefix, which only loading knows to have been there."""
-    return isinstance(each, PrefixChange)
+    own = [each for each in used if not isinstance(each, _OWN)]
+    if quantized_layers(model):
+        return [each for each in own if isinstance(each, PrefixChange)] + every
+    there = {str(each) for each in own}
+    return own + [each for each in every if str(each) not in there and _stack_of(model, each)]

@@ -161,6 +161,7 @@ def quantizing(
     if isinstance(quantization.rounding, BlockRounding):
         step = memory.block_training_bytes(found.model, found.layouts)
     if quantization.needs_text:
+        step += memory.routed_moment_bytes(found.model)
         length = config.calibration_length or min(found.context, most_length)
         step += memory.step_bytes(found.model, 8, length, trains=False)
         if FISHER in quantization.start.needs:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quadapt.calibrate import MOMENTS_AT_ONCE
 from quadapt.model.select import find_blocks
+from quadapt.nn.experts import Experts
 from quadapt.quant.weight import Layout
 
 
@@ -146,6 +148,19 @@ def quantizing_bytes(largest: int, columns: int, *, calibrated: bool) -> int:
     """
     chunk = 4 * 1024 * 1024 * 4 * 3
     return largest * 8 + columns * columns * 28 if calibrated else min(largest * 12, chunk) + largest * 4
+
+
+def routed_moment_bytes(model: nn.Module) -> int:
+    """Second moments of the experts of one layer, as many as are gathered at once."""
+    found = [0]
+    for module in model.modules():
+        if isinstance(module, Experts):
+            layers: list[Any] = [getattr(module[0], parts[0]) for parts in module.stages()]
+            found += [
+                max(min(module.count * one, MOMENTS_AT_ONCE), one)
+                for one in (8 * layer.in_features**2 for layer in layers)
+            ]
+    return max(found)
 
 
 def block_training_bytes(model: nn.Module, layouts: Mapping[str, Layout]) -> int:
