@@ -49,6 +49,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DeepseekV3": _DEEPSEEK,
     "GraniteMoe": {**_ROUTED, "num_local_experts": 4},
     "Phimoe": {**_ROUTED, "num_local_experts": 4},
+    "Llama4": {
+        "num_experts_per_tok": 1,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 1,
+        "head_dim": 16,
+        "intermediate_size_mlp": 96,
+        "attention_chunk_size": 32,
+    },
 }
 """Changes of the sizes, by the beginning of the name of the class."""
 
@@ -60,7 +68,9 @@ def tiny_of(name: str, **changes: Any) -> Any:
     """A random model of a family in evaluation mode, whose experts transformers runs one by one ("eager")."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **FAMILIES[name], **changes})
+    config = getattr(transformers, f"{name}{'Text' * (name == 'Llama4')}Config")(
+        **{**_SIZES, **FAMILIES[name], **changes}
+    )
     config._experts_implementation = "eager"
     torch.manual_seed(0)
     kind = "LMHeadModel" if name == "GPT2" else "ForCausalLM"

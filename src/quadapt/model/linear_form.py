@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from quadapt.nn.experts import Experts, RoutedExperts, Stack, linear_over, take_apart
+from quadapt.nn.experts import EveryExpert, Experts, RoutedExperts, Stack, linear_over, take_apart
 
 _TURNED = "_layers_that_were_conv1d"
 """Attribute of a model: the names of its layers that were `Conv1D`."""
@@ -34,7 +34,7 @@ def linear_form(model: nn.Module) -> nn.Module:
             model.set_submodule(name, _turned(module))
             found.append(name)
         elif stacks := _stacks(module):
-            take_apart(module, _KINDS.get(type(module).__name__, RoutedExperts), stacks)
+            take_apart(module, _KINDS[type(module).__name__][0] if _told(module) else RoutedExperts, stacks)
     if found:
         model.__dict__[_TURNED] = (*turned(model), *found)
     return model
@@ -56,18 +56,26 @@ def turned(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, _TURNED, ()))
 
 
+_KINDS: dict[str, tuple[type[Experts], bool]] = {
+    "Step3p7Experts": (RoutedExperts, False),
+    "Llama4TextExperts": (EveryExpert, True),
+}
+"""Experts of transformers that do not say how they stack, by their class: how they are run, and whether transposed."""
+
+
+def _told(module: nn.Module) -> bool:
+    """Whether a module's experts are among those that are known by their class."""
+    return type(module).__name__ in _KINDS
+
+
 def _stacks(module: nn.Module) -> dict[str, Stack]:
     """How a module's stacked parameters hold the matrices of experts, by name; empty if they do not, or are others."""
     about: Any = module
-    known = type(module).__name__ in _KINDS
-    if not known and not all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_gate")):
+    says = all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_gate"))
+    if not says and not _told(module):
         return {}
-    turned, mixed = getattr(about, "is_transposed", False), not getattr(about, "is_concatenated", True)
-    first = Stack(GATED, turned, mixed) if getattr(about, "has_gate", True) else Stack(("up_proj",), turned)
-    name = "gate_up_proj" if first.parts == GATED else "up_proj"
-    found = {name: first, "down_proj": Stack(("down_proj",), turned)}
+    turned = about.is_transposed if says else _KINDS[type(module).__name__][1]
+    mixed, gated = (not about.is_concatenated, about.has_gate) if says else (False, True)
+    first = Stack(GATED, turned, mixed) if gated else Stack(("up_proj",), turned)
+    found = {"gate_up_proj" if gated else "up_proj": first, "down_proj": Stack(("down_proj",), turned)}
     return found if found.keys() <= module._parameters.keys() else {}
-
-
-_KINDS: dict[str, type[Experts]] = {"Step3p7Experts": RoutedExperts}
-"""How experts of transformers are run that do not say it themselves, by the name of their class."""

@@ -138,6 +138,30 @@ class RoutedExperts(Experts):
         return final
 
 
+class EveryExpert(Experts):
+    """Experts that are given all tokens, scaled by how much each is sent to them: mostly by nothing (Llama 4).
+
+    A token of zeros gives zeros, so only the others are run.
+    """
+
+    @_disable_dynamo
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """What each expert gives for its part of `[experts * tokens, in]`."""
+        found = []
+        for expert, x in enumerate(hidden_states.view(self.count, -1, hidden_states.shape[-1])):
+            rows = _not_zero(x, self.count)
+            given = self.run(expert, x[rows]) if len(rows) else x[rows]
+            found.append(torch.zeros_like(x).index_add(0, rows, given.to(x.dtype)))
+        return torch.cat(found)
+
+
+def _not_zero(x: Tensor, count: int) -> Tensor:
+    """Numbers of the rows of `x` that are not zero; of fake tensors, of which that is unknown, one in `count`."""
+    if isinstance(x, FakeTensor):
+        return torch.arange(-(-len(x) // count), device=x.device)
+    return x.detach().any(-1).nonzero().flatten()
+
+
 def routed(top_k_index: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each expert that some token was sent to, with these tokens and the places they have given it.
 
