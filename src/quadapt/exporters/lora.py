@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quadapt.errors import ExportError, locate
 from quadapt.exporters.files import new_folder
+from quadapt.exporters.lora_experts import name_stacks, over_experts, tensors_over, wholes
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
 from quadapt.exporters.tensors import TYPES
 
@@ -47,10 +48,17 @@ def export_lora(model: nn.Module, folder: str | Path, *, base: str = "", adapter
         if not {"original_module", "modules_to_save"}.intersection(name.split("."))  # biases of theirs: once is enough
     }
     factors = {name: as_lora(name, layers, adapter_name) for name in layers}
+    routed = over_experts(model, factors)
+    found = wholes(model, {name: _scaled(factors[name], layers[name], adapter_name) for name in routed})
+    tensors |= tensors_over(found)
     for name, (A, B) in factors.items():
+        if name in routed:
+            continue
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
     config = _plain(model, adapter_name, base)
     fit_rank(config, model, factors, adapter_name)
+    if found:
+        name_stacks(config, model, found, adapter_name)
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(tensors.items())}
     with new_folder(path) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -154,6 +162,11 @@ def as_lora(name: str, layers: Layers, adapter_name: str) -> tuple[Tensor, Tenso
         found = layers[name].as_lora(adapter_name)
     assert found is not None  # :func:`adapted` refuses such layers
     return found[0].detach(), found[1].detach()
+
+
+def _scaled(factors: tuple[Tensor, Tensor], layer: QuantLoraLinear, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Factors with the layer's scaling in the second one."""
+    return factors[0], factors[1] * float(layer.scaling[adapter_name])
 
 
 def fit_rank(config: Any, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str) -> None:
