@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from quadapt.config.fields import Machine, RowsOfData, Settings, Target
+from quadapt.config.fields import Columns, Machine, Settings, Target
 from quadapt.config.values import Location, Sources
 from quadapt.setting import Count, Flag, NotNegative, Seed, Whole
 from quadapt.widths import NormalFloatWidth
@@ -47,7 +47,7 @@ class ConvertConfig(Target, Machine):
     to read it anew, and gives it a fingerprint and digests."""
 
 
-class EvalConfig(RowsOfData, Machine):
+class EvalConfig(Columns, Machine):
     """Measure a model on held-out data."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]

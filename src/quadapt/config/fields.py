@@ -61,7 +61,7 @@ class Settings(BaseModel):
         """A setting by its name: those that come from the pieces of a method are not known to type checkers."""
         return getattr(self, name)
 
-    @field_validator("target_modules", "skip", "train_also", mode="before", check_fields=False)
+    @field_validator("target_modules", "skip", "train_also", "text_column", "labels", mode="before", check_fields=False)
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         """`a,b` and repeated flags are the same."""
@@ -118,6 +118,17 @@ class RowsOfData(Settings):
     def most_bad_rows(self) -> int | None:
         """The limit that holds; None for the default."""
         return 0 if self.strict else self.max_bad_rows
+
+
+class Columns(RowsOfData):
+    """Where in rows of data a task with labels finds what it needs."""
+
+    text_column: Annotated[tuple[str, ...], Flag((), "Data")] = ()
+    """Tasks with labels: column of the text (or of the words, or the picture); two columns for pairs of texts
+    (comma-separated). Default: the usual names (text, sentence, ..)."""
+
+    label_column: Annotated[str | None, Flag((), "Data")] = None
+    """Tasks with labels: column of the label. Default: label, labels, class or category; for words tags."""
 
 
 class Target(Settings):

@@ -15,10 +15,11 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, field_s
 from quadapt.budget import BudgetPlan
 from quadapt.budget.candidates import check_plannable
 from quadapt.config.derive import adding, choice, fields_of, of_pieces
-from quadapt.config.fields import Machine, RowsOfData, Settings, Target, Walk
+from quadapt.config.fields import Columns, Machine, RowsOfData, Settings, Target, Walk
 from quadapt.config.spec import Spec
 from quadapt.config.values import Location, Sources
 from quadapt.errors import ConfigError, locate
+from quadapt.hf.head import Head
 from quadapt.methods import METHODS, Method, Recipe, method_named
 from quadapt.model.embeddings import TYPES
 from quadapt.quant.format import Format
@@ -139,6 +140,11 @@ class Grid(Settings):
         chosen = self._method()
         return Spec.of(chosen, planned=self.budget_plan(chosen), skip=self.skip).without_adapter()
 
+    @property
+    def head(self) -> Head | None:
+        """The new head that the model gets when it is loaded; none, where nothing asks for one."""
+        return None
+
     def _method(self) -> Method:
         """The method, with what was chosen otherwise."""
         given: Any = self.method
@@ -191,11 +197,11 @@ class Grid(Settings):
         return [name for name in Grid.model_fields if name in self.model_fields_set and name not in ("method", "skip")]
 
 
-class QuantizeConfig(Target, Grid, RowsOfData, Walk):
+class QuantizeConfig(Target, Grid, Columns, Walk):
     """Quantize a model to low bits."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]
-    """The folder or hub name of a causal language model."""
+    """The folder or hub name of a dense model."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Quantize only these layers, by name or a part of it. Default: all linear layers but the head."""

@@ -8,26 +8,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from quadapt.config.check import checked
 from quadapt.config.derive import adding, choice, fields_of, of_pieces
-from quadapt.config.fields import RowsOfData, Target, Walk
+from quadapt.config.fields import Columns, Target, Walk
 from quadapt.config.grid import METHOD_WORDS, Grid, MethodName, with_planned_method
 from quadapt.config.spec import Spec
 from quadapt.config.values import Location, Sources
 from quadapt.errors import ConfigError
+from quadapt.hf.head import PROBLEMS, Head
 from quadapt.methods import METHODS, Method, Recipe, Run, method_named
 from quadapt.methods.first import FIRSTS
 from quadapt.nn.adapters import ADAPTERS
 from quadapt.nn.objective import OBJECTIVES
 from quadapt.nn.starts import STARTS
 from quadapt.setting import Count, Flag, Share, settings_of
+from quadapt.tasks import TASKS
 
 _PANEL = Flag(panel="Adapter")
 
 OVER_CODES = "qa-lora"
 """The method that is taken over a model that is quantized already, if none is given."""
+
+OTHER_TASKS = "qa-lora"
+"""The method that is taken for tasks other than to go on with text, if none is given: it needs no teacher."""
 
 OVER_WHOLE = "code-lora"
 """The method that is taken over one whose zero-points are whole, or that has none: they stay whole."""
@@ -88,7 +93,7 @@ class PrepareConfig(Adapting, Walk):
 
 
 @adding(_RUN)
-class TuneConfig(Target, Adapting, RowsOfData, Walk):
+class TuneConfig(Target, Adapting, Columns, Walk):
     """Fine-tune a model: quantize it if it is not yet, train an adapter over it."""
 
     method: Annotated[
@@ -96,7 +101,8 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
         Flag((), "Quantization"),
         Field(
             description=f"{METHOD_WORDS} Default: recover; at 8 bits {EIGHT_BITS}, over a model that is "
-            f"quantized already {OVER_CODES}, or {OVER_WHOLE} if its zero-points are whole numbers."
+            f"quantized already {OVER_CODES}, or {OVER_WHOLE} if its zero-points are whole numbers; for tasks other "
+            f"than causal-lm {OTHER_TASKS}."
         ),
     ] = "recover"
 
@@ -104,10 +110,29 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
     """Folder or hub name: a dense model (it is quantized first), one that quadapt has quantized, or an adapter that
     tune has written (it is trained on, over the same base)."""
 
+    task: Annotated[
+        Literal[tuple(TASKS)] | None,  # type: ignore[valid-type]
+        Flag((), "Data"),
+        Field(
+            description="What the model is trained for. "
+            + "; ".join(f"{name}: {cls.summary}" for name, cls in TASKS.items())
+            + ". Default: what the model's config.json says that it does."
+        ),
+    ] = None
+
+    labels: Annotated[tuple[str, ...], Flag((), "Data")] = ()
+    """Tasks with labels: all of them, in the order that a new head has (comma-separated). Default: those of the data,
+    numbers by size and names by the alphabet; or those that the model knows."""
+
+    problem: Annotated[Literal[("auto", *PROBLEMS)], Flag((), "Data")] = "auto"  # type: ignore[valid-type]
+    """What labels are: single-label (one of several), multi-label (any of several) or regression (a number). auto:
+    lists are several, numbers that are not whole are values."""
+
     data: Annotated[Sources, Field(min_length=1), Flag((), "Data", reads=True)]
     """Training data: text, JSON lines, CSV, Parquet (also .gz), a folder, or a hub name; repeat it to mix several.
     Columns: text; prompt and completion; instruction, input and output; question and answer; messages or conversations;
-    prompt, chosen and rejected; .."""
+    prompt, chosen and rejected; .. Tasks with labels: text and label, words and tags; a folder of pictures for each
+    label."""
 
     output: Annotated[Location, Flag(("-o", "--output-dir"), "Output", idle=True)] = ""
     """Folder to write. It appears when the work is complete; an interrupted command, given again, goes on. Default:
@@ -135,6 +160,18 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
     dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
 
+    _head: Head | None = PrivateAttr(None)
+
+    @property
+    def head(self) -> Head | None:
+        return self._head
+
+    def with_head(self, head: Head | None) -> TuneConfig:
+        """These settings, where the model gets a new head that the data have asked for."""
+        copy = self.model_copy()
+        copy._head = head
+        return copy
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, values: Any) -> Any:
@@ -157,18 +194,20 @@ class TuneConfig(Target, Adapting, RowsOfData, Walk):
                 f"{error}. (No method is given, so it is {self.method}: --method takes another)"
             ) from None
 
-    def usual(self, *, quantized: bool, whole: bool = False) -> TuneConfig:
+    def usual(self, *, quantized: bool, whole: bool = False, writes: bool = True) -> TuneConfig:
         """These settings with the method that is usual for a model, if none is given.
 
         Args:
             quantized: Whether the model is quantized already.
             whole: Whether it is to integers, and all its zero-points are whole numbers, or implied.
+            writes: Whether it goes on with a text.
 
         Raises:
             ConfigError: A setting does not go with it.
         """
         over = OVER_WHOLE if whole else OVER_CODES
-        method = over if quantized else EIGHT_BITS if self.value("bits") == 8 else None
+        dense = EIGHT_BITS if self.value("bits") == 8 else None if writes else OTHER_TASKS
+        method = over if quantized else dense
         if "method" in self.model_fields_set or method is None:
             return self
         given = {name: getattr(self, name) for name in self.model_fields_set}

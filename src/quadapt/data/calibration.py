@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from quadapt.calibrate import Batch
 from quadapt.data.examples import examples
 from quadapt.data.read import Rows
 from quadapt.errors import ConfigError, DataError
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Calibration:
     """Token blocks, and how many there are."""
 
-    batches: list[Tensor]
-    """Token ids `[batch, length]`, without padding; the last batch may be smaller."""
+    batches: list[Batch]
+    """Token ids `[batch, length]`, without padding, or inputs by name; the last batch may be smaller."""
 
     sequences: int
     """How many blocks there are; fewer than were asked for if there is not enough data."""

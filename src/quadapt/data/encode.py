@@ -41,8 +41,8 @@ class DataReport:
     source: str
     """The names of the files or datasets that were read."""
 
-    kind: RowsKind
-    """The kind of the rows, which says what columns they have."""
+    kind: str
+    """The kind of the rows, which says what columns they have, or the task that reads them."""
 
     seq_len: int
     """Most tokens that a sequence may have."""

@@ -17,6 +17,7 @@ from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.dense import in_linear_form
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, find_base, near, open_folder
+from quadapt.hf.head import Head, without_heads
 from quadapt.hf.imported import Imported, importer_of, one_file
 from quadapt.hf.kinds import Kind, kind_of_model
 from quadapt.hf.quantizer import adopt, base_config, content_of
@@ -31,10 +32,24 @@ from quadapt.model.trial import check_runs
 GENERATION = "generation_config.json"
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    head: Head | None = None,
+) -> nn.Module:
     """Load a model, dense or quantized, in evaluation mode with nothing trainable.
 
     Weights stay mapped from their file where they need no cast. On the device "meta" all is checked and nothing read.
+
+    Args:
+        name: Folder, hub name or file.
+        dtype: The dtype of what is not quantized: auto (as stored), float32, bfloat16 or float16.
+        device: The device to load to, by its name in torch.
+        trust_remote_code: Run code that comes with the model.
+        head: A new head that the model gets, drawn at random; only over a dense model.
 
     Raises:
         CheckpointError: It cannot be loaded, or a tensor is missing, too many, or has
@@ -48,25 +63,29 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
         made: Any = type(found.skeleton)  # transformers' own class, which takes tensors from memory
         call = partial(made.from_pretrained, None, config=config, state_dict=found.tensors(read=device != "meta"))
     else:
-        config = read_config(name, trust_remote_code=trust_remote_code)
+        config = read_config(name, trust_remote_code=trust_remote_code, head=head)
         stored = {} if _foreign(config) else reading(name, stored_tensors, folder.path)
         call = partial(auto_class(config).from_pretrained, name)
+        call = call if head is None else partial(call, config=config)
         if not getattr(config, "quantization_config", None) and changes(
             skeleton(config, name=name, trust_remote_code=trust_remote_code)
         ):
             call = partial(in_linear_form, call, config)
-    model, info = reading(
-        name,
-        call,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        device_map=None if device == "cpu" else device,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that the check below names them
-    )
+    with nullcontext() if head is None else head.drawn():
+        model, info = reading(
+            name,
+            call,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=None if device == "cpu" else device,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the check below names them
+        )
     with locate(name):
-        check_loaded(model, info, stored)
+        check_loaded(model, info if head is None else without_heads(info, model), stored)
         check_generation(model)
+    if head is not None:
+        head.draw(model)
     if folder.importer is not None and device != "meta":
         about = base_config(model)
         adopt(model, left=about.left, made=about.made)
@@ -77,8 +96,10 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
     return model
 
 
-def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def read_config(name: str, *, trust_remote_code: bool = False, head: Head | None = None) -> Any:
     """Read transformers' configuration of a model; of one that others have quantized, as quadapt holds it.
+
+    With a `head` it is that of the model which it becomes by it.
 
     Raises:
         CheckpointError: There is none, or it names no class that transformers loads, or comes with code.
@@ -86,7 +107,8 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
     folder = open_folder(name)
     if folder.importer is not None:
         return _imported(folder, trust_remote_code=trust_remote_code).translated()
-    return _config(name, trust_remote_code=trust_remote_code)
+    config = _config(name, trust_remote_code=trust_remote_code)
+    return config if head is None else reading(name, head.onto, config)
 
 
 def read_quantization(name: str, *, trust_remote_code: bool = False) -> QuadaptConfig | None:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from quadapt.calibrate import Batch
 from quadapt.config import DemoConfig
 from quadapt.data import Collator, Rows, calibration_batches, encode, pad_token_id, read
 from quadapt.demo.stories import rows, stories, write_jsonl
@@ -142,7 +143,7 @@ class _Bench:
         write_jsonl(path, rows(stories(self.seed, count, split)))
         return read(str(path))
 
-    def _text(self) -> list[Tensor]:
+    def _text(self) -> list[Batch]:
         """What GPTQ is calibrated on: the stories of the training questions."""
         path = self.scratch / "train.jsonl"
         return calibration_batches(

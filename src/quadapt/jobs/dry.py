@@ -63,17 +63,17 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
     """The model that `config` would make of `name`, or the one that lies there, if it is quantized.
 
     Raises:
-        CheckpointError: It is no causal language model, or its files lack a tensor, or have one too many.
+        CheckpointError: It names no known class, or its files lack a tensor, or have one too many.
         ConfigError: No layer would be quantized, or a name matches none.
         ShapeError: Some matrix cannot be quantized; the message names it.
     """
     machine: Any = config
-    about = read_config(name, trust_remote_code=machine.trust_remote_code)
+    about = read_config(name, trust_remote_code=machine.trust_remote_code, head=config.head)
     why = not_read(name, about)
     if why:
         raise CheckpointError(why)
     quantized = quantization_of(name, about)
-    load_model(name, device="meta", trust_remote_code=machine.trust_remote_code)  # are all tensors there?
+    load_model(name, device="meta", trust_remote_code=machine.trust_remote_code, head=config.head)  # is all there?
     stored = getattr(about, "dtype", None)
     dtype = stored if machine.dtype == "auto" else getattr(torch, machine.dtype)
     if quantized is not None:
@@ -187,7 +187,8 @@ def tuning_first(config: TuneConfig, name: str, *, seq_len: int) -> MemoryEstima
 
     if not config.spec.method.tune_first.tunes:
         return None
-    device, about = device_of(config), read_config(name, trust_remote_code=config.trust_remote_code)
+    device = device_of(config)
+    about = read_config(name, trust_remote_code=config.trust_remote_code, head=config.head)
     dtype = getattr(about, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
     dense = skeleton(about, dtype=dtype, trust_remote_code=config.trust_remote_code)
     weights, model = memory.parameter_bytes(dense), trainable(dense, config, on_meta=True)

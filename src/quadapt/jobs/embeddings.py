@@ -61,7 +61,7 @@ def rounded_embeddings(model: Any, config: Grid, chosen: Mapping[str, nn.Linear]
 
 
 def dense_base(path: Path, config: Any, ui: UI, *, source: Path | None = None) -> None:
-    """Write a dense model whose embeddings are rounded: the base of a method that trains over the dense matrices.
+    """Write a dense model whose embeddings are rounded, or that has a new head: the base of a method over dense ones.
 
     Args:
         path: The folder that is filled.
@@ -70,7 +70,8 @@ def dense_base(path: Path, config: Any, ui: UI, *, source: Path | None = None) -
         source: What is taken in the place of the settings' model: that model, tuned first.
     """
     kept = "float32" if config.dtype == "float32" else "auto"
-    model: Any = load_model(str(source or config.model), dtype=kept, trust_remote_code=config.trust_remote_code)
+    name, head = (config.model, config.head) if source is None else (str(source), None)
+    model: Any = load_model(name, dtype=kept, trust_remote_code=config.trust_remote_code, head=head)
     rounded_embeddings(model, config, select(model, skip=config.skip).chosen, ui)
     write_dense(
         model, load_processor(config.model, kind_of_model(model), trust_remote_code=config.trust_remote_code), path

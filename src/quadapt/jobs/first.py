@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from quadapt.config import TuneConfig
-from quadapt.data import Collator, Encoded, pad_token_id
+from quadapt.hf.also import also
 from quadapt.hf.folder import Folder
 from quadapt.hf.kinds import peft_task
 from quadapt.hf.loading import load_model
 from quadapt.hf.reading import read_json
-from quadapt.hf.vocabulary import embedding_rows
 from quadapt.hf.workspace import Workspace, remove, write_json
 from quadapt.jobs.embeddings import write_dense
 from quadapt.jobs.source import device_of
+from quadapt.jobs.tasking import Lesson
 from quadapt.methods import Run
 from quadapt.methods.first import Tuning
 from quadapt.model.select import matching, select
@@ -64,8 +64,7 @@ def tuned_first(
     config: TuneConfig,
     space: Workspace,
     folder: Folder,
-    tokenizer: Any,
-    data: tuple[Encoded, Encoded | None],
+    lesson: Lesson,
     run: Run,
     ui: UI,
     *,
@@ -77,8 +76,7 @@ def tuned_first(
         config: The settings.
         space: The output in the making.
         folder: The dense model.
-        tokenizer: Its tokenizer.
-        data: Training and held-out sequences.
+        lesson: What it is trained on.
         run: The steps that tune the dense model.
         ui: Where progress is shown.
         name: The name of the folder that is made.
@@ -91,8 +89,8 @@ def tuned_first(
         making = path.with_name(f"{name}.partial")
         remove(making)
         making.mkdir()
-        model, about = _trained(config, space, folder, tokenizer, data, run, ui)
-        write_dense(model, tokenizer, making)
+        model, about = _trained(config, space, folder, lesson, run, ui)
+        write_dense(model, lesson.prepare, making)
         write_json(making / _NOTE, about)
         os.rename(making, path)
         remove(space.path / CHECKPOINTS)
@@ -103,8 +101,7 @@ def _trained(
     config: TuneConfig,
     space: Workspace,
     folder: Folder,
-    tokenizer: Any,
-    data: tuple[Encoded, Encoded | None],
+    lesson: Lesson,
     run: Run,
     ui: UI,
 ) -> tuple[Any, dict[str, Any]]:
@@ -113,17 +110,19 @@ def _trained(
     from quadapt.train import train
 
     device, chosen = device_of(config), config.spec.method.tune_first
-    dense = load_model(folder.name, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    code = config.trust_remote_code
+    dense = load_model(folder.name, dtype=config.dtype, device=device, trust_remote_code=code, head=config.head)
     set_seed(run.seed)
     model = trainable(dense, config)
     with ui.working(f"tuning the dense model ({chosen.name})") as tick:
         found = train(
             model,
-            data[0].data,
+            lesson.data.data,
             replace(run, device=device),
             space.path / CHECKPOINTS,
-            collate=Collator(pad_token_id(tokenizer, embedding_rows(dense))),
-            eval_data=None if data[1] is None else data[1].data,
+            collate=lesson.task.collator(lesson.prepare, dense),
+            losses=lesson.task.losses(dense.config),
+            eval_data=None if lesson.held_out is None else lesson.held_out.data,
             tick=tick,
         )
     held_out = "" if found.eval_loss is None else f", held-out loss {found.eval_loss:.4f}"
@@ -134,7 +133,7 @@ def _trained(
 
 
 def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) -> nn.Module:
-    """The dense model with what trains in the first steps: LoRA over the layers, or their own weights.
+    """The dense model with what trains in the first steps: LoRA over the layers, or their own weights; and its head.
 
     Raises:
         ConfigError: A name of target_modules or skip matches no layer.
@@ -145,9 +144,12 @@ def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) ->
     recipe, layers = spec.method.recipe, select(dense, skip=spec.skip).chosen
     names = matching(layers, spec.target_modules)
     dense.requires_grad_(False)
+    own = also(dense, ())
     if spec.method.tune_first.whole:
         for name in names:
             layers[name].weight.requires_grad_(True)
+        for name in own.modules:
+            dense.get_submodule(name).requires_grad_(True)
         return dense
     about = LoraConfig(
         r=recipe.rank,
@@ -156,4 +158,5 @@ def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) ->
         target_modules=names,
         task_type=peft_task(dense),
     )
+    own.configure(about)
     return get_peft_model(dense, about, low_cpu_mem_usage=on_meta)

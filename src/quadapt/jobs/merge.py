@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from quadapt.calibrate import Batch
 from quadapt.config import MergeConfig
-from quadapt.data import calibration_batches, read
+from quadapt.data import Calibration
 from quadapt.errors import CheckpointError, QuadaptError
 from quadapt.hf.compressed import attach
-from quadapt.hf.context import context_of
+from quadapt.hf.context import MOST_CONTEXT, positions_of
 from quadapt.hf.folder import Folder, find_base, open_folder
-from quadapt.hf.kinds import kind_of_model
+from quadapt.hf.kinds import KINDS, kind_of_model
 from quadapt.hf.loading import holder_of, load_model, load_processor, over_any_base
 from quadapt.hf.merge import Certificate
 from quadapt.hf.merge import merge as merge_model
@@ -25,6 +26,7 @@ from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs.adapt import true_bits
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.source import device_of
+from quadapt.jobs.tasking import noted_task, reading_of
 from quadapt.model.quantize import bits_of
 from quadapt.model.trial import check_runs
 from quadapt.quant.gptq import GPTQ
@@ -49,15 +51,11 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
             return space.finished
         model, tokenizer = load_adapted(folder, where, config)
         bits = true_bits(model)
-        probe, name = _probe(config, folder, tokenizer, context_of(model.config), ui)
+        probe, name = _probe(config, folder, tokenizer, model, ui)
         rounding = None
         if config.requantize:
             rounding = GPTQ(range=config.range) if config.rounding == "gptq" else Nearest(range=config.range)
-        batches = (
-            []
-            if rounding is None or not rounding.needs
-            else _calibration(config, folder, tokenizer, context_of(model.config))
-        )
+        batches = [] if rounding is None or not rounding.needs else _calibration(config, folder, tokenizer, model)
         with over_any_base(config.any_base):
             merged, certificate = merge_model(
                 model,
@@ -108,20 +106,21 @@ def load_adapted(folder: Folder, where: str, config: Any) -> tuple[nn.Module, An
     return model.eval(), load_processor(holder, kind_of_model(base), trust_remote_code=code)
 
 
-def _probe(config: MergeConfig, folder: Folder, tokenizer: Any, context: int, ui: UI) -> tuple[Tensor | None, str]:
-    """Token ids to compare the models on: of the data given, or of the training data if it is still there."""
-    sources, most = _sources(config, folder)
+def _probe(config: MergeConfig, folder: Folder, tokenizer: Any, model: nn.Module, ui: UI) -> tuple[Batch | None, str]:
+    """What to compare the models on: the data given, or the training data if it is still there."""
+    sources, _ = _sources(config, folder)
     if not sources or not (config.data or all(Path(source).exists() for source in sources)):
         return None, ""
     try:
-        rows = read(sources, max_bad_rows=most)
-        found = calibration_batches(rows, tokenizer, length=min(128, context), sequences=2, batch=2)
+        found = _examples(config, folder, tokenizer, model, length=min(128, positions_of(model)), sequences=2)
     except QuadaptError as error:
         if config.data:
             raise
         ui.say(f"comparing on random tokens, since the training data cannot be read: {error}")
         return None, ""
-    return torch.cat(found.batches), f"{found.tokens} tokens of {rows.source}"
+    first = found.batches[0]
+    words = f"{found.tokens} tokens" if isinstance(first, Tensor) else f"{found.sequences} examples"
+    return first, f"{words} of {found.source}"
 
 
 def _sources(config: MergeConfig, folder: Folder) -> tuple[list[str], int | None]:
@@ -133,16 +132,31 @@ def _sources(config: MergeConfig, folder: Folder) -> tuple[list[str], int | None
     return [trained] if isinstance(trained, str) else list(trained), settings.get("max_bad_rows")
 
 
-def _calibration(config: MergeConfig, folder: Folder, tokenizer: Any, context: int) -> list[Tensor]:
+def _examples(
+    config: MergeConfig, folder: Folder, tokenizer: Any, model: nn.Module, *, length: int, sequences: int
+) -> Calibration:
+    """Batches of the data given, or of the training data, as the adapter's task makes them."""
     sources, most = _sources(config, folder)
-    if not sources:
+    task = noted_task(folder.note, kind_of_model(model) or KINDS["causal-lm"])
+    reading = replace(reading_of(config, folder.note.get("settings")), max_bad_rows=most)
+    rows = task.read(sources, reading)
+    return task.calibration(rows, tokenizer, model, length=length, sequences=sequences, at_least=None, reading=reading)
+
+
+def _calibration(config: MergeConfig, folder: Folder, tokenizer: Any, model: nn.Module) -> list[Batch]:
+    if not _sources(config, folder)[0]:
         raise CheckpointError("rounding='gptq' needs text to calibrate on. Give --data FILE")
-    return calibration_batches(read(sources, max_bad_rows=most), tokenizer, length=min(2048, context)).batches
+    length = min(MOST_CONTEXT, positions_of(model))
+    return _examples(config, folder, tokenizer, model, length=length, sequences=128).batches
 
 
 def _note(merged: nn.Module, certificate: Certificate, folder: Folder, bits: dict[str, float]) -> dict[str, Any]:
     layouts = list(base_config(merged).layouts.values())
+    settings = folder.note.get("settings") or {}
+    columns = {name: settings[name] for name in ("text_column", "label_column") if settings.get(name)}
     return {
+        **({"task": folder.note["task"]} if folder.note.get("task") else {}),
+        **({"settings": columns} if columns else {}),
         "made": dict(base_config(merged).made),
         "left": base_config(merged).left,
         "bits_per_weight": bits_of(layouts),

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from quadapt.config import Grid, QuantizeConfig
-from quadapt.data import Calibration, Rows, calibration_batches, read
+from quadapt.data import Calibration
 from quadapt.errors import ConfigError
 from quadapt.hf.blocks import BlockFiles
-from quadapt.hf.context import MOST_CONTEXT, context_of
+from quadapt.hf.context import MOST_CONTEXT, positions_of
 from quadapt.hf.kinds import kind_of_model
 from quadapt.hf.loading import load_model, load_processor
 from quadapt.hf.quantizer import adopt, base_config
@@ -29,6 +29,7 @@ from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.ready import check_length
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
+from quadapt.jobs.tasking import kind_in, reading_of
 from quadapt.model.begun import dense_again
 from quadapt.model.layer import LayerRow, Quantization
 from quadapt.model.quantize import bits_of, quantize_model
@@ -37,6 +38,10 @@ from quadapt.model.trial import check_reads, check_runs
 from quadapt.quant.weight import Layout
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
+from quadapt.tasks import Data, Task, task_of
+
+Calibrating = tuple[Task, Data]
+"""What a model does, and rows of that to calibrate on."""
 
 
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
@@ -60,9 +65,10 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
         return dry.quantize(config, ui)
     output = Path(config.output)
     check_output(output, overwrite=config.overwrite, inputs=inputs_of(config))
-    rows = None
+    calibration = None
     if config.calibration_data and quantization.needs_data:
-        rows = read(config.calibration_data, max_bad_rows=config.most_bad_rows)
+        task = task_of(None, kind_in(folder.name, trust_remote_code=config.trust_remote_code))
+        calibration = task, task.read(config.calibration_data, reading_of(config))
     sketch = dry.sketch(folder.name, config, target_modules=config.target_modules)
     if config.calibration_length:
         check_length(sketch.model, config.calibration_length, "calibration_length", ui)
@@ -82,7 +88,7 @@ def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
             config,
             ui,
             target_modules=config.target_modules,
-            calibration_rows=rows,
+            calibrating=calibration,
             place=place,
         )
         summary["peak_memory"] = peak()
@@ -98,7 +104,7 @@ def quantize_into(
     ui: UI,
     *,
     target_modules: Sequence[str],
-    calibration_rows: Rows | None,
+    calibrating: Calibrating | None,
     place: Place,
     most_length: int = MOST_CONTEXT,
     source: Path | None = None,
@@ -110,7 +116,7 @@ def quantize_into(
         config: The settings of `quadapt quantize` or of `quadapt tune`.
         ui: Where progress and the report are shown.
         target_modules: Quantize these layers alone.
-        calibration_rows: Text, if the rounding needs some.
+        calibrating: What the model does, and rows of that to calibrate on, if the rounding needs some.
         place: The devices to calibrate and quantize on.
         most_length: Longest default calibration sequence.
         source: What is quantized in the place of `config.model`: that model, tuned first.
@@ -124,19 +130,20 @@ def quantize_into(
     # Weights are quantized as they are stored: a cast before would be one more rounding. Widening is none.
     kept = "float32" if dtype == "float32" else "auto"
     with within_memory(place):
-        model = load_model(name, dtype=kept, device=place.home, trust_remote_code=code)
+        head = config.head if source is None else None
+        model = load_model(name, dtype=kept, device=place.home, trust_remote_code=code, head=head)
     tokenizer = load_processor(name, kind_of_model(model), trust_remote_code=code)
     selection = select(model, target_modules=target_modules, skip=config.skip)
     check_reads(model, selection.chosen)
     rounded = rounded_embeddings(model, config, selection.chosen, ui)
     calibration = None
     if quantization.needs_text:
-        assert calibration_rows is not None
-        calibration = calibration_for(config, calibration_rows, tokenizer, context_of(model.config), most_length, seed)
+        assert calibrating is not None
+        calibration = calibration_for(config, calibrating, tokenizer, model, most_length)
+        cut = isinstance(calibration.batches[0], torch.Tensor) and config.calibration_length is None
         ui.say(
             f"calibrating on {calibration.sequences} sequences of {calibration.length} tokens of {calibration.source}"
-            + (", which is all there is" if calibration.length < min(context_of(model.config), most_length) else "")
-            * (config.calibration_length is None)
+            + (", which is all there is" if calibration.length < min(positions_of(model), most_length) else "") * cut
         )
     batches = calibration.batches if calibration else []
     with within_memory(place):
@@ -183,20 +190,23 @@ def quantize_into(
     return write_model(model, tokenizer, path, done.rows, made, ui)
 
 
-def calibration_for(config: Grid, rows: Rows, tokenizer: Any, context: int, most_length: int, seed: int) -> Calibration:
-    """Text to calibrate on: as long as the model takes, up to `most_length`; shorter where there is little of it.
+def calibration_for(
+    config: Grid, calibrating: Calibrating, tokenizer: Any, model: nn.Module, most_length: int
+) -> Calibration:
+    """What to calibrate on: as long as the model takes, up to `most_length`; shorter where there is little of it.
 
     Raises:
         DataError: There is less than one sequence of the length that the user gave, or hardly a token.
     """
-    rounding = config.spec.quantization.rounding
-    return calibration_batches(
+    (task, rows), rounding = calibrating, config.spec.quantization.rounding
+    return task.calibration(
         rows,
         tokenizer,
-        length=config.calibration_length or min(context, most_length),
+        model,
+        length=config.calibration_length or min(positions_of(model), most_length),
         sequences=config.calibration_sequences,
-        seed=seed,
         at_least=None if config.calibration_length else rounding.least_sequences,
+        reading=reading_of(config),
     )
 
 

@@ -12,11 +12,12 @@ from torch import nn
 from quadapt.config import TuneConfig
 from quadapt.data import Encoded, check_packing
 from quadapt.errors import ConfigError, DataError
-from quadapt.hf.context import context_of, learnt_positions
+from quadapt.hf.context import learnt_positions, positions_of
 from quadapt.hf.ending import turn_end
 from quadapt.hf.loading import load_model
 from quadapt.hf.vocabulary import alike, check_vocabulary, embedding_rows, special_tokens, token_ids
 from quadapt.jobs.dry import Sketch
+from quadapt.jobs.tasking import Lesson
 from quadapt.report.ui import UI
 
 _CHECKPOINTS = 3
@@ -50,7 +51,7 @@ def check_length(model: nn.Module, length: int, name: str, ui: UI) -> None:
     Raises:
         ConfigError: The model has learnt its positions one by one, and `length` exceeds them.
     """
-    most, table = context_of(model.config), learnt_positions(model)
+    most, table = positions_of(model), learnt_positions(model)
     if table is not None and length > most:
         raise ConfigError(f"{name}={length}: the model has a table of {most} positions ({table}). Use {most} or less")
     if length > most:
@@ -64,9 +65,7 @@ def check_ids(data: Encoded, rows: int) -> None:
         raise DataError(f"{data.report.source}: holds token {highest}, and the model has {rows:,} rows of embeddings")
 
 
-def look_over(
-    config: TuneConfig, found: Sketch, base: str, tokenizer: Any, data: tuple[Encoded, Encoded | None], ui: UI
-) -> None:
+def look_over(config: TuneConfig, found: Sketch, base: str, lesson: Lesson, ui: UI) -> None:
     """Hold data and settings against the model, and say what will not be learnt.
 
     Raises:
@@ -74,21 +73,26 @@ def look_over(
         ConfigError: A setting cannot work on this model.
         DataError: The data hold tokens that the model lacks.
     """
+    tokenizer, data = lesson.prepare, lesson.data
+    if "input_ids" not in data.data.column_names:
+        return
     rows = embedding_rows(found.model)
     word = check_vocabulary(tokenizer, rows)
     if word:
         ui.say(word)
-    for part in data:
+    for part in (data, lesson.held_out):
         if part is not None:
             check_ids(part, rows)
-    if tokenizer.chat_template and data[0].form.kind in ("prompt", "alpaca"):
+    if lesson.task.name != "causal-lm":
+        return
+    if tokenizer.chat_template and data.form.kind in ("prompt", "alpaca"):
         ui.say(
             "warning: the model has a chat template, and is trained on prompts without it "
-            f"({data[0].form.kind}). chat and eval will ask so too; to train it as a chat model, give messages"
+            f"({data.form.kind}). chat and eval will ask so too; to train it as a chat model, give messages"
         )
     trained = set(token_ids(config.train_tokens, tokenizer))
-    marks = _marks_with_loss(data[0], tokenizer) - trained
-    packed = config.packing and "position_ids" in data[0].data.column_names
+    marks = _marks_with_loss(data, tokenizer) - trained
+    packed = config.packing and "position_ids" in data.data.column_names
     if not marks and not packed:
         return
     model = load_model(base, trust_remote_code=config.trust_remote_code)  # mapped: only what is looked at is read

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quadapt.config import TuneConfig
-from quadapt.data import Collator, Encoded, pad_token_id
+from quadapt.data import Encoded
 from quadapt.errors import ConfigError
 from quadapt.hf.also import settle
 from quadapt.hf.ending import set_ends
@@ -18,18 +18,20 @@ from quadapt.hf.identity import identity_of
 from quadapt.hf.loading import load_model, read_config
 from quadapt.hf.saving import write_note
 from quadapt.hf.start import GRIDS, START, read_grids, read_start, set_grids, set_start
-from quadapt.hf.vocabulary import embedding_rows, token_ids
+from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace
 from quadapt.jobs.adapt import adapt, true_bits
 from quadapt.jobs.card import adapter_card
 from quadapt.jobs.continued import Earlier
 from quadapt.jobs.source import device_of, teacher_name, versions
+from quadapt.jobs.tasking import Lesson
 from quadapt.methods import Recipe, Run
 from quadapt.model.trial import check_runs
 from quadapt.nn.objective import Teaching
 from quadapt.objectives.teacher import KeptTeacher, Teacher
 from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
+from quadapt.tasks.base import Collate
 
 if TYPE_CHECKING:
     from quadapt.train import Trained
@@ -62,8 +64,7 @@ def fit(
     config: TuneConfig,
     space: Workspace,
     over: Over,
-    tokenizer: Any,
-    data: tuple[Encoded, Encoded | None],
+    lesson: Lesson,
     ui: UI,
 ) -> dict[str, Any]:
     """Train an adapter, fresh or an earlier one, over a base, and write it; what `quadapt.json` says about it."""
@@ -72,28 +73,29 @@ def fit(
     device, chosen = device_of(config), config.spec.method
     run = replace(over.run, device=device)
     if chosen.objective.targets is not None:  # the teacher is asked about what is read, and about no more
-        sequences = len(data[0].data)
+        sequences = len(lesson.data.data)
         run = replace(run, max_steps=run.steps(sequences))
-        data = data[0].sample(run.reads(sequences), run.seed), data[1]
-    model, collate = _ready(config, space, over, tokenizer, ui)
+        lesson = replace(lesson, data=lesson.data.sample(run.reads(sequences), run.seed))
+    model, collate = _ready(config, space, over, lesson, ui)
     _say_recipe(chosen.recipe, ui)
     about: Any = model.peft_config["default"]
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(about)['base_fingerprint'][:12]}")
-    objective = chosen.objective.bind(model, _teacher(config, space, over, model, data[0], collate, ui))
+    objective = chosen.objective.bind(model, _teacher(config, space, over, model, lesson.data, collate, ui))
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
             model,
-            data[0].data,
+            lesson.data.data,
             run,
             space.path / "checkpoints",
             collate=collate,
-            eval_data=None if data[1] is None else data[1].data,
+            losses=lesson.task.losses(model.config),
+            eval_data=None if lesson.held_out is None else lesson.held_out.data,
             objective=objective,
             tick=tick,
         )
         most = peak()
-    summary = {**_summary(config, over, model, data[0], trained), "peak_memory": most}
-    summary = _written(space, model, tokenizer, over.base, over.folder, summary)
+    summary = {**_summary(config, over, model, lesson, trained), "peak_memory": most}
+    summary = _written(space, model, lesson.prepare, over.base, over.folder, summary)
     ui.show(
         f"{trained.steps} steps in {trained.seconds:.0f} s, loss {trained.final_loss:.4f}"
         + _held_out_words(trained)
@@ -102,7 +104,7 @@ def fit(
     return summary
 
 
-def _ready(config: TuneConfig, space: Workspace, over: Over, tokenizer: Any, ui: UI) -> tuple[Any, Collator]:
+def _ready(config: TuneConfig, space: Workspace, over: Over, lesson: Lesson, ui: UI) -> tuple[Any, Collate]:
     """The model with its adapter, as training begins, and what makes batches for it."""
     from transformers.trainer_utils import set_seed
 
@@ -115,28 +117,29 @@ def _ready(config: TuneConfig, space: Workspace, over: Over, tokenizer: Any, ui:
         model = earlier.attach(quantized, config.spec.method.recipe.dropout, config.spec.also, stored)
         ui.say(f"going on from {earlier.folder.name}")
     else:
-        model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, tokenizer), stored=stored)
+        model = adapt(quantized, config.spec, tokens=token_ids(config.train_tokens, lesson.prepare), stored=stored)
     if (space.path / START).exists():
         set_start(model, read_start(space.path / START))
     if (space.path / GRIDS).exists():
         set_grids(model, read_grids(space.path / GRIDS))
-    return model, Collator(pad_token_id(tokenizer, embedding_rows(quantized)))
+    return model, lesson.task.collator(lesson.prepare, quantized)
 
 
-def _summary(config: TuneConfig, over: Over, model: Any, data: Encoded, trained: Trained) -> dict[str, Any]:
+def _summary(config: TuneConfig, over: Over, model: Any, lesson: Lesson, trained: Trained) -> dict[str, Any]:
     """What `quadapt.json` says about a trained adapter, but for the peak of memory and its files."""
     from quadapt.train import trainable_parameters
 
     method = config.spec.method
     return {
         "kind": "adapter",
+        "task": lesson.task.name,
         "method": method.name,
         "adapter": method.adapter.identity(),
         "recipe": asdict(method.recipe),
         "bits": true_bits(model),
-        "data": {**asdict(data.report), "example": None},
+        "data": {**asdict(lesson.data.report), "example": None},
         **({} if over.earlier is None else {"from": over.earlier.about()}),
-        "prompt": data.form.as_dict(),
+        "prompt": lesson.data.form.as_dict(),
         **({"tuned_first": dict(over.first)} if over.first else {}),
         "steps": trained.steps,
         "final_loss": trained.final_loss,
@@ -162,7 +165,7 @@ def _held_out_words(trained: Trained) -> str:
 
 
 def _teacher(
-    config: TuneConfig, space: Workspace, over: Over, model: Any, data: Encoded, collate: Collator, ui: UI
+    config: TuneConfig, space: Workspace, over: Over, model: Any, data: Encoded, collate: Collate, ui: UI
 ) -> Teaching | None:
     """Gives what the objective asks of a teacher, from disk or as it goes; None if it asks nothing.
 

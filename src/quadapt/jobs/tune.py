@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from quadapt.config import TuneConfig
-from quadapt.data import Encoded, Rows, check_loss, encode, read, read_held_out, split_rows
+from quadapt.data import check_loss
 from quadapt.errors import ConfigError
-from quadapt.hf.context import context_of
+from quadapt.hf.context import positions_of
 from quadapt.hf.folder import Folder, open_folder
-from quadapt.hf.kinds import kind_of
-from quadapt.hf.loading import load_tokenizer, read_config, read_quantization
+from quadapt.hf.kinds import kind_of, kind_of_model
+from quadapt.hf.loading import holder_of, load_processor, read_config, read_quantization
 from quadapt.hf.start import GRIDS, START
 from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace, check_output, remove
 from quadapt.jobs import dry
-from quadapt.jobs.continued import going_on
+from quadapt.jobs.continued import Earlier, going_on
 from quadapt.jobs.embeddings import dense_base
 from quadapt.jobs.first import CHECKPOINTS, TUNED, Stages, tuned_first
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
-from quadapt.jobs.quantize import calibration_for, quantize_into
+from quadapt.jobs.quantize import Calibrating, calibration_for, quantize_into
 from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
-from quadapt.jobs.source import Place, check_writes, device_of
+from quadapt.jobs.source import Place, device_of
+from quadapt.jobs.tasking import Lesson, reading_of, tuned_for, with_head
 from quadapt.jobs.training import Over, fit
 from quadapt.report.ui import UI
+from quadapt.tasks import Data, Task, task_of
 
 MOST_LENGTH = 1024
 """Longest default training sequence, in tokens."""
@@ -41,17 +43,13 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     if folder.kind == "adapter":
         config, earlier = going_on(config, folder)
         folder = earlier.base
-    else:
-        config = config.usual(quantized=folder.kind == "quantized", whole=_whole(config, folder))
-        _check(config, folder)
+    config, task, rows = _settled(config, folder, earlier)
     _check_run(config)
     device, chosen = device_of(config), config.spec.method
     quantizes = folder.kind == "model" and (chosen.adapter.base != "float" or chosen.begins_rounded)
-    makes_base = quantizes or (folder.kind == "model" and config.embeddings != "float")
-    about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
-    check_writes(kind_of(about), folder.name, "tune")
-    seq_len = config.seq_len or min(context_of(about), MOST_LENGTH)
+    makes_base = quantizes or config.head is not None or (folder.kind == "model" and config.embeddings != "float")
     found = dry.sketch(folder.name, config)
+    seq_len = config.seq_len or task.length(positions_of(found.model), MOST_LENGTH)
     check_length(found.model, seq_len, "seq_len", ui)
     if quantizes and config.calibration_length:
         check_length(found.model, config.calibration_length, "calibration_length", ui)
@@ -59,23 +57,23 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         return dry.tune(config, folder.name, ui, seq_len=seq_len)
     output = Path(config.output)
     check_output(output, overwrite=config.overwrite, inputs=[folder.name, *inputs_of(config)])
-    own = earlier is not None and (earlier.folder.path / "tokenizer_config.json").exists()
-    holder = earlier.folder.name if earlier is not None and own else folder.name
-    tokenizer = load_tokenizer(holder, trust_remote_code=config.trust_remote_code)
-    rows, measured = _rows(config)
-    data = _encoded(config, rows, measured, tokenizer, seq_len, ui)
-    calibration = read(config.calibration_data, max_bad_rows=config.most_bad_rows) if config.calibration_data else rows
-    look_over(config, found, folder.name, tokenizer, data, ui)
+    holder = folder.name if earlier is None else holder_of(earlier.folder, folder.name)
+    tokenizer = load_processor(holder, kind_of_model(found.model), trust_remote_code=config.trust_remote_code)
+    rows = rows or _rows(config, task)
+    lesson = _encoded(config, task, rows, tokenizer, found.model.config, seq_len, ui)
+    own = task.read(config.calibration_data, reading_of(config)) if config.calibration_data else rows[0]
+    calibration: Calibrating = (task, own)
+    look_over(config, found, folder.name, lesson, ui)
     place = Place(device, device)
     if quantizes:
         place = dry.place_of(config, folder.name, device, ui, most_length=seq_len)
-        _check_quantizing(config, folder.name, place, calibration, tokenizer, seq_len, ui)
+        _check_quantizing(config, found, place, calibration, tokenizer, seq_len, ui)
     tokens = token_ids(config.train_tokens, tokenizer)
     estimate = dry.tuning(config, found, seq_len=seq_len, tokens=tokens)
-    sequences = len(data[0].data)
+    sequences = len(lesson.data.data)
     stages = None if earlier is not None else Stages.of(config, sequences)
     run = config.run if stages is None else stages.then
-    tokens_read = data[0].report.tokens * run.reads(sequences) // sequences
+    tokens_read = lesson.data.report.tokens * run.reads(sequences) // sequences
     needs = disk_needs(config, found, estimate.adapters // 4, tokens_read, quantizes=quantizes)
     needs += found.dense * (makes_base and not quantizes)
     dry.check_fits(estimate, device, ui)
@@ -91,17 +89,37 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
         base, tuned, about = folder.path, None, dict[str, Any]()
         if stages is not None:
             name = TUNED if makes_base else "base"
-            tuned, about = tuned_first(config, space, folder, tokenizer, data, stages.first, ui, name=name)
+            tuned, about = tuned_first(config, space, folder, lesson, stages.first, ui, name=name)
             base = tuned
         if makes_base:
             base = _make_base(space.path, config, ui, place, calibration, seq_len, tuned)
         over = Over(folder=folder, base=base, run=run, earlier=earlier, tuned=tuned, first=about)
-        summary = fit(config, space, over, tokenizer, data, ui)
+        summary = fit(config, space, over, lesson, ui)
         result = {"output": config.output, **summary}
         space.commit("checkpoints", CHECKPOINTS, "targets", START, GRIDS, TUNED, result=result)
     next_step = "merge" if chosen.adapter.exactness != "none" else "export --format lora"
     ui.say(f"wrote {config.output}. Next: quadapt {next_step} {config.output} --output FOLDER")
     return result
+
+
+def _settled(
+    config: TuneConfig, folder: Folder, earlier: Earlier | None
+) -> tuple[TuneConfig, Task, tuple[Data, Data | None] | None]:
+    """The settings with the usual method for a model and with the head that it gets, its task, and rows if read by now.
+
+    Rows are read this early only where they decide on the head.
+    """
+    about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
+    kind = kind_of(about)
+    if earlier is None:
+        writes = task_of(config.task, kind).name == "causal-lm"
+        config = config.usual(quantized=folder.kind == "quantized", whole=_whole(config, folder), writes=writes)
+        _check(config, folder)
+    task = tuned_for(config, kind)
+    if kind.name in task.kinds and not config.labels:
+        return config, task, None
+    rows = _rows(config, task)
+    return with_head(config, task, about, kind, folder, rows[0]), task, rows
 
 
 def _whole(config: TuneConfig, folder: Folder) -> bool:
@@ -114,13 +132,18 @@ def _whole(config: TuneConfig, folder: Folder) -> bool:
 
 
 def _check_quantizing(
-    config: TuneConfig, name: str, place: Place, calibration: Rows, tokenizer: Any, seq_len: int, ui: UI
+    config: TuneConfig,
+    found: dry.Sketch,
+    place: Place,
+    calibration: Calibrating,
+    tokenizer: Any,
+    seq_len: int,
+    ui: UI,
 ) -> None:
     """Raise QuadaptError if quantizing will lack memory or text: before a tuning that may come first."""
-    dry.check_quantizing(config, name, place, ui, most_length=seq_len)
+    dry.check_quantizing(config, config.model, place, ui, most_length=seq_len)
     if config.spec.quantization.needs_text:
-        context = context_of(read_config(name, trust_remote_code=config.trust_remote_code))
-        calibration_for(config, calibration, tokenizer, context, min(2048, seq_len), config.run.seed)
+        calibration_for(config, calibration, tokenizer, found.model, min(2048, seq_len))
 
 
 def _first_needs(config: TuneConfig, name: str, dense: int, seq_len: int, ui: UI) -> int:
@@ -177,34 +200,48 @@ def _check_run(config: TuneConfig) -> None:
     check_reporter(config.run.report_to)
 
 
-def _rows(config: TuneConfig) -> tuple[Rows, Rows | None]:
+def _rows(config: TuneConfig, task: Task) -> tuple[Data, Data | None]:
     """Rows to train on, and held-out ones."""
-    rows = read(config.data, max_bad_rows=config.most_bad_rows)
+    reading = reading_of(config)
+    rows = task.read(config.data, reading)
     if config.eval_data:
-        return rows, read_held_out(config.eval_data, max_bad_rows=config.most_bad_rows)
-    return split_rows(rows, config.eval_split, config.run.seed) if config.eval_split else (rows, None)
+        return rows, task.read(config.eval_data, reading, held_out=True)
+    return task.split(rows, config.eval_split, config.run.seed) if config.eval_split else (rows, None)
 
 
 def _encoded(
-    config: TuneConfig, rows: Rows, measured: Rows | None, tokenizer: Any, seq_len: int, ui: UI
-) -> tuple[Encoded, Encoded | None]:
+    config: TuneConfig,
+    task: Task,
+    rows: tuple[Data, Data | None],
+    tokenizer: Any,
+    about: Any,
+    seq_len: int,
+    ui: UI,
+) -> Lesson:
     """Training and held-out sequences; says what became of the data, and shows one example with its mask."""
-    data = encode(rows, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
+    reading, measured = reading_of(config), rows[1]
+    data = task.encode(rows[0], tokenizer, about, length=seq_len, reading=reading)
     for line in data.report.lines():
         ui.say(line)
     ui.say(f"an example: {data.report.example}")
     check_loss(data.report)
     if measured is None:
-        return data, None
-    kept = encode(measured, tokenizer, seq_len=seq_len, packing=config.packing, completion_only=config.completion_only)
+        return Lesson(task, tokenizer, data, None)
+    kept = task.encode(measured, tokenizer, about, length=seq_len, reading=reading)
     check_loss(kept.report)
     for line in kept.report.lines() if config.eval_data else kept.report.lines()[:1]:
         ui.say(f"held out: {line}")
-    return data, kept
+    return Lesson(task, tokenizer, data, kept)
 
 
 def _make_base(
-    path: Path, config: TuneConfig, ui: UI, place: Place, calibration: Rows, seq_len: int, tuned: Path | None
+    path: Path,
+    config: TuneConfig,
+    ui: UI,
+    place: Place,
+    calibration: Calibrating,
+    seq_len: int,
+    tuned: Path | None,
 ) -> Path:
     """The base, made inside the output folder unless an interrupted run has made it.
 
@@ -225,7 +262,7 @@ def _make_base(
             config,
             ui,
             target_modules=(),
-            calibration_rows=calibration,
+            calibrating=calibration,
             place=place,
             most_length=min(2048, seq_len),
             source=tuned,

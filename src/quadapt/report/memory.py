@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadapt.calibrate import MOMENTS_AT_ONCE
+from quadapt.hf.kinds import kind_of_model
 from quadapt.model.select import find_blocks
+from quadapt.model.trial import answer_of
 from quadapt.nn.experts import Experts
 from quadapt.quant.weight import Layout
 
@@ -98,12 +100,32 @@ def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True
     with FakeTensorMode():
         _fake(model)
         with _LiveBytes() as live, torch.set_grad_enabled(trains):
-            ids = torch.zeros(batch, length, dtype=torch.long)
-            if trains:
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            inputs = _blank(model, batch, length)
+            if not trains:
+                getattr(model, "base_model", model)(**inputs)
+            elif "decoder_input_ids" in inputs or not _writes(model):
+                answer_of(model(**inputs)).float().log_softmax(-1).mean().backward()
             else:
-                getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
+                model(**inputs, labels=inputs["input_ids"]).loss.backward()
     return live.peak
+
+
+def _blank(model: Any, batch: int, length: int) -> dict[str, Any]:
+    """Inputs of a model that hold nothing: token ids `[batch, length]`, or pictures of the size that it takes."""
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inside, "main_input_name", "input_ids") == "pixel_values":
+        size, channels = inside.config.image_size, inside.config.num_channels
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(batch, channels, height, width)}
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    both = {"decoder_input_ids": ids} if getattr(inside.config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids, "use_cache": False, **both}
+
+
+def _writes(model: Any) -> bool:
+    """Whether a model goes on with a text, so that token ids are its labels."""
+    kind = kind_of_model(model)
+    return kind is None or kind.writes
 
 
 def _fake(model: nn.Module) -> None:
@@ -180,8 +202,8 @@ def largest_part(model: nn.Module) -> int:
 
 def hidden_bytes(model: nn.Module) -> int:
     """Bytes of one token's hidden state between blocks."""
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return weight.shape[-1] * weight.itemsize
+    about: Any = model.config
+    return int(about.get_text_config().hidden_size) * next(model.parameters()).itemsize
 
 
 def machine_bytes(device: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
@@ -111,13 +111,14 @@ class _DenseSteps(TrainerCallback):
                 layer.begin_quantizing()
 
 
-def train(
+def train(  # noqa: PLR0913 - what it is given stands apart by name
     model: nn.Module,
     data: Any,
     run: Run,
     folder: Path,
     *,
     collate: Callable[[Sequence[Any]], Any],
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None,
     eval_data: Any = None,
     objective: Bound | None = None,
     tick: Tick = lambda *_: None,
@@ -130,6 +131,8 @@ def train(
         run: The recipe, and how long, how much and how often.
         folder: The folder of checkpoints. If it holds complete ones of the same run, training goes on from the last.
         collate: A function that makes a batch of some sequences.
+        losses: The loss of each example, where the task is another than to go on with text, see
+            :class:`AdapterTrainer`.
         eval_data: Held-out sequences, or None.
         objective: What to lower besides the loss on the data.
         tick: A function that is called after each step.
@@ -167,6 +170,7 @@ def train(
             if any(layer.adapters[name].base == "float" for name in layer.active())
         ]
         trainer.add_callback(_DenseSteps(layers, run.recipe.dense_steps))
+    trainer.train_by(losses)
     trainer.objective = objective
     trainer.grid_learning_rate = run.recipe.grid_learning_rate
     trainer.also_learning_rate = run.recipe.also_learning_rate

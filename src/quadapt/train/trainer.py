@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,10 @@ class AdapterTrainer(Trainer):
     batches of their means, so that it depends on the batch size wherever sequences differ in length.
     """
 
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None
+    """The loss of each example, from logits and labels, where it is not that of a causal language model: float64
+    `[batch, 2]`, summed and how much it counts. Training lowers their mean over all that counts in a step."""
+
     grid_learning_rate: float | None = None
     also_learning_rate: float | None = None
     objective: Bound | None = None
@@ -51,6 +56,19 @@ class AdapterTrainer(Trainer):
                 items = items / self.accelerator.num_processes
             loss = self.objective(loss, inputs, share=share, items=items)
         return (loss, outputs) if return_outputs else loss
+
+    def train_by(self, losses: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        """Take the loss of each example from a function, in training and on held-out data; None: from the model."""
+        self.losses = losses
+        if losses is None:
+            return
+
+        def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            summed, counted = losses(outputs.logits, labels).sum(0)
+            return (summed / (counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)).float()
+
+        self.compute_loss_func = mean
+        self._loss_shifts_labels = self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: Any = None) -> Any:
         whole: Any = model or self.model
@@ -122,7 +140,7 @@ class AdapterTrainer(Trainer):
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits
-        return None, losses_by_sequence(logits, labels), None
+        return None, (self.losses or losses_by_sequence)(logits, labels), None
 
     def evaluation_loop(
         self,
