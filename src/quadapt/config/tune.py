@@ -160,11 +160,12 @@ class TuneConfig(Target, Adapting, Columns, Walk):
     dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
 
-    _head: Head | None = PrivateAttr(None)
+    _head = PrivateAttr(None)  # no setting: what the data ask for
 
     @property
     def head(self) -> Head | None:
-        return self._head
+        found: Head | None = self._head
+        return found
 
     def with_head(self, head: Head | None) -> TuneConfig:
         """These settings, where the model gets a new head that the data have asked for."""
