@@ -45,7 +45,15 @@ BART = {
 }
 LLAMA = {**TEXT, "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": 2, "eos_token_id": 3}
 PIXELS = {**SIZES, "image_size": 16, "patch_size": 4}
-CONFIGS = {"Bert": TEXT, "Roberta": TEXT, "Llama": LLAMA, "T5": T5, "Bart": BART, "ViT": PIXELS}
+STILL = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CONFIGS = {
+    "Bert": TEXT | STILL,
+    "Roberta": TEXT | STILL,
+    "Llama": LLAMA,
+    "T5": T5,
+    "Bart": BART,
+    "ViT": PIXELS | STILL,
+}
 
 QUICK = (
     "--rounding",

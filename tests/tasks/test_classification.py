@@ -20,7 +20,7 @@ from quadapt.hf.loading import load_model
 from quadapt.tasks import TASKS, Reading
 from quadapt.tasks.labels import Labels, label_cell, problem_in
 
-TUNE = ("--task", "sequence-classification", *QUICK, "--lr", "0.01", "--seq-len", "16")
+TUNE = ("--task", "sequence-classification", *QUICK, "--lr", "0.002", "--seq-len", "16")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import contextlib
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -160,12 +160,11 @@ class TuneConfig(Target, Adapting, Columns, Walk):
     dry_run: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Print what would be done, the true bits per weight and the peak memory, and stop."""
 
-    _head = PrivateAttr(None)  # no setting: what the data ask for
+    _head = PrivateAttr(cast("Head | None", None))  # no setting: what the data ask for
 
     @property
     def head(self) -> Head | None:
-        found: Head | None = self._head
-        return found
+        return self._head
 
     def with_head(self, head: Head | None) -> TuneConfig:
         """These settings, where the model gets a new head that the data have asked for."""

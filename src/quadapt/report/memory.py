@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quadapt.calibrate import MOMENTS_AT_ONCE
@@ -104,7 +104,7 @@ def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True
             if not trains:
                 getattr(model, "base_model", model)(**inputs)
             elif "decoder_input_ids" in inputs or not _writes(model):
-                answer_of(model(**inputs)).float().log_softmax(-1).mean().backward()
+                _answer(model, inputs).float().log_softmax(-1).mean().backward()
             else:
                 model(**inputs, labels=inputs["input_ids"]).loss.backward()
     return live.peak
@@ -120,6 +120,15 @@ def _blank(model: Any, batch: int, length: int) -> dict[str, Any]:
     ids = torch.zeros(batch, length, dtype=torch.long)
     both = {"decoder_input_ids": ids} if getattr(inside.config, "is_encoder_decoder", False) else {}
     return {"input_ids": ids, "use_cache": False, **both}
+
+
+def _answer(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """What a model answers; of one whose head looks for something in its inputs, which are empty, its last states."""
+    try:
+        return answer_of(model(**inputs))
+    except DynamicOutputShapeException:
+        inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return answer_of(inside.base_model(**inputs))
 
 
 def _writes(model: Any) -> bool:

@@ -131,8 +131,8 @@ class Pictures:
     def select(self, indices: Sequence[int]) -> Pictures:
         """Some of the pictures, in the order of `indices`."""
         some = [int(at) for at in indices]
-        pick = [[column[at] for at in some] for column in (self.pictures, self.targets, self.where)]
-        return Pictures(*pick, self.prepare)
+        pictures, targets, where = ([each[at] for at in some] for each in (self.pictures, self.targets, self.where))
+        return Pictures(pictures, targets, where, self.prepare)
 
 
 def _pillow() -> Any:

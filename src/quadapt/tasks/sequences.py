@@ -59,7 +59,8 @@ class SequenceClassification(ByExamples):
     def collator(self, prepare: Any, model: Any) -> Collate:
         from transformers import DataCollatorWithPadding
 
-        return taken(model, DataCollatorWithPadding(padding(prepare, model)))
+        pad = DataCollatorWithPadding(padding(prepare, model))
+        return taken(model, lambda examples: pad(list(examples)))
 
     def losses(self, config: Any) -> Losses:
         return Labels(config).losses()

@@ -75,7 +75,7 @@ class TokenClassification(ByExamples):
         return cross_entropy
 
     def measure(self, model: Any, prepare: Any, data: Table, asking: Asking) -> Measured:
-        """Accuracy and macro F1 over words, and, where tags are of the scheme BIO, precision, recall and F1 of entities."""
+        """Accuracy and macro F1 over words; where tags are of the scheme BIO, precision, recall and F1 of entities."""
         labels = Labels(model.config)
         found = self.encode(data, prepare, model.config, length=asking.length, reading=Reading())
         collate, losses = self.collator(prepare, model), list[torch.Tensor]()
@@ -87,8 +87,8 @@ class TokenClassification(ByExamples):
                 true.append(tags[counted].tolist())
                 said.append(row[counted].tolist())
         summed, counted_all = torch.cat(losses).sum(0).tolist()
-        flat = (np.array([tag for row in rows for tag in row], dtype=np.int64) for rows in (true, said))
-        figures = metrics.single_label(*flat, len(labels.names))
+        right, given = (np.array([tag for row in rows for tag in row], dtype=np.int64) for rows in (true, said))
+        figures = metrics.single_label(right, given, len(labels.names))
         del figures["f1"]  # with two tags the F1 of the second one, which says nothing here
         result: Measured = {"loss": summed / counted_all, "examples": len(found.data), "metrics": figures}
         if any(name.startswith("B-") for name in labels.names):
