@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quadapt.calibrate import MOMENTS_AT_ONCE
+from quadapt.calibrate import MOMENTS_AT_ONCE, call_of, named
 from quadapt.hf.kinds import kind_of_model
+from quadapt.model.inputs import random_inputs
 from quadapt.model.select import find_blocks
 from quadapt.model.trial import answer_of
 from quadapt.nn.experts import Experts
@@ -97,10 +98,13 @@ def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True
         trains: Forward and backward; otherwise forward alone, without gradients and without the head.
     """
     model.train(trains)
+    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    shapes = _shapes(inside, batch, length)
     with FakeTensorMode():
         _fake(model)
         with _LiveBytes() as live, torch.set_grad_enabled(trains):
-            inputs = _blank(model, batch, length)
+            blank = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+            inputs = call_of(inside, blank)
             if not trains:
                 getattr(model, "base_model", model)(**inputs)
             elif "decoder_input_ids" in inputs or not _writes(model):
@@ -110,16 +114,10 @@ def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True
     return live.peak
 
 
-def _blank(model: Any, batch: int, length: int) -> dict[str, Any]:
-    """Inputs of a model that hold nothing: token ids `[batch, length]`, or pictures of the size that it takes."""
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(inside, "main_input_name", "input_ids") == "pixel_values":
-        size, channels = inside.config.image_size, inside.config.num_channels
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(batch, channels, height, width)}
-    ids = torch.zeros(batch, length, dtype=torch.long)
-    both = {"decoder_input_ids": ids} if getattr(inside.config, "is_encoder_decoder", False) else {}
-    return {"input_ids": ids, "use_cache": False, **both}
+def _shapes(model: Any, batch: int, length: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shapes and dtypes of what a model reads: token ids `[batch, length]`, pictures of the size that it takes, .."""
+    inputs = named(next(random_inputs(model, batch, length)))
+    return {name: (each.shape, each.dtype) for name, each in inputs.items()}
 
 
 def _answer(model: Any, inputs: dict[str, Any]) -> Tensor:
