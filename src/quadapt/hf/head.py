@@ -39,7 +39,7 @@ class Head:
     """The names of its labels, in order; empty for a number."""
 
     problem: Problem
-    """What its labels are."""
+    """Whether its labels are one of several, any of several, or a number."""
 
     seed: int = 0
     """The seed by which it is drawn at random."""

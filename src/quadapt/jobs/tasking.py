@@ -27,7 +27,7 @@ class Lesson:
     """The tokenizer or processor that makes its inputs."""
 
     data: Encoded
-    """Examples to train on."""
+    """The examples that the model is trained on."""
 
     held_out: Encoded | None
     """Examples that tell how far it is; None without any."""

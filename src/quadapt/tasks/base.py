@@ -86,7 +86,7 @@ class Asking:
     """How many answers to show."""
 
     prompt_form: str = "auto"
-    """How prompts are put."""
+    """The form in which prompts are put; auto for that of training, or of the data."""
 
     system: str | None = None
     """A system message, for a chat template."""
