@@ -103,7 +103,18 @@ def test_numbers_say_their_range_and_paths_are_paths() -> None:
                 assert any(item in types or item in field.metadata for item in Location.__metadata__), name
 
 
-PLAIN_TEXT = ("device", "report_to", "prompt", "system", "target_modules", "skip", "train_tokens")
+PLAIN_TEXT = (
+    "text_column",
+    "label_column",
+    "labels",
+    "device",
+    "report_to",
+    "prompt",
+    "system",
+    "target_modules",
+    "skip",
+    "train_tokens",
+)
 """Settings that are text, and neither a path nor a choice."""
 
 
