@@ -36,6 +36,13 @@ LONG: dict[str, Any] = {  # llama.cpp's contexts are multiples of 256 tokens
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
+SCALES = {
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.125,
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -67,10 +74,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon 40b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon 2": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
     "falcon with a key a head": ("Falcon", {"multi_query": False}),
+    "mpt": ("Mpt", {}),
+    "mpt, clipped": ("Mpt", {"hidden_size": 96, "num_attention_heads": 6, "attn_config": {"clip_qkv": 0.5}}),
     "gpt-2": ("GPT2", {}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen2 with experts": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 128}),
     "qwen3 with experts": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "granite with experts": ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, **SCALES}),
 }
 """Models by name: the family, and what differs from the sizes of all."""
 

@@ -120,7 +120,8 @@ def test_every_family_with_types_that_differ_and_a_tied_head(family: str, tmp_pa
     assert type(model).__name__ == f"{arch}ForCausalLM"
 
 
-READ = [name for name, (kind, _) in MODELS.items() if getattr(FAMILIES.get(f"{kind}ForCausalLM"), "read", False)]
+CLASSES = {name.removesuffix("ForCausalLM").removesuffix("LMHeadModel"): family for name, family in FAMILIES.items()}
+READ = [name for name, (kind, _) in MODELS.items() if CLASSES[kind].read]
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["codes", "dense"])

@@ -15,10 +15,7 @@ from quadapt.importers.gguf_family import Family, names_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_function")
-"""Fields of configurations that name the activation function."""
-
-_FRACTIONS = ("epsilon", "softcapping", "freq_base")
+_FRACTIONS = ("epsilon", "softcapping", "freq_base", "alibi", "clamp", "scale")
 """Parts of the keys whose numbers are no whole ones."""
 
 
@@ -36,7 +33,10 @@ def family_of(model: nn.Module) -> Family:
         )
     family = FAMILIES[class_name]
     for name, allowed in family.computes.items():
-        value, known = getattr(config, name, None), (allowed(config),) if callable(allowed) else allowed
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        known = (allowed(config),) if callable(allowed) else allowed
         if value not in known:
             raise ExportError(
                 f"config.{name}={value!r}: llama.cpp computes {class_name} with {' or '.join(map(repr, known))}. "
@@ -81,7 +81,7 @@ def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]
         writer.add_key_length(head_dim(config))
         writer.add_value_length(head_dim(config))
     notes = write_rope(writer, family, config)
-    if "gelu" in [getattr(config, field, "") for field in _ACTIVATIONS]:
+    if any(_is_whole_gelu(module) for module in model.modules()):
         notes.append("llama.cpp computes gelu by its approximation with tanh, which is off by at most 0.0005")
     if window < longest:
         notes.append(
@@ -89,6 +89,13 @@ def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]
             f"that is the context length written (the model allows {longest})"
         )
     return notes
+
+
+def _is_whole_gelu(module: nn.Module) -> bool:
+    """Whether a module computes GELU itself, and not its approximation with tanh."""
+    from transformers.activations import GELUActivation
+
+    return isinstance(module, GELUActivation) or (isinstance(module, nn.GELU) and module.approximate == "none")
 
 
 def _say(writer: GGUFWriter, key: str, value: Any) -> None:

@@ -35,6 +35,9 @@ class Family:
     """What a file does not say, and llama.cpp takes for granted: the values that a field of the configuration may
     have, or a function of the configuration that gives the only one."""
 
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Parts of names in transformers that the `gguf` package's table of names has otherwise."""
+
     shown: Mapping[str, str] = field(default_factory=dict)
     """Fields of the configuration that are true if a file has a certain tensor, and what its name is there."""
 
@@ -96,11 +99,10 @@ def names_of(family: Family, blocks: int) -> Callable[[str], str | None]:
 
     def name_of(name: str) -> str | None:
         name = _ONE_OF_SEVERAL.sub(r"\1", name)
-        for known in (name, name.removeprefix("transformer.")):  # of BLOOM the table has names without it
-            found: str | None = table.get_name(known, try_suffixes=(".weight", ".bias"))
-            if found is not None:
-                return found
-        return None
+        for own, known in family.renamed.items():
+            name = name.replace(own, known)
+        found: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        return found
 
     return name_of
 
