@@ -127,6 +127,24 @@ def test_stages_of_experts_stand_together() -> None:
     assert routed == both + [[f"{name}.mlp.experts.{at}.down_proj"] for at in range(4)]
 
 
+def test_experts_that_are_modules_in_the_models_own_code_may_rest(tiny_llama: Any) -> None:
+    class Routed(nn.Module):
+        """Sends all tokens to the first of two experts."""
+
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[0](x)  # type: ignore[no-any-return]
+
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp = Routed(layer.mlp)
+    rows = _quantize(model, GPTQ(), _batches()).rows
+    assert {row.name for row in rows if row.note} == {row.name for row in rows if ".experts.1." in row.name}
+
+
 # --- statistics of the dense model ------------------------------------------------------------------------------------
 
 

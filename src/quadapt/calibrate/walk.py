@@ -220,7 +220,7 @@ class BlockWalk:
         moments, experts = [_Moment() for _ in groups], self._experts(name)
 
         def told() -> list[Gathered]:
-            least = [LEAST_TOKENS if _place(group[0], experts) else 1 for group in groups]
+            least = [LEAST_TOKENS if _place(group[0], experts) or _of_an_expert(group[0]) else 1 for group in groups]
             return [(group, moment.mean(at)) for group, moment, at in zip(groups, moments, least, strict=True)]
 
         with _hooks({layers[group[0]]: moment for group, moment in zip(groups, moments, strict=True)}):
@@ -236,7 +236,8 @@ class BlockWalk:
     def stages(self, name: str, layers: Mapping[str, nn.Module]) -> list[list[str]]:
         """`layers` of a block in the order in which it runs them; those that share an input tensor stand together.
 
-        Of experts none need be run: those of one layer stand where it is run, first what all of them begin with.
+        Of experts none need be run: those of one layer stand where it is run, first what all of them begin with. Those
+        of models whose own code has them as modules (by their names) stand last if they are not run.
 
         Raises:
             CalibrationError: The block does not run one of them.
@@ -258,11 +259,12 @@ class BlockWalk:
         with _hooks({module: note(layer) for layer, module in watched.items()}):
             for _ in self._run(name, self._held[:1]):
                 pass
-        missing = set(watched) - {layer for stage in seen.values() for layer in stage}
+        run = {layer for stage in seen.values() for layer in stage}
+        resting = [layer for layer in watched if layer not in run and _of_an_expert(layer)]
+        missing = sorted(watched.keys() - run - {*resting})
         if missing:
             raise CalibrationError(
-                f"{sorted(missing)[0].rstrip('.')}: is not used when the model runs on the calibration data. List it "
-                "under skip"
+                f"{missing[0].rstrip('.')}: is not used when the model runs on the calibration data. List it under skip"
             )
         found = list[list[str]]()
         for stage in seen.values():
@@ -271,7 +273,7 @@ class BlockWalk:
                 every = [f"{prefix}{at}." for at in range(experts[prefix].count)]
                 groups = [[each + part for part in parts] for parts in experts[prefix].stages() for each in every]
                 found += [some for group in groups if (some := [layer for layer in group if layer in layers])]
-        return found
+        return found + [[layer] for layer in resting]
 
     def second_moment(self, name: str, layer: nn.Module) -> Tensor:
         """Mean of `x x^T` over the inputs of a layer of a block, float64 `[in, in]`, on the device that computes."""
@@ -284,6 +286,11 @@ def _place(layer: str, experts: Mapping[str, Experts]) -> tuple[str, str] | None
     """The beginning of a layer's name and its part, if it is one of an expert's."""
     found = next((prefix for prefix in experts if layer.startswith(prefix)), None)
     return None if found is None else (found, layer.rpartition(".")[2])
+
+
+def _of_an_expert(layer: str) -> bool:
+    """Whether a layer is an expert's, by its name: of models whose own code has experts as modules."""
+    return any("expert" in part and "shared" not in part for part in layer.lower().split(".")[:-1])
 
 
 def _close(undo: Callable[[], None], *forwards: list[Held]) -> None:

@@ -22,6 +22,7 @@ from quadapt.errors import CheckpointError, locate
 from quadapt.hf.checkpoint import skeleton, stored_tensors, weight_files
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.reading import read_json, reading
+from quadapt.hf.stored_form import changes, names_in_model
 from quadapt.importers import IMPORTERS, FileImporter, Importer, Parts
 from quadapt.model.select import left_over
 from quadapt.quant.weight import Layout
@@ -87,6 +88,22 @@ class Files(Mapping[str, Tensor]):
         return len(self._pickled or self._file_of)
 
 
+class Renamed(Mapping[str, Tensor]):
+    """The tensors of a folder by the names that the model has for them."""
+
+    def __init__(self, files: Files, names: Mapping[str, str]) -> None:
+        self._files, self._names = files, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class _Layer(Mapping[str, Tensor]):
     """The tensors of one layer, by what follows its name."""
 
@@ -131,7 +148,8 @@ class Imported:
         if isinstance(self.importer, FileImporter):
             own: Mapping[str, Tensor] = reading(str(self.folder), self.importer.tensors, self.folder, self.skeleton)
             return own
-        return reading(str(self.folder), Files, self.folder)
+        found: Files = reading(str(self.folder), Files, self.folder)
+        return Renamed(found, names_in_model(self.skeleton, found)) if changes(self.skeleton) else found
 
     @cached_property
     def skeleton(self) -> nn.Module:

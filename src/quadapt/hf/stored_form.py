@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    apply_renamings,
 )
 
 from quadapt.model.linear_form import turned
@@ -312,6 +313,12 @@ def joins(model: Any) -> list[tuple[str, list[str], Callable[[list[Tensor]], Ten
 
 def _transposed(pieces: list[Tensor]) -> Tensor:
     return pieces[0].T
+
+
+def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The names of tensors in files of the dense model, by those that they have in a model in the linear form."""
+    renamings = [each for each in conversions(model, known(model), dense=True) if isinstance(each, WeightRenaming)]
+    return {apply_renamings(name, renamings): name for name in names}
 
 
 def without_ties(stock: Callable[..., Any], state_dict: Mapping[str, Tensor], model: Any) -> Any:
