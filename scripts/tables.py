@@ -162,12 +162,23 @@ def imported(found: dict[str, Any]) -> str:
     return head + table(columns, rows) + "\n" + made_with(found["environment"])
 
 
+def experts(found: dict[str, Any]) -> str:
+    """What quantizing a mixture of experts takes."""
+    rows = [
+        (name, *(f"{row[part] / 1e6:,.0f}" for part in ("parameters", "packed", "above_import")))
+        for name, row in found.items()
+        if isinstance(row, dict) and "above_import" in row
+    ]
+    columns = ("experts in the files", "million parameters", "packed, MB", "peak above import, MB")
+    return f"Limit: {found['limit']}.\n\n{table(columns, rows)}\n" + made_with(found["environment"])
+
+
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step-in-full": ("step", step_in_full),
     "block_ap": ("block_ap", block_ap),
     **{
         made.__name__: (made.__name__, made)
-        for made in (demo, step, saved, quantize, icq, memory, imported, kill, fuzz)
+        for made in (demo, step, saved, quantize, icq, memory, experts, imported, kill, fuzz)
     },
 }
 """Tables by the name of their marks: what is stored, and what makes a table of it."""
