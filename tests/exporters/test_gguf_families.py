@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import quantized, tiny, with_adapter
+from export_models import SIZES, quantized, tiny, with_adapter
 from gguf_models import EXPERTS, HALF, LONG, MODELS, WINDOWS, with_their_gelu
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from quadapt.errors import ExportError
 from quadapt.exporters.gguf import export_gguf
@@ -38,7 +39,8 @@ def tokens(count: int) -> list[int]:
 
 
 def test_every_family_is_tried_and_named_on_the_first_page() -> None:
-    assert {type(tiny(*MODELS[name][:1], **MODELS[name][1])).__name__ for name in ONE_OF_EACH} == set(FAMILIES)
+    tried = {type(tiny(*MODELS[name][:1], **MODELS[name][1])).__name__ for name in ONE_OF_EACH}
+    assert tried | {"Gemma3ForConditionalGeneration"} == set(FAMILIES)
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"GGUF: {family_names()}." in " ".join(readme.split())
 
@@ -63,6 +65,20 @@ def test_computes_the_same_where_nothing_is_rounded(name: str, tokenizer: Any, t
     assert apart.max() < 0.01
     assert alike.max() < 2e-3
     assert alike.mean() < 1e-4
+
+
+def test_the_language_model_of_one_that_sees(tokenizer: Any, tmp_path: Path) -> None:
+    sees = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"text_config": SIZES | WINDOWS, "vision_config": {**sees, "image_size": 28, "patch_size": 14}}
+    torch.manual_seed(0)
+    model: Any = Gemma3ForConditionalGeneration(Gemma3Config(**parts)).eval()
+    ids, path = tokens(60), tmp_path / "model.gguf"
+    report = export_gguf(quantized(model, NF4), tokenizer, path)
+    assert any(note.startswith("model.vision_tower and model.multi_modal_projector stay out") for note in report.notes)
+    assert differences(path, model, ids).max() < 0.01
+    adapted = with_adapter(model, LoRA(), alpha=6.0, target_modules=list(quantized_layers(model)))
+    export_gguf_lora(adapted, tmp_path / "lora.gguf")
+    assert differences(path, adapted, ids, lora=tmp_path / "lora.gguf").max() < 0.01
 
 
 @pytest.mark.parametrize("block", GRIDS)

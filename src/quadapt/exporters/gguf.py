@@ -20,7 +20,7 @@ from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
 from quadapt.exporters.ggml import BY_NAME
 from quadapt.exporters.gguf_entries import Entry, Stack, row_of, stacked, write_tensors
-from quadapt.exporters.gguf_metadata import family_of, namer, write_metadata
+from quadapt.exporters.gguf_metadata import family_of, namer, text_config, write_metadata
 from quadapt.exporters.gguf_rope import rope_factors
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
@@ -81,14 +81,16 @@ def export_gguf(
 
 
 def _entries(model: nn.Module, dense: str) -> list[Entry | Stack]:
-    config: Any = model.config
+    config = text_config(model)
     family = family_of(model)
     name_of = namer(family, config.num_hidden_layers)
     ends = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}  # type: ignore[operator]
     of_ends = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in ends}
-    wished = _rounded_to(config)
+    wished = _rounded_to(model.config)
     entries = []
     for name, source in tensors_of(model):
+        if name.startswith(family.besides):
+            continue
         if isinstance(source, Tensor) and family.shifts(name):
             source = source.float() + 1
         if isinstance(source, Tensor) and source.ndim == 2 and len(source) == 1:

@@ -12,7 +12,7 @@ from torch import nn
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
 from quadapt.exporters.gguf_entries import Entry, Stack, stacked, write_tensors
-from quadapt.exporters.gguf_metadata import family_of, namer
+from quadapt.exporters.gguf_metadata import family_of, namer, text_config
 from quadapt.exporters.lora import Layers, adapted, adapter_report, as_lora, refuse_parts
 from quadapt.exporters.report import ExportReport, TensorRow
 from quadapt.model.quantize import quantized_layers
@@ -52,12 +52,12 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
 
 
 def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry | Stack]:
-    family, entries = family_of(base), []
-    name_of = namer(family, base.config.num_hidden_layers)
+    family, config, entries = family_of(base), text_config(base), []
+    name_of = namer(family, config.num_hidden_layers)
     for name in layers:
         A, B = as_lora(name, layers, adapter_name)
         weight = f"{name}.weight"
-        for suffix, factor, order in (("lora_a", A, None), ("lora_b", B, family.order(weight, base.config, len(B)))):
+        for suffix, factor, order in (("lora_a", A, None), ("lora_b", B, family.order(weight, config, len(B)))):
             row = TensorRow(
                 name=f"{name_of(weight)}.{suffix}", type="F32", shape=tuple(factor.shape), nbytes=4 * factor.numel()
             )

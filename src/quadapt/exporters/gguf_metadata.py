@@ -25,7 +25,7 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ExportError: It is not one that can be written, or it computes what llama.cpp would not.
     """
-    class_name, config = type(model).__name__, model.config
+    class_name, config = type(model).__name__, text_config(model)
     if class_name not in FAMILIES:
         raise ExportError(
             f"{class_name}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf (and then llama.cpp's own "
@@ -44,6 +44,11 @@ def family_of(model: nn.Module) -> Family:
             )
     check_rope(family, config, class_name)
     return family
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of a model, or of its language model if it has more parts."""
+    return model.config.get_text_config()
 
 
 def namer(family: Family, blocks: int) -> Callable[[str], str]:
@@ -66,7 +71,7 @@ def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]
     """Describe a model of a known family; returns notes."""
     import gguf
 
-    config: Any = model.config
+    config = text_config(model)
     family = FAMILIES[type(model).__name__]
     said = {key: of(config) if callable(of) else getattr(config, of) for key, of in family.metadata.items()}
     longest = said["context_length"]
@@ -83,6 +88,12 @@ def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]
     notes = write_rope(writer, family, config)
     if any(_is_whole_gelu(module) for module in model.modules()):
         notes.append("llama.cpp computes gelu by its approximation with tanh, which is off by at most 0.0005")
+    if family.besides:
+        parts = " and ".join(each.rstrip(".") for each in family.besides)
+        notes.append(
+            f"{parts} stay out: llama.cpp has what sees in a file of its own (mmproj), which its converter makes of "
+            "the original model"
+        )
     if window < longest:
         notes.append(
             f"this model attends to the last {window} tokens, llama.cpp to all: they agree up to {window} tokens, and "

@@ -87,7 +87,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]
             f"{type(tokenizer).__name__}: is not a fast tokenizer, with its rules in a tokenizer.json. "
             "Load it with AutoTokenizer"
         )
-    vocabulary = _read(json.loads(tokenizer.backend_tokenizer.to_str()), model.config.vocab_size)
+    vocabulary = _read(json.loads(tokenizer.backend_tokenizer.to_str()), model.config.get_text_config().vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -132,7 +132,7 @@ def _write_special(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]:
 def _ends(tokenizer: Any, model: Any) -> list[int]:
     """Tokens that end a text: the tokenizer's first, then those of the model's configs."""
     named = [tokenizer.eos_token_id]
-    for config in (getattr(model, "generation_config", None), model.config):
+    for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config()):
         end = getattr(config, "eos_token_id", None)
         named += end if isinstance(end, list) else [end]
     ends = [end for end in dict.fromkeys(named) if end is not None]

@@ -9,6 +9,7 @@ Source: llama.cpp, `src/models/` (what each family computes) and `conversion/` (
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +79,25 @@ _GEMMA = {
     "attention_bias": (False,),
     "use_bidirectional_attention": (False, None),
 }
+
+_GEMMA3 = Family(
+    arch="gemma3",
+    metadata={
+        **_RMS,
+        "attention.sliding_window": "sliding_window",
+        "rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
+    },
+    computes={
+        **_GEMMA,
+        "hidden_activation": _GELU,
+        "query_pre_attn_scalar": _scale_of_queries(62),
+        "layer_types": _every(6),
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+    },
+    windows=True,
+    norms_from_one=True,
+)
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
@@ -162,23 +182,12 @@ FAMILIES: dict[str, Family] = {
         windows=True,
         norms_from_one=True,
     ),
-    "Gemma3ForCausalLM": Family(
-        arch="gemma3",
-        metadata={
-            **_RMS,
-            "attention.sliding_window": "sliding_window",
-            "rope.freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
-        },
-        computes={
-            **_GEMMA,
-            "hidden_activation": _GELU,
-            "query_pre_attn_scalar": _scale_of_queries(62),
-            "layer_types": _every(6),
-            "attn_logit_softcapping": (None,),
-            "final_logit_softcapping": (None,),
-        },
-        windows=True,
-        norms_from_one=True,
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(
+        _GEMMA3,
+        renamed={"model.language_model.": "model."},
+        besides=("model.vision_tower.", "model.multi_modal_projector."),
+        read=False,
     ),
     "GPT2LMHeadModel": Family(
         arch="gpt2",
@@ -285,4 +294,4 @@ FAMILIES: dict[str, Family] = {
 def family_names(*, read: bool = False) -> str:
     """The names of the families in a row: all that are written, or those whose files are read as well."""
     found = [name for name, family in FAMILIES.items() if family.read or not read]
-    return ", ".join(name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for name in found)
+    return ", ".join(dict.fromkeys(re.sub(r"For\w+|LMHeadModel", "", name) for name in found))

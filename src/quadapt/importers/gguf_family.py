@@ -59,6 +59,9 @@ class Family:
     own_head: bool = False
     """Whether a file needs an output head of its own also where it is the embedding."""
 
+    besides: tuple[str, ...] = ()
+    """Where the names of tensors begin that a file leaves out: those for pictures, which llama.cpp has in another."""
+
     read: bool = True
     """Whether files are read, too: transformers makes the configuration of a file, if it knows the architecture."""
 
