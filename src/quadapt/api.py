@@ -100,7 +100,7 @@ def prepare(
         )
     grids: dict[str, Tensor] = {}
     if not quantized and chosen.adapter.base == "float" and not chosen.begins_rounded:
-        rounded_embeddings(model, config, select(model, skip=config.skip).chosen)
+        rounded_embeddings(model, config, select(model, skip=config.skip, part=config.part).chosen)
     elif not quantized:
         factors, grids = _quantized(model, config, calibration, name, there)
     set_seed(seed)
@@ -133,7 +133,7 @@ def _quantized(
 
     quantization = config.spec.quantization
     batches = _batches(calibration, name, model, config) if quantization.needs_text else []
-    selection = select(model, skip=config.skip)
+    selection = select(model, skip=config.skip, part=config.part)
     check_reads(model, selection.chosen)
     rounded = rounded_embeddings(model, config, selection.chosen)
     with TemporaryDirectory(prefix="quadapt-") as folder:

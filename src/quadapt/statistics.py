@@ -156,7 +156,7 @@ def gather_second_moments(
     Raises:
         CalibrationError: There are no batches, or the model cannot be walked through.
     """
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, layers)
     units = {block: {name: layers[name] for name in layers if name.startswith(f"{block}.")} for block in blocks}
     units = {block: inside for block, inside in units.items() if inside}
     open_ = [block for block, inside in units.items() if files.missing(MOMENT, inside)]
@@ -245,9 +245,10 @@ def _whole(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: t
 
 def _by_blocks(model: nn.Module, sequences: Sequence[Batch], watch: Watch, device: torch.device) -> None:
     """Gradients of sequences one by one, block by block on a device."""
+    asked = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     wanted = {
         name: block
-        for name, block in find_blocks(model).items()
+        for name, block in find_blocks(model, asked).items()
         if any(parameter.requires_grad for parameter in block.parameters())
     }
     with BackwardWalk(model, wanted, sequences, device) as walk:

@@ -154,3 +154,47 @@ def test_dense_weights_go_out_under_the_names_of_the_files(made: Callable[[str],
     assert (folder / "hf" / "preprocessor_config.json").exists()
     said = give("export", folder / "merged", "--output", folder / "m.gguf", code=2)
     assert "Gemma3ForConditionalGeneration" in said.error or "gemma3" in said.error
+
+
+@pytest.mark.parametrize(("part", "text", "sight"), [("vision", 0, 24), ("all", 14, 24)])
+def test_another_part_is_quantized_if_it_is_asked_for(
+    part: str, text: int, sight: int, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    given = ("--part", part, "--rounding", "nearest", "--group-size", "16", "--output", tmp_path / "q")
+    quadapt("quantize", made("llava") / "dense", *given)
+    model: Any = load_model(str(tmp_path / "q"))
+    layers = quantized_layers(model)
+    assert sum(".language_model." in name for name in layers) == text
+    assert sum(".vision_tower." in name for name in layers) == sight
+    ids = torch.tensor([[5, 6, *[263] * 4, 7, 8]])
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28)).logits).all())
+
+
+def test_all_of_a_model_is_tuned_on_text_and_the_vision_tower_alone_is_not(
+    made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = made("llava")
+    given = ("--data", folder / "story.txt", "--max-steps", "2", "--rounding", "nearest", "--method", "qa-lora", *SHORT)
+    said = give("tune", folder / "dense", "--part", "vision", *given, "--output", tmp_path / "none", code=2).error
+    assert "part='vision': the data are text, of which nothing reaches that part" in said
+    quadapt("tune", folder / "dense", "--part", "all", *given, "--output", tmp_path / "adapter")
+    merged = quadapt("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert merged["certificate"]["verdict"] == "exact"
+    assert len(quantized_layers(load_model(str(tmp_path / "merged")))) > 14 + 16
+
+
+def test_parts_of_a_model_that_compares_pictures_with_text() -> None:
+    from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+
+    from quadapt.errors import ConfigError
+    from quadapt.model.select import select
+
+    text = {**TEXT, "projection_dim": 32}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**SIGHT, **PICTURE, "projection_dim": 32}))
+    of_text, of_vision, of_all = (set(select(model, part=part).chosen) for part in ("text", "vision", "all"))  # type: ignore[arg-type]
+    assert all(name.startswith("text_model.") for name in of_text)
+    assert all(not name.startswith("text_model.") for name in of_vision)
+    assert of_text | of_vision == of_all
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no towers that could be told apart"):
+        select(LlamaForCausalLM(LlamaConfig(**TEXT)), part="vision")

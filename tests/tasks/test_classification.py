@@ -83,6 +83,7 @@ def test_heads_are_floats_and_the_body_is_codes(tuned: Any) -> None:
     about = give("inspect", folder / "merged", "--verify", code=0).out
     assert "not quantized (output head): bert.pooler.dense, classifier" in about
     assert "merged besides: classifier, a whole module" in about
+    assert "task: sequence-classification (bad, good)" in about
     assert len(quadapt("inspect", folder / "merged")["layers"]) == 12
 
 

@@ -22,6 +22,7 @@ from quadapt.errors import ConfigError, locate
 from quadapt.hf.head import Head
 from quadapt.methods import METHODS, Method, Recipe, method_named
 from quadapt.model.embeddings import TYPES
+from quadapt.model.select import Part
 from quadapt.quant.format import Format
 from quadapt.quant.ranges import RANGES
 from quadapt.quant.rounding import ROUNDINGS
@@ -109,6 +110,10 @@ class Grid(Settings):
     skip: Annotated[tuple[str, ...], Flag((), "Quantization")] = ()
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
 
+    part: Annotated[Part, Flag((), "Quantization")] = "auto"
+    """Of a model with towers for text and pictures, the part that is quantized and adapted: text, vision (all but
+    text), or all. auto: the language model, where the model says which part that is; else all."""
+
     embeddings: Annotated[
         Literal[("float", *TYPES)],  # type: ignore[valid-type]
         Flag((), "Quantization"),
@@ -138,7 +143,8 @@ class Grid(Settings):
             CheckpointError: The plan is damaged, or something else.
         """
         chosen = self._method()
-        return Spec.of(chosen, planned=self.budget_plan(chosen), skip=self.skip).without_adapter()
+        planned = self.budget_plan(chosen)
+        return Spec.of(chosen, planned=planned, skip=self.skip, part=self.part).without_adapter()
 
     @property
     def head(self) -> Head | None:

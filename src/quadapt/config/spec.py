@@ -15,6 +15,7 @@ from quadapt.config.values import allowed, shown
 from quadapt.errors import ConfigError, locate
 from quadapt.methods import Method
 from quadapt.model.layer import Quantization
+from quadapt.model.select import Part
 from quadapt.nn.starts import Zero
 
 
@@ -37,6 +38,9 @@ class Spec:
     also: tuple[str, ...] = ()
     """What trains beside adapters: norms, biases, embeddings, head."""
 
+    part: Part = "auto"
+    """The part of a model with several towers that is quantized, and adapted."""
+
     alone: bool = False
     """Whether a base is made for itself, and no adapter is trained over it at once."""
 
@@ -54,6 +58,7 @@ class Spec:
         skip: Sequence[str] = (),
         target_modules: Sequence[str] = (),
         also: Sequence[str] = (),
+        part: Part = "auto",
     ) -> Spec:
         """Resolve a method into what each layer of a model gets.
 
@@ -63,6 +68,7 @@ class Spec:
             skip: Layers to leave unquantized.
             target_modules: Layers that get adapters; empty for all.
             also: What trains beside adapters.
+            part: The part of a model with several towers.
 
         Raises:
             ConfigError: Two of the choices contradict each other, or the plan.
@@ -93,7 +99,7 @@ class Spec:
                 layers={name: (layout.format, layout.storage) for name, layout in layouts.items()},
                 shapes={name: (layout.out, layout.columns) for name, layout in layouts.items()},
             )
-        return cls(method, quantization, tuple(skip), tuple(target_modules), tuple(also))
+        return cls(method, quantization, tuple(skip), tuple(target_modules), tuple(also), part)
 
     def without_adapter(self) -> Spec:
         """The spec of a base alone: training does not go on from it at once, so no start is fitted."""

@@ -81,6 +81,7 @@ class Adapting(Grid):
             skip=self.skip,
             target_modules=self.target_modules,
             also=tuple(dict.fromkeys(self.train_also)),
+            part=self.part,
         )
 
 

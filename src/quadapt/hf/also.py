@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError
-from quadapt.model.select import ends_of, heads, language_model
+from quadapt.model.select import Part, ends_of, heads, modules_of
 from quadapt.nn.quant_linear import QuantLinear
 
 log = logging.getLogger("quadapt")
@@ -40,21 +40,20 @@ def is_norm(module: nn.Module) -> bool:
     return name.endswith("Norm") or all(parameter.ndim == 1 for parameter in own)
 
 
-def _modules(model: Any) -> dict[str, nn.Module]:
-    """The modules of the part of a model that reads and writes text, with its heads, by name."""
-    parts = (language_model(model), *heads(model).values())
-    wanted = {id(module) for part in parts for module in part.modules()}
+def _modules(model: Any, part: Part) -> dict[str, nn.Module]:
+    """The modules of a part of a model, with the model's heads, by name."""
+    wanted = modules_of(model, part) | {id(module) for head in heads(model).values() for module in head.modules()}
     return {name: module for name, module in model.named_modules() if id(module) in wanted}
 
 
-def _norms(model: Any) -> list[str]:
-    return [name for name, module in _modules(model).items() if is_norm(module)]
+def _norms(model: Any, part: Part) -> list[str]:
+    return [name for name, module in _modules(model, part).items() if is_norm(module)]
 
 
-def _biases(model: Any) -> list[str]:
+def _biases(model: Any, part: Part) -> list[str]:
     return [
         f"{name}.{own}"
-        for name, module in _modules(model).items()
+        for name, module in _modules(model, part).items()
         for own, _ in module.named_parameters(recurse=False)
         if own == "bias"
     ]
@@ -69,11 +68,11 @@ def _heads(model: Any) -> list[str]:
     return list(heads(model))
 
 
-ROLES: dict[str, Callable[[Any], list[str]]] = {
+ROLES: dict[str, Callable[[Any, Part], list[str]]] = {
     "norms": _norms,
     "biases": _biases,
-    "embeddings": _embeddings,
-    "head": _heads,
+    "embeddings": lambda model, _: _embeddings(model),
+    "head": lambda model, _: _heads(model),
 }
 """What can be asked for: the names of the modules (for biases, of the parameters) that train then."""
 
@@ -102,7 +101,7 @@ class Also:
             settings.modules_to_tie = settings.target_modules_to_tie = None
 
 
-def also(model: Any, roles: Sequence[str], tokens: Sequence[int] = ()) -> Also:
+def also(model: Any, roles: Sequence[str], tokens: Sequence[int] = (), part: Part = "auto") -> Also:
     """Find what is to train beside the adapters.
 
     The head of a model that is no language model (a classifier's, a detector's) trains whatever `roles` say: it is made
@@ -112,15 +111,16 @@ def also(model: Any, roles: Sequence[str], tokens: Sequence[int] = ()) -> Also:
         model: The base, without adapters.
         roles: Of :data:`ROLES`.
         tokens: Tokens whose rows are to train singly.
+        part: The part of the model in which norms and biases are looked for.
 
     Raises:
         ConfigError: The model has nothing of a role, or holds it in codes, or two wishes contradict each other.
     """
-    found = {role: ROLES[role](model) for role in roles}
+    found = {role: ROLES[role](model, part) for role in roles}
     own = [] if "head" in found or model.get_output_embeddings() is not None else _alone(model, _heads(model))
     for role, names in found.items():
         if not names:
-            there = ", ".join(each for each, names_of in ROLES.items() if names_of(model))
+            there = ", ".join(each for each, names_of in ROLES.items() if names_of(model, part))
             raise ConfigError(
                 f"train_also={role!r}: {type(model).__name__} has no {role}. It has {there}. Leave {role} out"
             )

@@ -43,7 +43,7 @@ def adapt(
     from peft import get_peft_model
 
     chosen = spec.method
-    layouts = _layouts(model, chosen.adapter, spec.skip)
+    layouts = _layouts(model, chosen.adapter, spec)
     names = matching(layouts, spec.target_modules)
     recipe, inputs = chosen.recipe, chosen.adapter.inputs
     wasted = [name for name in names if 0 < inputs(layouts[name]) < recipe.rank]
@@ -64,7 +64,7 @@ def adapt(
         start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
         task=peft_task(model),
     )
-    besides = also(model, spec.also, tokens)
+    besides = also(model, spec.also, tokens, spec.part)
     besides.configure(settings)
     try:
         settings.trainable_token_indices = token_layers(model, tokens)
@@ -82,10 +82,10 @@ def adapt(
     return adapted
 
 
-def _layouts(model: nn.Module, adapter: Adapter, skip: Sequence[str]) -> dict[str, Layout]:
+def _layouts(model: nn.Module, adapter: Adapter, spec: Spec) -> dict[str, Layout]:
     """Layers that `adapter` can train over, with their layout: of the base, or of the product over a dense one."""
     if adapter.base == "float":
-        chosen = select(model, skip=skip).chosen
+        chosen = select(model, skip=spec.skip, part=spec.part).chosen
         return {name: adapter.layout_of(linear.weight) for name, linear in chosen.items()}
     return {name: layer.layout for name, layer in quantized_layers(model).items()}
 

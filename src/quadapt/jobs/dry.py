@@ -87,7 +87,7 @@ def sketch(name: str, config: Grid, *, target_modules: Sequence[str] = ()) -> Sk
         layouts, left, source = quantized.layouts, quantized.left, str(quantized.made.get("source") or "")
     else:
         selection, quantization = (
-            select(model, target_modules=target_modules, skip=config.skip),
+            select(model, target_modules=target_modules, skip=config.skip, part=config.part),
             config.spec.quantization,
         )
         quantization.check(selection.chosen)

@@ -72,7 +72,7 @@ def dense_base(path: Path, config: Any, ui: UI, *, source: Path | None = None) -
     kept = "float32" if config.dtype == "float32" else "auto"
     name, head = (config.model, config.head) if source is None else (str(source), None)
     model: Any = load_model(name, dtype=kept, trust_remote_code=config.trust_remote_code, head=head)
-    rounded_embeddings(model, config, select(model, skip=config.skip).chosen, ui)
+    rounded_embeddings(model, config, select(model, skip=config.skip, part=config.part).chosen, ui)
     write_dense(
         model, load_processor(config.model, kind_of_model(model), trust_remote_code=config.trust_remote_code), path
     )

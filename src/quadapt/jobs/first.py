@@ -141,7 +141,7 @@ def trainable(dense: nn.Module, config: TuneConfig, *, on_meta: bool = False) ->
     from peft import LoraConfig, get_peft_model
 
     spec = config.spec
-    recipe, layers = spec.method.recipe, select(dense, skip=spec.skip).chosen
+    recipe, layers = spec.method.recipe, select(dense, skip=spec.skip, part=spec.part).chosen
     names = matching(layers, spec.target_modules)
     dense.requires_grad_(False)
     own = also(dense, ())

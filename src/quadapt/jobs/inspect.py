@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from quadapt.config import InspectConfig
+from quadapt.data.source import listing
 from quadapt.errors import CheckpointError
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.folder import Folder, find_base, open_folder
-from quadapt.hf.loading import load_model, read_quantization
+from quadapt.hf.head import labels_of
+from quadapt.hf.kinds import kind_of
+from quadapt.hf.loading import load_model, read_config, read_quantization
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.reading import reading
 from quadapt.hf.verify import unverified, verify
@@ -38,6 +41,10 @@ def inspect(config: InspectConfig, ui: UI) -> dict[str, Any]:
     bits = bits_of(list(layouts.values()))
     named = f", fingerprint {found.fingerprint[:12]}" if found.fingerprint else ""
     ui.show(f"{folder.name}: {len(layouts)} quantized layers, {bits:.3f} true bits per weight{named}")
+    about = read_config(folder.name)
+    kind = kind_of(about)
+    if not kind.writes:
+        ui.show(f"task: {kind.name}{f' ({listing(labels_of(about))})' if kind.labels else ''}")
     for name, value in found.made.items():
         ui.show(f"{name}: {value}")
     known = LayerRow.__dataclass_fields__
@@ -107,7 +114,7 @@ def _adapter(folder: Folder, config: InspectConfig, ui: UI) -> dict[str, Any]:
         f"{folder.name}: {'an' if kind[0] in 'aeiou' else 'a'} {kind} adapter "
         f"({note.get('method', 'unknown method')}) over {base}"
     )
-    for name in ("adapter", "recipe", "bits", "steps", "final_loss", "eval_loss", "trainable_parameters"):
+    for name in ("task", "adapter", "recipe", "bits", "steps", "final_loss", "eval_loss", "trainable_parameters"):
         if note.get(name) is not None:
             ui.show(f"{name}: {note[name]}")
     if config.verify:

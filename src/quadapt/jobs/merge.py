@@ -75,7 +75,9 @@ def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
         f"{note['bits']['merged']:.3f} true bits per quantized weight after the merge, {bits['base']:.3f} before "
         f"({bits['with_adapter']:.3f} with the adapter)"
     )
-    ui.say(f"wrote {config.output}. Next: quadapt export {config.output} --format gguf --output FILE")
+    kind = kind_of_model(merged)
+    further = "export {} --format gguf --output FILE" if kind is None or kind.writes else "eval {} --data FILE"
+    ui.say(f"wrote {config.output}. Next: quadapt {further.format(config.output)}")
     return result
 
 

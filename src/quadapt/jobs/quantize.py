@@ -133,7 +133,7 @@ def quantize_into(
         head = config.head if source is None else None
         model = load_model(name, dtype=kept, device=place.home, trust_remote_code=code, head=head)
     tokenizer = load_processor(name, kind_of_model(model), trust_remote_code=code)
-    selection = select(model, target_modules=target_modules, skip=config.skip)
+    selection = select(model, target_modules=target_modules, skip=config.skip, part=config.part)
     check_reads(model, selection.chosen)
     rounded = rounded_embeddings(model, config, selection.chosen, ui)
     calibration = None

@@ -92,6 +92,11 @@ def tuned_for(config: TuneConfig, kind: Kind) -> Task:
             f"{wrong[0]}={getattr(config, wrong[0])!r} has no meaning for the task {task.name}. Leave it out, or name "
             "another task with --task"
         )
+    if config.part == "vision" and task.name == "causal-lm":
+        raise ConfigError(
+            "part='vision': the data are text, of which nothing reaches that part. Use --part all, or train on "
+            "pictures from Python (quadapt.prepare)"
+        )
     objective = config.spec.method.objective
     if objective.targets is not None and task.name != "causal-lm":
         raise ConfigError(

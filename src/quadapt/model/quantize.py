@@ -101,7 +101,7 @@ def quantize_model(
         CalibrationError: Statistics are needed and cannot be had.
     """
     quantization.check(layers)
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, layers)
     outside = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
     units = {block: inside for block in blocks if (inside := [each for each in layers if each.startswith(f"{block}.")])}
     there = next(model.parameters()).device if device is None else indexed(device)

@@ -5,9 +5,9 @@ Every parameter with two axes or more is either selected or listed with a reason
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,7 +30,14 @@ class Selection:
     """Why each other matrix stays as it is, by name."""
 
 
-def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequence[str] = ()) -> Selection:
+Part = Literal["auto", "text", "vision", "all"]
+"""A part of a model with several towers: what reads and writes text, all else, or both; auto: the language model, where
+the model says which part that is, else all of it."""
+
+
+def select(
+    model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequence[str] = (), part: Part = "auto"
+) -> Selection:
     """Sort out the matrices of `model`, which is brought into the linear form (`linear_form.py`), in place.
 
     Args:
@@ -38,13 +45,14 @@ def select(model: nn.Module, *, target_modules: Sequence[str] = (), skip: Sequen
         target_modules: Quantize only these: full names, or runs of their dotted parts (`q_proj`, `layers.0.mlp`).
             Empty: all.
         skip: Leave these as they are.
+        part: Of a model with several towers, quantize only this part.
 
     Raises:
         ConfigError: A name matches nothing, nothing is left to quantize, or the model is quantized by something else.
         ShapeError: Experts are stacked in a form that is not known; skip them by name.
     """
     refuse_foreign(model)
-    known = _Known(linear_form(model))
+    known = _Known(linear_form(model), part)
     chosen: dict[str, nn.Linear] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -129,14 +137,13 @@ def refuse_foreign(model: nn.Module) -> None:
 class _Known:
     """What about a model says of its matrices that they stay as they are."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, part: Part = "auto") -> None:
         self.heads = {id(part) for head in heads(model).values() for part in head.modules()}
         self.tied = _tied(model)
         kept = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("", "_strict"))
         self.wide = [pattern for patterns in kept for pattern in patterns]
-        text = language_model(model)
-        self.text = {id(module) for module in text.modules()}
-        self.routers = {id(module) for module in routers(text)}
+        self.inside, self.part = modules_of(model, part), part
+        self.routers = {id(module) for module in routers(model)}
 
 
 def heads(model: Any) -> dict[str, nn.Module]:
@@ -178,6 +185,31 @@ def language_model(model: Any) -> Any:
     return model if text is None or text is getattr(model, "base_model", None) else text
 
 
+def modules_of(model: Any, part: Part) -> set[int]:
+    """Identities of the modules of a part of a model.
+
+    Raises:
+        ConfigError: It has a single tower, or does not say which of its towers is that of text.
+    """
+    every = {id(module) for module in model.modules()}
+    text = {id(module) for module in language_model(model).modules()}
+    if part in ("auto", "all"):
+        return every if part == "all" else text
+    if text == every:  # it compares text with pictures, or knows one of them alone
+        towers = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _TEXT_TOWERS]
+        if len(towers) != 1:
+            raise ConfigError(
+                f"part={part!r}: {type(model).__name__} has no towers that could be told apart. Leave it out, or take "
+                "layers by name (target_modules, skip)"
+            )
+        text = {id(module) for module in towers[0].modules()}
+    return text if part == "text" else every - text
+
+
+_TEXT_TOWERS = ("text_model", "text_encoder")
+"""What models that compare text with pictures call their tower of text."""
+
+
 def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str], skip: Sequence[str]) -> str:
     if any(matches(name, pattern) for pattern in skip):
         return "listed under skip"
@@ -197,8 +229,9 @@ def _kept(module: nn.Module, name: str, known: _Known) -> str:
         return "embedding"
     if id(module) in known.heads:
         return "output head"
-    if id(module) not in known.text:
-        return "outside the language model (vision tower, projector)"
+    if id(module) not in known.inside:
+        of_text = known.part == "vision"
+        return "part of the language model" if of_text else "outside the language model (vision tower, projector)"
     if any(id(parameter) in known.tied for parameter in module.parameters(recurse=False)):
         return "tied to another matrix"
     if any(matches(name, pattern) or matches(f"{name}.weight", pattern) for pattern in known.wide):
@@ -258,20 +291,23 @@ def last_parts(names: Iterable[str]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def find_blocks(model: nn.Module, layers: Collection[str] = ()) -> dict[str, nn.Module]:
     """The blocks of a model's language model, by name, in the order in which the model holds them.
+
+    Where `layers` are named, the blocks are those of all stacks that hold some of them, in whichever part.
 
     They are the items of lists of modules whose class the model names as one that is not to be split
     (`_no_split_modules`), or that transformers takes for a layer (`GradientCheckpointingLayer`); of blocks in blocks
     the outermost. A model may have several such lists: an encoder's and a decoder's. Of one that declares none, all
     outermost lists of modules with linear layers are taken; where there are none, there are no blocks.
     """
-    text = {id(module) for module in language_model(linear_form(model)).modules()}
+    text = set() if layers else modules_of(linear_form(model), "auto")
     kept = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     items = {
         f"{name}.{index}": item
         for name, stack in model.named_modules()
-        if isinstance(stack, nn.ModuleList) and id(stack) in text
+        if isinstance(stack, nn.ModuleList)
+        and (id(stack) in text or any(layer.startswith(f"{name}.") for layer in layers))
         for index, item in stack.named_children()
         if any(isinstance(each, nn.Linear) for each in item.modules())
     }
