@@ -17,10 +17,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(ROOT / "tests" / "cli"))
+sys.path[:0] = [str(ROOT / "tests" / "cli"), str(ROOT / "tests" / "tasks")]
 
 from commands import byte_tokenizer, logits, write_data  # noqa: E402
 from commands import quadapt as quadapt_command  # noqa: E402
+from task_models import made, reviews, word_tokenizer  # noqa: E402
 
 import quadapt  # noqa: E402
 
@@ -85,6 +86,79 @@ def test_gptq_in_gptq_out(place: Path) -> None:
     assert "exact: logits bit-equal" in said
     about = json.loads((place / "gptq-out" / "config.json").read_text())["quantization_config"]
     assert (about["quant_method"], about["bits"]) == ("gptq", 4)
+
+
+def _before_and_after(said: str) -> tuple[float, float]:
+    losses = dict(re.findall(r"^(before|after): ([\d.]+)$", said, re.MULTILINE))
+    return float(losses["before"]), float(losses["after"])
+
+
+def test_classify_text(tmp_path: Path) -> None:
+    made("RobertaForMaskedLM").save_pretrained(tmp_path / "roberta")
+    word_tokenizer().save_pretrained(tmp_path / "roberta")
+    for name, count, seed in (("train", 160, 0), ("test", 64, 1)):
+        reviews(tmp_path / f"{name}.csv", count, seed)
+    said, names = run("classify_text", "roberta", "train.csv", "test.csv", "out", cwd=tmp_path)
+    after = re.search(r"^after: \{'accuracy': ([\d.]+)", said, re.MULTILINE)
+    assert after is not None
+    assert float(after[1]) >= 0.9
+    assert any("classifier" in name for name, each in names["model"].named_parameters() if each.requires_grad)
+    again, tokenizer = quadapt.load(tmp_path / "out", base=str(tmp_path / "out" / "base"))
+    about: Any = again.config
+    with torch.no_grad():
+        found = again(**tokenizer(["sun good sea", "bad owl"], return_tensors="pt", padding=True)).logits.argmax(-1)
+    assert [about.id2label[int(each)] for each in found] == ["good", "bad"]
+
+
+def test_answer_with_t5(tmp_path: Path) -> None:
+    made("T5ForConditionalGeneration", vocab_size=258, eos_token_id=0).save_pretrained(tmp_path / "t5")
+    byte_tokenizer().save_pretrained(tmp_path / "t5")
+    said, _ = run("answer_with_t5", "t5", "out", cwd=tmp_path)
+    before, after = _before_and_after(said)
+    assert after < 0.8 * before
+    assert "exact: logits bit-equal" in said
+
+
+def test_classify_shapes(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    from transformers import ViTImageProcessor
+
+    made("ViTModel").save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    said, _ = run("classify_shapes", "vit", "out", cwd=tmp_path)
+    found = re.search(r"^accuracy: ([\d.]+)$", said, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) >= 0.75
+    assert "exact: logits bit-equal" in said
+
+
+def test_detect_shapes(tmp_path: Path) -> None:
+    from transformers import OwlViTConfig, OwlViTForObjectDetection
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 99, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
+    config = OwlViTConfig(
+        text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=64
+    )
+    torch.manual_seed(0)
+    OwlViTForObjectDetection(config).save_pretrained(tmp_path / "owl")
+    said, _ = run("detect_shapes", "owl", cwd=tmp_path)
+    before, after = _before_and_after(said)
+    assert after < before
+    assert "exact: logits bit-equal" in said
+    assert "merged besides: class_head" in said
+
+
+def test_vision_language_on_text(tmp_path: Path) -> None:
+    from test_vision import MODELS
+
+    torch.manual_seed(0)
+    MODELS["qwen2-vl"]().eval().save_pretrained(tmp_path / "vl")
+    byte_tokenizer().save_pretrained(tmp_path / "vl")
+    write_data(tmp_path)
+    said, _ = run("vision_language_on_text", "vl", "story.txt", "out", cwd=tmp_path)
+    assert "exact: logits bit-equal" in said
+    assert "the vision tower is as it was: True" in said
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -111,8 +111,8 @@ class Grid(Settings):
     """Layers to leave unquantized, by name or a part of it: down_proj, layers.0, .. (comma separated, or repeated)."""
 
     part: Annotated[Part, Flag((), "Quantization")] = "auto"
-    """Of a model with towers for text and pictures, the part that is quantized and adapted: text, vision (all but
-    text), or all. auto: the language model, where the model says which part that is; else all."""
+    """Which part of a model with towers for text and pictures is quantized and adapted: text, vision (all but text), or
+    all. auto: the language model, where the model says which part that is; else all."""
 
     embeddings: Annotated[
         Literal[("float", *TYPES)],  # type: ignore[valid-type]

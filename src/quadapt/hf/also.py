@@ -46,11 +46,11 @@ def _modules(model: Any, part: Part) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if id(module) in wanted}
 
 
-def _norms(model: Any, part: Part) -> list[str]:
+def _norms(model: Any, part: Part = "auto") -> list[str]:
     return [name for name, module in _modules(model, part).items() if is_norm(module)]
 
 
-def _biases(model: Any, part: Part) -> list[str]:
+def _biases(model: Any, part: Part = "auto") -> list[str]:
     return [
         f"{name}.{own}"
         for name, module in _modules(model, part).items()

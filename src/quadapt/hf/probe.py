@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from quadapt.calibrate import Batch, call_of, parted
 from quadapt.hf.context import positions_of
 from quadapt.hf.kinds import kind_of_model
-from quadapt.model.inputs import text_ids
 from quadapt.model.trial import answer_of, inputs_for
 
 
@@ -22,14 +21,15 @@ def random_probe(vocabulary: int, *, sequences: int = 2, length: int = 128) -> T
 
 def random_for(model: Any) -> tuple[Batch, str]:
     """Random inputs for a model, and what they are, in words; where some tokens stand for pictures, none of these."""
-    config = model.config
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = inside.config
     text = config.get_text_config()
     if getattr(text, "vocab_size", None) is None:
-        return inputs_for(model, 2), "random inputs"
-    length = min(128, positions_of(model))
+        return inputs_for(inside, 2), "random inputs"
+    length = min(128, positions_of(inside))
     plain = text is config and not getattr(config, "is_encoder_decoder", False)
-    found = random_probe(text.vocab_size, length=length) if plain else text_ids(config, 2, length)
-    return found, f"{found.numel()} random tokens"
+    found = random_probe(text.vocab_size, length=length) if plain else inputs_for(inside, 2, length)
+    return found, f"{found.numel()} random tokens" if isinstance(found, Tensor) else "random inputs"
 
 
 def with_tokens(probe: Batch, tokens: Sequence[int]) -> Batch:
