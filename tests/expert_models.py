@@ -49,6 +49,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DeepseekV3": _DEEPSEEK,
     "GraniteMoe": {**_ROUTED, "num_local_experts": 4},
     "Phimoe": {**_ROUTED, "num_local_experts": 4},
+    "Dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "Llama4": {
         "num_experts_per_tok": 1,
         "num_local_experts": 4,

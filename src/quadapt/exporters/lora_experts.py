@@ -49,10 +49,18 @@ def wholes(model: nn.Module, factors: Mapping[str, Factors]) -> dict[str, Whole]
 
     Returns:
         By the names of the stacked parameters. Those of one name have one rank, in all layers.
+
+    Raises:
+        ExportError: The model stores experts without an axis for them.
     """
     ranks: dict[str, int] = {}
     stacks = [stack for stack in _stacks(model) if any(piece in factors for piece in _layers(stack))]
     for stack in stacks:
+        if stack.stack.folded:
+            raise ExportError(
+                f"{stack.path}.{stack.name}: has no axis for experts in transformers, which PEFT's adapters over "
+                "stacks need. Merge the adapter and export the model (--format hf)"
+            )
         ranks[stack.name] = max(
             ranks.get(stack.name, 0), sum(_rank(stack, part, factors) for part in stack.stack.parts)
         )

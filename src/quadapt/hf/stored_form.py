@@ -189,7 +189,7 @@ class _TakeApart(ConversionOps):
             input_dict = operation.convert(
                 input_dict, source_patterns=source_patterns, target_patterns=[self.target], **kwargs
             )
-        whole = _one(input_dict)
+        whole = self.found.stack.opened(_one(input_dict), self.found.count)
         layer = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
         made = self._views(whole)
         first = next(iter(made.values()))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from quadapt.nn.experts import EveryExpert, Experts, RoutedExperts, Stack, linear_over, take_apart
+from quadapt.nn.experts import EveryExpert, Experts, FoldedExperts, RoutedExperts, Stack, linear_over, take_apart
 
 _TURNED = "_layers_that_were_conv1d"
 """Attribute of a model: the names of its layers that were `Conv1D`."""
@@ -33,8 +33,8 @@ def linear_form(model: nn.Module) -> nn.Module:
         if is_conv1d(module):
             model.set_submodule(name, _turned(module))
             found.append(name)
-        elif stacks := _stacks(module):
-            take_apart(module, _KINDS[type(module).__name__][0] if _told(module) else RoutedExperts, stacks)
+        elif known := _known(module):
+            take_apart(module, *known)
     if found:
         model.__dict__[_TURNED] = (*turned(model), *found)
     return model
@@ -56,26 +56,36 @@ def turned(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, _TURNED, ()))
 
 
-_KINDS: dict[str, tuple[type[Experts], bool]] = {
-    "Step3p7Experts": (RoutedExperts, False),
-    "Llama4TextExperts": (EveryExpert, True),
+def _gated(*, transposed: bool = False, interleaved: bool = False) -> dict[str, Stack]:
+    """Two stacks: of gate and up, and of what comes after them."""
+    return {
+        "gate_up_proj": Stack(GATED, transposed, interleaved),
+        "down_proj": Stack(("down_proj",), transposed),
+    }
+
+
+_KINDS: dict[str, tuple[type[Experts], dict[str, Stack]]] = {
+    "Step3p7Experts": (RoutedExperts, _gated()),
+    "Llama4TextExperts": (EveryExpert, _gated(transposed=True)),
+    "DbrxExperts": (
+        FoldedExperts,
+        {
+            "mlp.w1": Stack(("gate_proj",), folded=True),
+            "mlp.v1": Stack(("up_proj",), folded=True),
+            "mlp.w2": Stack(("down_proj",), transposed=True, folded=True),
+        },
+    ),
 }
-"""Experts of transformers that do not say how they stack, by their class: how they are run, and whether transposed."""
+"""Experts of transformers that do not say how they stack, by their class: how they are run, and how they are stored."""
 
 
-def _told(module: nn.Module) -> bool:
-    """Whether a module's experts are among those that are known by their class."""
-    return type(module).__name__ in _KINDS
-
-
-def _stacks(module: nn.Module) -> dict[str, Stack]:
-    """How a module's stacked parameters hold the matrices of experts, by name; empty if they do not, or are others."""
+def _known(module: nn.Module) -> tuple[type[Experts], dict[str, Stack]] | None:
+    """How the experts in a module are run, and how each stacked parameter holds them; None if it has none."""
     about: Any = module
-    says = all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_gate"))
-    if not says and not _told(module):
-        return {}
-    turned = about.is_transposed if says else _KINDS[type(module).__name__][1]
-    mixed, gated = (not about.is_concatenated, about.has_gate) if says else (False, True)
-    first = Stack(GATED, turned, mixed) if gated else Stack(("up_proj",), turned)
-    found = {"gate_up_proj" if gated else "up_proj": first, "down_proj": Stack(("down_proj",), turned)}
-    return found if found.keys() <= module._parameters.keys() else {}
+    if all(hasattr(module, flag) for flag in ("is_transposed", "is_concatenated", "has_gate")):
+        turned = about.is_transposed
+        found = _gated(transposed=turned, interleaved=not about.is_concatenated)
+        if not about.has_gate:
+            found = {"up_proj": Stack(("up_proj",), turned), "down_proj": Stack(("down_proj",), turned)}
+        return (RoutedExperts, found) if found.keys() <= module._parameters.keys() else None
+    return _KINDS.get(type(module).__name__)

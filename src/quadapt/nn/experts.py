@@ -31,6 +31,13 @@ class Stack:
     interleaved: bool = False
     """Whether rows of several matrices take turns, instead of standing one matrix below the other."""
 
+    folded: bool = False
+    """Whether it has no axis for experts: the matrices of all of them stand below each other."""
+
+    def opened(self, stack: Tensor, count: int) -> Tensor:
+        """A stored tensor with an axis for experts, of which there are `count`."""
+        return stack.unflatten(0, (count, -1)) if self.folded else stack
+
     def matrix(self, stack: Tensor, expert: int, part: str) -> Tensor:
         """The matrix `[out, in]` of one layer of an expert, a view into the stack."""
         whole = stack[expert].T if self.transposed else stack[expert]
@@ -57,7 +64,8 @@ class Stack:
         """The stacked parameter again, from the matrices (or biases) of all parts, each a sequence by expert."""
         wholes = [self.whole(each) for each in zip(*pieces, strict=True)]
         transposed = self.transposed and wholes[0].ndim == 2
-        return torch.stack([each.T if transposed else each for each in wholes])
+        made = torch.stack([each.T if transposed else each for each in wholes])
+        return made.flatten(0, 1) if self.folded else made
 
 
 def linear_over(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -138,6 +146,21 @@ class RoutedExperts(Experts):
         return final
 
 
+class FoldedExperts(RoutedExperts):
+    """Experts whose matrices, and whose activation, are those of a module in their module (DBRX)."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As of other experts, for hidden states `[sequences, tokens, in]`."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return super().forward(flat, top_k_index, top_k_weights).view_as(hidden_states)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What goes into `down_proj`."""
+        inner: Any = self.mlp
+        product: Tensor = inner.activation_fn(gate) * up
+        return product
+
+
 class EveryExpert(Experts):
     """Experts that are given all tokens, scaled by how much each is sent to them: mostly by nothing (Llama 4).
 
@@ -196,23 +219,29 @@ def take_apart(module: nn.Module, kind: type[Experts], stacks: Mapping[str, Stac
         kind: How its experts are run.
         stacks: How each stacked parameter holds its matrices, by name.
     """
-    taken = {name: (module._parameters.pop(name), module._parameters.pop(f"{name}_bias", None)) for name in stacks}
-    count = min(len(stack) for stack, _ in taken.values() if stack is not None)
+    folded: Any = getattr(module, "num_experts", 0)
+    taken, count = dict[str, tuple[Tensor, Tensor | None, bool]](), None
+    for name, stack in stacks.items():
+        owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        weights, biases = owner._parameters.pop(leaf), owner._parameters.pop(f"{leaf}_bias", None)
+        assert weights is not None
+        taken[name] = stack.opened(weights, folded), biases, weights.requires_grad
+        count = len(taken[name][0])
+        owner._is_hf_initialized = True  # type: ignore[assignment]  # nothing is drawn at random for what is gone
+    assert count is not None
     for at in range(count):
         expert = Expert()
         for name, stack in stacks.items():
-            weights, biases = taken[name]
-            assert weights is not None
+            opened, ends, trains = taken[name]
             for part in stack.parts:
-                bias = None if biases is None else stack.bias(biases, at, part)
-                layer = linear_over(stack.matrix(weights, at, part), bias)
-                layer.requires_grad_(weights.requires_grad)
+                bias = None if ends is None else stack.bias(ends, at, part)
+                layer = linear_over(stack.matrix(opened, at, part), bias)
+                layer.requires_grad_(trains)
                 expert.add_module(part, layer)
         module.add_module(str(at), expert)
     module.__class__ = _class_of(kind, type(module))
     made: Any = module
     made.stacks, made.count = dict(stacks), count
-    made._is_hf_initialized = True  # transformers draws no random numbers for what is no longer there
 
 
 _CLASSES: dict[tuple[type[Experts], type[nn.Module]], type[nn.Module]] = {}
