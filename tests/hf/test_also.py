@@ -155,7 +155,7 @@ def test_every_kind_of_norm_and_bias_is_found_and_merges_exactly(kind: str) -> N
         for name in (f"{each}.{own}" for own, _ in model.get_submodule(each).named_parameters())
     } | set(ROLES["biases"](model))
     assert found == one_axis
-    kinds = [each for each in ALL if ROLES[each](model) and not (kind == "gpt_neox" and each == "tied")]
+    kinds = [each for each in ALL if ROLES[each](model, "auto") and not (kind == "gpt_neox" and each == "tied")]
     adapted = moved(prepared(model, also=kinds))
     wanted = logits(adapted)
     merged, certificate = quadapt.merge(adapted, probe=IDS)
