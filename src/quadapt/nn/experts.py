@@ -150,12 +150,12 @@ class FoldedExperts(RoutedExperts):
     """Experts whose matrices, and whose activation, are those of a module in their module (DBRX)."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As of other experts, for hidden states `[sequences, tokens, in]`."""
+        """Add up what experts give for hidden states `[sequences, tokens, in]`, each weighted as the router says."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         return super().forward(flat, top_k_index, top_k_weights).view_as(hidden_states)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What goes into `down_proj`."""
+        """What goes into `down_proj`, by the activation of the module inside."""
         inner: Any = self.mlp
         product: Tensor = inner.activation_fn(gate) * up
         return product
