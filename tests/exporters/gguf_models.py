@@ -22,7 +22,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {
+    "type": "yarn",  # as older configurations have it
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "attention_factor": None,
+}
 LONG: dict[str, Any] = {  # llama.cpp's contexts are multiples of 256 tokens
     "max_position_embeddings": 512,
     "original_max_position_embeddings": 256,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from export_models import SIZES, quantized, tiny, with_adapter
-from gguf_models import EXPERTS, HALF, LONG, MODELS, WINDOWS, with_their_gelu
+from gguf_models import EXPERTS, HALF, LONG, MODELS, WINDOWS, YARN, with_their_gelu
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from quadapt.errors import ExportError
@@ -136,6 +136,7 @@ NOT_ALIKE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {**HALF, "rope_type": "dynamic", "factor": 2.0}},
         "rope_type default",
     ),
+    "another ramp": ("Qwen2", {"rope_parameters": {**YARN, "beta_fast": 16}}, "rope_type default or linear or yarn"),
     "residual": ("Bloom", {"apply_residual_connection_post_layernorm": True}, "with False"),
 }
 

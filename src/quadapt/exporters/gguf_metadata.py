@@ -25,13 +25,13 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ExportError: It is not one that can be written, or it computes what llama.cpp would not.
     """
-    class_name, config = type(model).__name__, text_config(model)
+    class_name = type(model).__name__
     if class_name not in FAMILIES:
         raise ExportError(
             f"{class_name}: GGUF is written for {', '.join(FAMILIES)}. Use --format hf (and then llama.cpp's own "
             "converter, if llama.cpp computes such models)"
         )
-    family = FAMILIES[class_name]
+    family, config = FAMILIES[class_name], text_config(model)
     for name, allowed in family.computes.items():
         value: Any = config
         for part in name.split("."):

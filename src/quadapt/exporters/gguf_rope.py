@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _SAID = {
-    "default": set[str](),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "longrope": {"factor", "original_max_position_embeddings", "long_factor", "short_factor", "attention_factor"},
 }
 """Fields of each kind of scaling that a file can say, beside those of all kinds."""
+
+_ALWAYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+"""Fields of all kinds; older configurations have the kind under two names."""
+
+_USUAL = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+"""Fields of YaRN, and the values that llama.cpp computes with."""
 
 
 def rope_of(config: Any) -> dict[str, Any]:
@@ -40,13 +45,20 @@ def check_rope(family: Family, config: Any, class_name: str) -> None:
         return
     rope = rope_of(config)
     kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1.0)
-    known = kind in family.ropes and rope.keys() - _SAID[kind] <= {"rope_type", "rope_theta", "partial_rotary_factor"}
+    known = kind in family.ropes and (kind == "default" or not _unsaid(rope))
     local = (config.rope_parameters or {}).get("sliding_attention", {})
     if not known or not (part == 1.0 or family.partial) or local.get("rope_type", "default") != "default":
         raise ExportError(
             f"config.rope_parameters={config.rope_parameters}: for {class_name} rope_type {' or '.join(family.ropes)} "
             f"{'' if family.partial else 'over whole heads '}can be written. Use --format hf"
         )
+
+
+def _unsaid(rope: dict[str, Any]) -> list[str]:
+    """Fields of a scaling that a file cannot say, and that change what is computed."""
+    said = _ALWAYS | _SAID[rope["rope_type"]]
+    unusual = {name: value for name, value in rope.items() if value is not None and _USUAL.get(name) != value}
+    return sorted(unusual.keys() - said)
 
 
 def write_rope(writer: GGUFWriter, family: Family, config: Any) -> list[str]:
