@@ -172,25 +172,15 @@ def _batches(
     calibration: str | Sequence[str] | Sequence[Batch], name: str, model: nn.Module, config: PrepareConfig
 ) -> list[Batch]:
     from quadapt.calibrate import named
-    from quadapt.data import calibration_batches, read
     from quadapt.errors import ConfigError
-    from quadapt.hf.context import MOST_CONTEXT, context_of
-    from quadapt.hf.loading import load_tokenizer
+    from quadapt.jobs.tasking import calibrated_on
     from quadapt.nn.resident import moved
 
     device = next(model.parameters()).device
     names = [calibration] if isinstance(calibration, str) else [each for each in calibration if isinstance(each, str)]
     batches: list[Batch] = [each for each in calibration if not isinstance(each, str)]
     if names:
-        length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
-        drawn = calibration_batches(
-            read(names),
-            load_tokenizer(name),
-            length=length,
-            sequences=config.calibration_sequences,
-            seed=config.value("seed"),
-        )
-        batches = [*drawn.batches]
+        batches = [*calibrated_on(names, name, model, config).batches]
     if not batches:
         quantization = config.spec.quantization
         what, else_ = ("rounding", "nearest") if quantization.needs_data else ("start", "zero")

@@ -108,3 +108,23 @@ def test_a_step_is_the_same_however_it_is_accumulated(name: str, tmp_path: Path)
         states.append((found.final_loss, found.losses[0]["grad_norm"]))
     assert states[1] == pytest.approx(states[0], rel=1e-4)
     assert states[2] == pytest.approx(states[0], rel=1e-4)
+
+
+def test_a_plan_by_fisher_information_goes_by_the_loss_of_the_labels(folder: Callable[..., Path]) -> None:
+    place = folder(made("RobertaForSequenceClassification", id2label={0: "bad", 1: "good"}))
+    data = reviews(place / "d.csv", 16, 0)
+    found = quadapt("plan", place / "dense", "--budget", "4", "--fisher", data, "--output", place / "plan.json")
+    assert found["layers"] == 12
+    given = ("--plan", place / "plan.json", "--data", data, "--max-steps", "1", "--rank", "2", "--batch-size", "4")
+    said = quadapt("tune", place / "dense", *given, "--output", place / "adapter")
+    assert said["method"] == "lq-lora"
+    assert said["bits"]["base"] <= 4
+
+
+def test_a_model_by_name_is_calibrated_on_rows_of_its_task(folder: Callable[..., Path]) -> None:
+    import quadapt as library
+
+    place = folder(made("BertForSequenceClassification", id2label={0: "bad", 1: "good"}))
+    data = reviews(place / "d.csv", 16, 0)
+    model = library.prepare(str(place / "dense"), calibration=str(data), group_size=16, rank=2)
+    assert library.merge(model)[1].verdict == "exact"

@@ -15,7 +15,7 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, field_s
 from quadapt.budget import BudgetPlan
 from quadapt.budget.candidates import check_plannable
 from quadapt.config.derive import adding, choice, fields_of, of_pieces
-from quadapt.config.fields import Columns, Machine, RowsOfData, Settings, Target, Walk
+from quadapt.config.fields import Columns, Machine, Settings, Target, Walk
 from quadapt.config.spec import Spec
 from quadapt.config.values import Location, Sources
 from quadapt.errors import ConfigError, locate
@@ -220,7 +220,7 @@ class QuantizeConfig(Target, Grid, Columns, Walk):
 
 
 @adding({"rank": fields_of(Recipe)["rank"]})
-class PlanConfig(RowsOfData, Machine):
+class PlanConfig(Columns, Machine):
     """Choose bits for every layer, so that a model fits a budget and errs least; quantize and tune take the plan."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]

@@ -26,16 +26,15 @@ from torch import Tensor, nn
 from quadapt.budget import BudgetPlan, Candidate, Option, adapter_bits, candidates, measure, solve
 from quadapt.budget.table import GAIN, MORE_TURNS, TOLERANCE, TURNS
 from quadapt.config import PlanConfig
-from quadapt.data import calibration_batches, read
 from quadapt.errors import CalibrationError, CheckpointError, ConfigError, locate
 from quadapt.files import sweep
-from quadapt.hf.context import MOST_CONTEXT, context_of
 from quadapt.hf.folder import Folder
-from quadapt.hf.loading import load_model, load_tokenizer
+from quadapt.hf.loading import load_model
 from quadapt.hf.workspace import Workspace, check_disk, check_output, write_json
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
+from quadapt.jobs.tasking import calibrated_on
 from quadapt.methods import Method, method_named
 from quadapt.model.select import select
 from quadapt.quant.weight import hash_tensor
@@ -178,15 +177,7 @@ def _fisher(config: PlanConfig, model: nn.Module, linears: Mapping[str, nn.Linea
         return lambda _: {}
     if Path(config.fisher).suffix == ".safetensors":
         return _from_file(config.fisher, linears)
-    length = config.calibration_length or min(context_of(model.config), MOST_CONTEXT)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    text = calibration_batches(
-        read(config.fisher, max_bad_rows=config.most_bad_rows),
-        tokenizer,
-        length=length,
-        sequences=config.calibration_sequences,
-        seed=config.seed,
-    )
+    text = calibrated_on([config.fisher], config.model, model, config)
     with within_memory(Place(device, "cpu")):
         files = statistics_for({FISHER}, config.model, model, linears, text.batches, ui, device)
     assert files is not None

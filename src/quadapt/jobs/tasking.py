@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quadapt.config import TuneConfig
-from quadapt.data import Encoded
+from quadapt.data import Calibration, Encoded
 from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.context import MOST_CONTEXT, positions_of
 from quadapt.hf.folder import Folder, find_base, open_folder
-from quadapt.hf.kinds import KINDS, Kind, kind_of
-from quadapt.hf.loading import read_config
+from quadapt.hf.kinds import KINDS, Kind, kind_of, kind_of_model
+from quadapt.hf.loading import load_processor, read_config
 from quadapt.tasks import TASKS, Data, Reading, Task, task_of
 
 
@@ -75,6 +76,32 @@ def noted_task(note: Mapping[str, Any], kind: Kind) -> Task:
     """The task that an adapter or a model was trained for, by its note; else what models of its kind do."""
     name = note.get("task")
     return task_of(name if name in TASKS else None, kind)
+
+
+def calibrated_on(sources: Sequence[str], name: str, model: Any, config: Any) -> Calibration:
+    """Batches of data to calibrate a model on, as what it does makes them.
+
+    Args:
+        sources: Files, folders or names of the hub.
+        name: Folder or hub name of the model, where its tokenizer or processor lies.
+        model: The dense model.
+        config: Settings of a command: how long, how many, and how rows are read.
+
+    Raises:
+        ConfigError: What the model does is no task, so that nothing says how rows become inputs.
+        DataError: The data cannot be read, or are too few.
+    """
+    kind, code = kind_of_model(model) or KINDS["causal-lm"], config.trust_remote_code
+    task, reading = task_of(None, kind), reading_of(config)
+    return task.calibration(
+        task.read(sources, reading),
+        load_processor(name, kind, trust_remote_code=code),
+        model,
+        length=config.calibration_length or min(positions_of(model), MOST_CONTEXT),
+        sequences=config.calibration_sequences,
+        at_least=None,
+        reading=reading,
+    )
 
 
 def tuned_for(config: TuneConfig, kind: Kind) -> Task:
