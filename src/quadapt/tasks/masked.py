@@ -20,7 +20,7 @@ from quadapt.tasks.labels import cross_entropy
 
 @TASKS.register("masked-lm")
 class MaskedLM(ByExamples):
-    """A model guesses the tokens of a text that are hidden from it: 15 in 100, drawn once for each text, by the seed."""
+    """A model guesses tokens of a text that are hidden from it: 15 in 100, drawn once for each text, by the seed."""
 
     summary: ClassVar[str] = "to guess hidden words of a text"
     kinds: ClassVar[tuple[str, ...]] = ("masked-lm",)
@@ -30,8 +30,8 @@ class MaskedLM(ByExamples):
         rows = how(sources, max_bad_rows=reading.max_bad_rows)
         if rows.kind != "text":
             raise DataError(
-                f"{rows.source}: holds {rows.kind} rows, and words are hidden in texts. Give data with the column text, "
-                "or say what else the model is to be trained for (--task)"
+                f"{rows.source}: holds {rows.kind} rows, and words are hidden in texts. Give data with the column "
+                "text, or say what else the model is to be trained for (--task)"
             )
         return rows
 
