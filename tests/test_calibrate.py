@@ -218,3 +218,19 @@ def test_a_model_that_leaves_a_block_out_is_refused(tiny_llama: Make) -> None:
     model.config.num_hidden_layers = 1  # the second is there and never called
     with pytest.raises(CalibrationError, match=r"layers\.1: LlamaForCausalLM does not run this block on"):
         BlockWalk(model, find_blocks(model), data(16))
+
+
+def test_a_walk_that_is_interrupted_while_the_model_runs_ends(tiny_llama: Make) -> None:
+    """By Ctrl-C, say: nothing waits for a forward that nobody goes on with."""
+    model = tiny_llama()
+    walk, blocks = walked(model, data(16, 9))
+    held = walk._held[0]
+    held._back.acquire = _interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        walk.advance("model.layers.0")
+    walk.close()
+    assert all("forward" not in vars(block) for block in blocks.values())
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt

@@ -226,11 +226,12 @@ def test_blocks_are_those_that_a_model_names_or_else_all_in_lists_and_of_nested_
     model.few = nn.ModuleList([nn.Linear(4, 4)])
     model.empty = nn.ModuleList([nn.GELU()])
     model.many = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.Bilinear(8, 8, 8)])])
-    assert list(find_blocks(model)) == ["few.0", "many.0"]
+    model.stages = nn.ModuleList([nn.Sequential(nn.ModuleList([nn.Linear(8, 8)]))])
+    assert list(find_blocks(model)) == ["few.0", "many.0.0", "stages.0"]
     model._no_split_modules = ["Bilinear"]  # it holds no linear layer
-    assert list(find_blocks(model)) == ["few.0", "many.0"]
+    assert list(find_blocks(model)) == ["few.0", "many.0.0", "stages.0"]
     model._no_split_modules = ["Linear"]
-    assert list(find_blocks(model)) == ["few.0", "many.0.0"]
+    assert list(find_blocks(model)) == ["few.0", "many.0.0", "stages.0.0.0"]
 
 
 def test_both_stacks_of_an_encoder_decoder_are_blocks() -> None:

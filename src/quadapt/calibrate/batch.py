@@ -52,9 +52,12 @@ def call_of(model: Any, batch: Batch, device: torch.device | None = None, *, los
     if loss:
         call["labels"] = _labels(batch) if device is None else _labels(batch).to(device)
     about = getattr(model, "config", None)
-    if getattr(about, "is_encoder_decoder", False) and "input_ids" in call and not loss:
-        call.setdefault("decoder_input_ids", call["input_ids"])
-    return call | ({"use_cache": False} if _knows_a_cache(model, about) else {})
+    takes = inspect.signature(
+        (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
+    ).parameters
+    if getattr(about, "is_encoder_decoder", False) and {"input_ids"} <= call.keys() and "decoder_input_ids" in takes:
+        call |= {} if loss else {"decoder_input_ids": call.get("decoder_input_ids", call["input_ids"])}
+    return call | ({"use_cache": False} if _knows_a_cache(takes, about) else {})
 
 
 def _labels(batch: Batch) -> Tensor:
@@ -66,8 +69,7 @@ def _labels(batch: Batch) -> Tensor:
     return labels
 
 
-def _knows_a_cache(model: Any, config: Any) -> bool:
-    parameters = inspect.signature(model.forward).parameters
+def _knows_a_cache(parameters: Mapping[str, inspect.Parameter], config: Any) -> bool:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     return "use_cache" in parameters or (takes_any and hasattr(text, "use_cache"))

@@ -41,7 +41,7 @@ class Held:
         self._given: Any = None
         self._error: BaseException | None = None
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._ended = False
+        self._ended = self._running = False
         threading.Thread(target=self._run, args=(forward, grad), daemon=True).start()
         self.go_on(None)
 
@@ -52,16 +52,20 @@ class Held:
             Exception: Whatever the model raises on the way.
         """
         self._given, self.args, self.kwargs = output, (), {}
+        self._running = True
         self._turn.release()
         self._back.acquire()
+        self._running = False
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def end(self) -> None:
         """Leave the forward where it is, for good."""
-        if self.block is not None:
-            self._ended = True
+        self._ended = True
+        if self._running:  # whoever waited was interrupted: it ends at the next block
+            self._turn.release()
+        elif self.block is not None:
             self.go_on(None)
 
     def stop(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

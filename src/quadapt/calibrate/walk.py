@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quadapt.calibrate.batch import Batch, call_of, parted
 from quadapt.calibrate.held import Held, stopping
@@ -128,7 +129,7 @@ class BlockWalk:
                 f"{name}: the model runs its blocks in another order for other inputs ({held.block} stands in its "
                 "place). Use --rounding nearest"
             )
-        args, kwargs = moved((held.args, held.kwargs), self.device)
+        args, kwargs = _without_caches(moved((held.args, held.kwargs), self.device))
         return self._forwards[name](*args, **kwargs)
 
     @torch.no_grad()
@@ -228,13 +229,14 @@ class BlockWalk:
 
     def examples(self) -> list[Example]:
         """What the next block is called with, and what the dense one gave (:meth:`advance_dense` has been called)."""
+        calls = (_without_caches((held.args, held.kwargs)) for held in self._held)
         return [
-            Example(held.args, held.kwargs, next(tensors_in(target)))
-            for held, target in zip(self._held, self._targets, strict=True)
+            Example(args, kwargs, next(tensors_in(target)))
+            for (args, kwargs), target in zip(calls, self._targets, strict=True)
         ]
 
     def stages(self, name: str, layers: Mapping[str, nn.Module]) -> list[list[str]]:
-        """`layers` of a block in the order in which it runs them; those that share an input tensor stand together.
+        """`layers` of a block in the order in which it runs them; those that share their inputs stand together.
 
         Of experts none need be run: those of one layer stand where it is run, first what all of them begin with. Those
         of models whose own code has them as modules (by their names) stand last if they are not run.
@@ -242,7 +244,7 @@ class BlockWalk:
         Raises:
             CalibrationError: The block does not run one of them.
         """
-        seen: dict[int, list[str]] = {}
+        given: dict[str, list[int]] = {}  # to each layer, once or more often, by identity
         kept: list[Tensor] = []  # so that no identity is used twice
         experts = self._experts(name)
         routed = {layer: place for layer in layers if (place := _place(layer, experts))}
@@ -250,7 +252,7 @@ class BlockWalk:
         def note(layer: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
                 kept.append(args[0])
-                seen.setdefault(id(args[0]), []).append(layer)
+                given.setdefault(layer, []).append(id(args[0]))
 
             return hook
 
@@ -259,14 +261,15 @@ class BlockWalk:
         with _hooks({module: note(layer) for layer, module in watched.items()}):
             for _ in self._run(name, self._held[:1]):
                 pass
-        run = {layer for stage in seen.values() for layer in stage}
-        resting = [layer for layer in watched if layer not in run and _of_an_expert(layer)]
-        missing = sorted(watched.keys() - run - {*resting})
+        resting = [layer for layer in watched if layer not in given and _of_an_expert(layer)]
+        missing = sorted(watched.keys() - given.keys() - {*resting})
         if missing:
             raise CalibrationError(
                 f"{missing[0].rstrip('.')}: is not used when the model runs on the calibration data. List it under skip"
             )
-        found = list[list[str]]()
+        found, seen = list[list[str]](), dict[tuple[int, ...], list[str]]()
+        for layer, inputs in given.items():
+            seen.setdefault(tuple(inputs), []).append(layer)
         for stage in seen.values():
             found += [plain] if (plain := [layer for layer in stage if layer in layers]) else []
             for prefix in (layer for layer in stage if layer in experts):
@@ -291,6 +294,18 @@ def _place(layer: str, experts: Mapping[str, Experts]) -> tuple[str, str] | None
 def _of_an_expert(layer: str) -> bool:
     """Whether a layer is an expert's, by its name: of models whose own code has experts as modules."""
     return any("expert" in part and "shared" not in part for part in layer.lower().split(".")[:-1])
+
+
+def _without_caches(call: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Arguments without caches: a block is run several times, and would note each time what it was given."""
+    leaves, form = tree_flatten(call)
+    args, kwargs = tree_unflatten([None if _is_cache(each) else each for each in leaves], form)
+    return args, kwargs
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is one of transformers' caches, which some models make though nobody asked for one (XLM)."""
+    return any(cls.__name__ == "Cache" for cls in type(value).__mro__)
 
 
 def _close(undo: Callable[[], None], *forwards: list[Held]) -> None:

@@ -7,6 +7,7 @@ from Python.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,8 +106,10 @@ def kind_of_model(model: Any) -> Kind | None:
 def peft_task(model: Any) -> str | None:
     """PEFT's name of what a model does; of a class that nobody knows, that of a causal language model if it generates.
 
-    None where PEFT has no name for it.
+    None where PEFT has no name for it, or where its model for the task would give more than this one takes (BLIP).
     """
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        return None
     kind = kind_of_model(model)
     if kind is None:
         return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None

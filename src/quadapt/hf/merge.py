@@ -165,7 +165,7 @@ def _merge(
     exact = all(layer.adapters[name].merged_form for layer in layers.values() for name in layer.active())
     exact = exact and all(part.exact for part in besides)
     adapted = answers(model, probe)
-    if not bool(torch.isfinite(adapted).all()):
+    if bool((adapted.isnan() | (adapted == torch.inf)).any()):  # some models say -inf of what cannot be
         raise ConfigError(
             "the adapted model gives NaN or infinite logits on the probe. Training diverged; lower the learning rate"
         )
@@ -267,6 +267,11 @@ def with_dense(model: Any, layers: Mapping[str, QuantLoraLinear], dtype: torch.d
     return plain
 
 
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The norm of a difference; where both are -inf there is none."""
+    return float((one - other).float().where(one != other, 0.0).norm())
+
+
 def _compare(
     logits: tuple[Tensor, Tensor, Tensor],
     given: Batch,
@@ -279,8 +284,7 @@ def _compare(
 ) -> Certificate:
     """Compare logits of the adapted, the merged and the base model; perplexities are of the probe that was given."""
     adapted, merged, base = logits
-    effect = float((adapted - base).float().norm())
-    lost = float((merged - adapted).float().norm())
+    effect, lost = _distance(adapted, base), _distance(merged, adapted)
     before, after = adapted.float().log_softmax(-1), merged.float().log_softmax(-1)
     return Certificate(
         verdict=verdict,
@@ -288,7 +292,7 @@ def _compare(
         probe=probe_name,
         logits_equal=bool(torch.equal(adapted, merged)),
         effect_lost=lost / effect if effect else float(lost > 0),
-        kl=max(0.0, float((before.exp() * (before - after)).sum(-1).mean())),
+        kl=max(0.0, float((before.exp() * (before - after)).nan_to_num(0.0).sum(-1).mean())),
         argmax_changed=float((before.argmax(-1) != after.argmax(-1)).float().mean()),
         perplexity_before=perplexity(model, before, given),
         perplexity_after=perplexity(model, after, given),

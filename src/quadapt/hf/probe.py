@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.calibrate import Batch, call_of, parted
+from quadapt.errors import MergeError
 from quadapt.hf.context import positions_of
 from quadapt.hf.kinds import kind_of_model
 from quadapt.model.trial import answer_of, inputs_for
@@ -49,6 +50,11 @@ def answers(model: nn.Module, probe: Batch) -> Tensor:
     """What a model answers to a probe, sequence by sequence: logits, or whatever it gives first."""
     device = next(model.parameters()).device
     rows = [answer_of(model(**call_of(model, part, device))) for part in parted(probe, 1)]
+    if len({row.shape[1:] for row in rows}) > 1:
+        raise MergeError(
+            f"{type(model).__name__} gives outputs whose length hangs on their numbers (as speech does), so that "
+            "models cannot be compared number by number. Give a probe of one sequence"
+        )
     return torch.cat([row.cpu() for row in rows])
 
 

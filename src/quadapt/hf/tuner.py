@@ -7,7 +7,8 @@ has, so that an adapter trained over it is not taken for one of the base.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +41,26 @@ def inject(
     if KEY in (getattr(given, "auto_mapping", None) or {}):
         linear_form(model)  # over which it was trained, and which its names are of
     self.peft_config[adapter_name] = admit(model, given)
-    stock(self, model, adapter_name, *args, **kwargs)
+    with _asked_for_embeddings(model):
+        stock(self, model, adapter_name, *args, **kwargs)
     finish_injection(self, model, adapter_name, given)
+
+
+@contextmanager
+def _asked_for_embeddings(model: Any) -> Iterator[None]:
+    """Inside, a model that has no embedding says so instead of raising: PEFT asks which layers are tied to it."""
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        model.get_input_embeddings = nn.Module
+        try:
+            yield
+        finally:
+            del model.get_input_embeddings
+    except AttributeError:  # no model of transformers
+        yield
+    else:
+        yield
 
 
 def about(model: Any) -> tuple[dict[str, Any], Mapping[str, str]]:

@@ -78,7 +78,7 @@ def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:
 
 
 def _pictures(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    size = _first(config, ("image_size", "input_image_size", "img_size"), 224)
+    size = _first(config, ("image_size", "input_image_size", "img_size", "crop_size"), 224)
     if hasattr(size, "get"):
         size = [size.get("height", 224), size.get("width", 224)]
     height, width = (size, size) if isinstance(size, int) else size[-2:]

@@ -57,7 +57,7 @@ def select(
     left: dict[str, str] = {}
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{parameter_name}" if parameter_name != "weight" else name
+            full = _full(name, parameter_name)
             if parameter.ndim < 2 or isinstance(module, QuantLinear):
                 continue
             reason = _reason(module, full, known, target_modules, skip)
@@ -84,9 +84,14 @@ def left_over(model: nn.Module, reason: str) -> dict[str, str]:
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and not isinstance(module, QuantLinear):
-                full = f"{name}.{parameter_name}" if parameter_name != "weight" else name
+                full = _full(name, parameter_name)
                 left[full] = _reason(module, full, known, (), ()) or reason
     return left
+
+
+def _full(name: str, parameter: str) -> str:
+    """How a parameter of a module is listed: the weight of a layer by the layer's name."""
+    return name if parameter == "weight" else f"{name}.{parameter}".removeprefix(".")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -162,6 +167,9 @@ def heads(model: Any) -> dict[str, nn.Module]:
         return {}
     found = {name: child for name, child in model.named_children() if child is not body}
     found |= {f"{prefix}.{name}": child for name, child in body.named_children() if name == "pooler"}
+    while lists := [name for name, module in found.items() if isinstance(module, nn.ModuleList)]:
+        for name in lists:  # of which detectors have a head for each layer of the decoder
+            found |= {f"{name}.{index}": module for index, module in found.pop(name).named_children()}
     return {name: module for name, module in found.items() if any(True for _ in module.parameters())}
 
 
@@ -309,6 +317,7 @@ def find_blocks(model: nn.Module, layers: Collection[str] = ()) -> dict[str, nn.
         if isinstance(stack, nn.ModuleList)
         and (id(stack) in text or any(layer.startswith(f"{name}.") for layer in layers))
         for index, item in stack.named_children()
+        if not isinstance(item, nn.ModuleList)  # which nobody calls
         if any(isinstance(each, nn.Linear) for each in item.modules())
     }
     declared = {

@@ -92,6 +92,11 @@ def check_reads(model: Any, layers: Mapping[str, nn.Linear]) -> None:
     Raises:
         ConfigError: The model cannot be run, or gives something else then; the layers that it reads are named.
     """
+    if getattr(model.config, "rescale_every", 0) and model.config.model_type == "rwkv":
+        raise ConfigError(
+            f"{type(model).__name__} divides weights of its layers when it runs (rescale_every="
+            f"{model.config.rescale_every} in config.json), and codes cannot be divided. Load it with rescale_every=0"
+        )
     batch, dense = _tried(model)
     with _as_codes(layers) as read:
         try:
