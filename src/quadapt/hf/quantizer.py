@@ -20,6 +20,7 @@ from quadapt.model.layer import quantize_layer
 from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import fingerprint, quantized_layers
 from quadapt.model.select import refuse_foreign, select
+from quadapt.nn.experts import Experts
 from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant.weight import Layout, hash_tensor
 
@@ -67,6 +68,9 @@ class QuadaptQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         linear_form(model)
+        for module in model.modules():
+            if any(isinstance(child, Experts) for child in module.children()):
+                module._is_hf_initialized = True  # type: ignore[assignment]  # Qwen's draws stacks that are no more
         if not self.pre_quantized:
             selection = select(model, skip=config.skip)
             self._left = selection.left

@@ -18,8 +18,10 @@ _SAMPLES = 4000
 def text_ids(config: Any, sequences: int, length: int) -> Tensor:
     """Random token ids `[sequences, length]`, always the same ones, none of which stands for a picture or sound."""
     about = config.get_text_config()
-    marks = {value for name, value in vars(config).items() if name.endswith(("token_id", "token_index"))}
-    marks |= {value for name, value in vars(about).items() if name.endswith("token_id")}
+    marks = set[Any]()
+    for part, ends in ((config, ("token_id", "token_index")), (about, ("token_id",))):
+        for value in (value for name, value in vars(part).items() if name.endswith(ends)):
+            marks |= set(value) if isinstance(value, (list, tuple)) else {value}
     known = torch.tensor([each for each in range(about.vocab_size) if each not in marks] or [0])
     ids = known[torch.randint(len(known), (sequences, length), generator=_generator())]
     if getattr(config, "is_encoder_decoder", False) and isinstance(getattr(config, "eos_token_id", None), int):

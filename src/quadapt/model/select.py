@@ -224,6 +224,8 @@ def _reason(module: nn.Module, name: str, known: _Known, targets: Sequence[str],
     why = _kept(module, name, known)
     if why:
         return why
+    if "continuous_position_bias_mlp" in name.split("."):  # Swin V2 asks for its first parameter, whatever that is
+        return "the model's own code takes the dtype of a table from it"
     if targets and not any(matches(name, pattern) for pattern in targets):
         return "not among target_modules"
     if not isinstance(module, nn.Linear) and "Expert" not in type(module).__name__:
