@@ -128,3 +128,20 @@ def test_a_model_by_name_is_calibrated_on_rows_of_its_task(folder: Callable[...,
     data = reviews(place / "d.csv", 16, 0)
     model = library.prepare(str(place / "dense"), calibration=str(data), group_size=16, rank=2)
     assert library.merge(model)[1].verdict == "exact"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_head_trains_in_float32_and_the_merge_is_exact(
+    dtype: torch.dtype, folder: Callable[..., Path]
+) -> None:
+    place = folder(made("BertForMaskedLM").to(dtype))
+    data = reviews(place / "d.csv", 16, 0)
+    given = ("--task", "sequence-classification", "--data", data, *QUICK, "--seq-len", "16", "--max-steps", "3")
+    quadapt("tune", place / "dense", *given, "--lr", "0.001", "--output", place / "adapter")
+    found = quadapt("merge", place / "adapter", "--output", place / "merged")["certificate"]
+    assert (found["verdict"], found["dtype"]) == ("exact", str(dtype).removeprefix("torch."))
+    from quadapt.hf.loading import load_model
+
+    base, merged = (load_model(str(each)).state_dict() for each in (place / "adapter" / "base", place / "merged"))
+    assert merged["classifier.weight"].dtype == dtype
+    assert not torch.equal(base["classifier.weight"], merged["classifier.weight"])
