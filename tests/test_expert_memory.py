@@ -45,6 +45,13 @@ def test_the_number_of_experts_matters_little_and_that_of_a_token_much() -> None
     assert four > 1.4 * one
 
 
+def test_weights_are_no_part_of_what_a_step_takes() -> None:
+    with torch.device("meta"):
+        model = linear_form(tiny_of("Mixtral"))
+    weights = memory.parameter_bytes(model)
+    assert memory.step_bytes(model, 1, 2, trains=False) < weights / 20
+
+
 def test_moments_of_experts_count_as_far_as_they_are_gathered_at_once() -> None:
     model = linear_form(tiny_of("Mixtral"))  # 4 experts, 64 inputs, 96 inner ones
     assert memory.routed_moment_bytes(model) == 4 * 8 * 96 * 96

@@ -8,7 +8,7 @@ of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,12 +59,16 @@ class MemoryEstimate:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the fake tensors made inside it that are alive, and the most there were at once."""
+    """Counts the bytes of the fake tensors made inside it that are alive, and the most there were at once.
 
-    def __init__(self) -> None:
+    Args:
+        besides: Tensors from before, views of which are no new memory.
+    """
+
+    def __init__(self, besides: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in besides}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -102,7 +106,7 @@ def step_bytes(model: nn.Module, batch: int, length: int, *, trains: bool = True
     shapes = _shapes(inside, batch, length)
     with FakeTensorMode():
         _fake(model)
-        with _LiveBytes() as live, torch.set_grad_enabled(trains):
+        with _LiveBytes([*model.parameters(), *model.buffers()]) as live, torch.set_grad_enabled(trains):
             blank = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
             inputs = call_of(inside, blank)
             if not trains:
