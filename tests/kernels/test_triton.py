@@ -140,9 +140,6 @@ def test_a_step_and_a_token_are_one_graph(method: str, launched: list[str]) -> N
 class TestFewTokens:
     """Which product is taken, and what it gives."""
 
-    def test_not_on_the_cpu(self) -> None:
-        assert not few(torch.zeros(1, 64), 16, 64)
-
     @pytest.mark.parametrize(
         ("shape", "dtype", "group", "taken"),
         [

@@ -29,11 +29,12 @@ pytest.importorskip("triton", reason="needs triton, which has no wheel for this 
 INTEGERS, TABLES = (2, 3, 4, 5, 6, 8), (2, 3, 4, 8)
 DEVICES = ("reference", "cpu", "cuda")
 MODULES = (
-    *("quadapt.kernels", "quadapt.kernels.fake", "quadapt.kernels.entropy", "quadapt.kernels.product_cuda"),
+    *("quadapt.kernels", "quadapt.kernels.fake", "quadapt.kernels.entropy"),
+    *("quadapt.kernels.product_cpu", "quadapt.kernels.product_cuda"),
     *(f"quadapt.kernels.{family}{device}" for family in ("", "fake_", "entropy_") for device in DEVICES),
 )
 
-PARTS = ("check_codes", "check_width", "decode16", "launch", "word_codes", "words_of")
+PARTS = ("check_codes", "check_width", "codes_of_lane", "decode16", "launch", "multiply_row", "word_codes", "words_of")
 """What kernels are made of, and no kernel by itself."""
 
 
@@ -88,6 +89,7 @@ def test_all_of_them_are_here() -> None:
     plain = ("dequantize", "nearest_codes", "group_error", "compensate")
     wanted = {
         *("kernels.pack", "kernels.unpack", "kernels.dequantize", "kernels.product", "kernels.product_cuda.product"),
+        *("kernels.product_cpu.product", "kernels.product_now"),
         *(f"kernels.{device}.{name}" for device in DEVICES for name in plain),
         *(f"kernels.fake_{device}.{name}" for device in DEVICES for name in ("quantize", "gradients")),
         *(f"kernels.entropy_{device}.group_crowding" for device in DEVICES),

@@ -89,7 +89,6 @@ def _(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-@torch.library.custom_op("quadapt::product", mutates_args=())
 def product(
     x: Tensor,
     packed: Tensor,
@@ -116,11 +115,26 @@ def product(
     Returns:
         `[tokens, out]`, in the dtype of `x`.
     """
-    from quadapt.kernels import product_cuda
+    plain = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    # Outside of traced programs the operator would cost as much again as the product of a small matrix.
+    compute = product_now if plain else product_operator
+    return compute(x, packed, scales, offsets, levels, bits, group_size, columns)
 
+
+def product_now(
+    x: Tensor,
+    packed: Tensor,
+    scales: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    levels: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+) -> Tensor:
+    """Compute :func:`product` at once, without torch's dispatcher."""
     groups = -(-columns // group_size)
     scales, offsets = _held(scales, groups), _held(offsets, groups)
-    return product_cuda.product(x, packed, scales, offsets, levels, bits, group_size, columns)
+    return kernels_for(x.device, "product").product(x, packed, scales, offsets, levels, bits, group_size, columns)
 
 
 def _held(tensors: Sequence[Tensor], groups: int) -> list[Tensor]:
@@ -131,7 +145,10 @@ def _held(tensors: Sequence[Tensor], groups: int) -> list[Tensor]:
     return [each if each.shape[-1] == groups else _floats(each, groups) for each in tensors]
 
 
-@product.register_fake
+product_operator = torch.library.custom_op("quadapt::product", product_now, mutates_args=())
+
+
+@product_operator.register_fake
 def _(
     x: Tensor,
     packed: Tensor,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 MOST_TOKENS = 16
 """Most tokens of the fused product. One multiply-add for each weight and token goes beyond the time in which a dense
-matrix is made and multiplied, by counting operations on an H100 or H200, between 16 and 32 tokens."""
+matrix is made and multiplied, by counting operations on an H100 or H200, between 16 and 32 tokens; on a CPU (measured:
+`python -m benchmarks decode`) beyond 16."""
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -33,13 +34,18 @@ def kernels_for(device: torch.device, family: str = "") -> ModuleType:
     return import_module(f"quadapt.kernels.{family}_{chosen}" if family else f"quadapt.kernels.{chosen}")
 
 
+def codes_of_lane(bits: int) -> int:
+    """How many codes stand in one lane of the CPU's fused product: what fits 32 bits and is whole bytes, or half."""
+    return 8 if bits <= 4 else 4
+
+
 def few(x: Tensor, group_size: int, columns: int) -> bool:
-    """Whether the fused product serves inputs `[.., columns]`: on a CUDA device, and few enough that it is faster.
+    """Whether the fused product serves inputs `[.., columns]`: few enough that it is faster than the dense one.
 
     A rule, not a timing: the same model must take the same path, and give the same bits, each time.
     """
     return (
-        set_for(x.device) == "cuda"
+        set_for(x.device) != "reference"
         and 1 <= x.numel() // columns <= MOST_TOKENS
         and x.dtype != torch.float64
         and (group_size % 8 == 0 or group_size >= columns)

@@ -2,7 +2,7 @@
 
 Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored
 form itself (which exists anyway) and, where offsets are trained, the inputs pooled over groups, `1 / group_size` of the
-inputs, or less. Few tokens without gradients (decoding, on a CUDA device) are multiplied with the codes themselves.
+inputs, or less. Few tokens without gradients (decoding) are multiplied with the codes themselves.
 """
 
 from __future__ import annotations
