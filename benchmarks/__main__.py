@@ -3,7 +3,20 @@
 import importlib
 import sys
 
-ALL = ("step", "saved", "quantize", "icq", "quailora", "memory", "experts", "imported", "fake", "block_ap", "plan")
+ALL = (
+    "step",
+    "decode",
+    "saved",
+    "quantize",
+    "icq",
+    "quailora",
+    "memory",
+    "experts",
+    "imported",
+    "fake",
+    "block_ap",
+    "plan",
+)
 
 for name in sys.argv[1:] or ALL:
     if name not in ALL:

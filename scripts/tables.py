@@ -71,6 +71,15 @@ def step_in_full(found: dict[str, Any]) -> str:
     return f"Limits: {found['limit']}.\n\n{table(columns, rows)}\n{made_with(found['environment'])}"
 
 
+def decode(found: dict[str, Any]) -> str:
+    """Tokens written and read on a CPU."""
+    rows = [
+        (row["task"], row["how"], f"{row['median_ms']:.1f}", f"{row['speed_of_bf16']:.2f}") for row in found["rows"]
+    ]
+    columns = ("task", "by", "median ms", "speed (transformers in bf16: 1)")
+    return f"{table(columns, rows)}\n{made_with(found['environment'])}"
+
+
 def saved(found: dict[str, Any]) -> str:
     """What a layer keeps for backward."""
     rows = [(row["layer"], f"{row['bytes']:,}", f"{row['largest_of_weight']:.1%}") for row in found["rows"]]
@@ -178,7 +187,7 @@ MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "block_ap": ("block_ap", block_ap),
     **{
         made.__name__: (made.__name__, made)
-        for made in (demo, step, saved, quantize, icq, memory, experts, imported, kill, fuzz)
+        for made in (demo, step, decode, saved, quantize, icq, memory, experts, imported, kill, fuzz)
     },
 }
 """Tables by the name of their marks: what is stored, and what makes a table of it."""
