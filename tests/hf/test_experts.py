@@ -47,8 +47,11 @@ def _base(name: str, method: str) -> Any:
     return tiny_of(name) if method == "l4q" else _prepared(name, method).unload()
 
 
-@pytest.mark.parametrize("method", ["qa-lora", "l4q", "lr-qat"])
-@pytest.mark.parametrize("name", FAMILIES)
+CASES = [(name, method) for method in ("qa-lora", "l4q") for name in FAMILIES]
+CASES += [(name, "lr-qat") for name in ("GPT2", "Mixtral", "GptOss")]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_merged_is_trained_bit_for_bit(name: str, method: str, tmp_path: Path) -> None:
     model = _train(_prepared(name, method))
     wanted = logits_of(model)

@@ -11,6 +11,7 @@ from expert_models import FAMILIES, IDS, logits_of, tiny_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from quadapt.errors import ConfigError
 from quadapt.model.linear_form import linear_form, turned
 from quadapt.model.select import select
 from quadapt.nn.experts import Experts, Stack, routed
@@ -62,6 +63,17 @@ def test_a_second_time_changes_nothing() -> None:
     names = [name for name, _ in model.named_modules()]
     assert [name for name, _ in linear_form(model).named_modules()] == names
     assert turned(linear_form(linear_form(tiny_of("GPT2"))))[0] == "transformer.h.0.attn.c_attn"
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("Mixtral", "model.layers.1.mlp.experts"), ("GPT2", "transformer.h.1.mlp.c_fc")]
+)
+def test_a_forward_of_others_is_not_lost_in_silence(name: str, path: str) -> None:
+    model = tiny_of(name)
+    module = model.get_submodule(path)
+    module.forward = module.forward  # as accelerate's hooks do
+    with pytest.raises(ConfigError, match=rf"{path}: something else has put a forward.*one device"):
+        linear_form(model)
 
 
 def test_experts_are_reached_by_number() -> None:

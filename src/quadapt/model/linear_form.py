@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from quadapt.errors import ConfigError
 from quadapt.nn.experts import EveryExpert, Experts, FoldedExperts, RoutedExperts, Stack, linear_over, take_apart
 
 _TURNED = "_layers_that_were_conv1d"
@@ -25,15 +26,24 @@ def linear_form(model: nn.Module) -> nn.Module:
 
     Weights are views of the parameters that were there. What lies below an adapter stays, since the adapter was made
     for it.
+
+    Raises:
+        ConfigError: A module has a forward that is not its class's.
     """
     found = list[str]()
     for name, module in list(model.named_modules()):
         if name.endswith("base_layer") or isinstance(module, Experts):
             continue
+        known = _known(module)
+        if (known or is_conv1d(module)) and "forward" in vars(module):
+            raise ConfigError(
+                f"{name}: something else has put a forward of its own around this {type(module).__name__} (accelerate, "
+                "for a model spread over devices). Load the model to one device, or prepare it before that"
+            )
         if is_conv1d(module):
             model.set_submodule(name, _turned(module))
             found.append(name)
-        elif known := _known(module):
+        elif known:
             take_apart(module, *known)
     if found:
         model.__dict__[_TURNED] = (*turned(model), *found)
