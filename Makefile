@@ -10,7 +10,7 @@ PORTABLE := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INST
 NUMERIC := tests/kernels tests/quant tests/nn tests/model tests/budget tests/hf/test_merge.py tests/hf/test_grid_layer.py \
 	tests/hf/test_start.py tests/hf/test_contract.py tests/test_calibrate.py tests/test_statistics.py tests/test_objectives.py
 
-.PHONY: help install demo test test-deep test-portable check bench gpu fuzz kill docs wheel clean
+.PHONY: help install demo test test-deep test-portable check bench gpu fuzz kill architectures docs wheel clean
 
 help:
 	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
@@ -23,6 +23,7 @@ help:
 	@echo "make gpu       every Triton kernel and method checked, and timed where there is a GPU (8 minutes; needs no install)"
 	@echo "make kill      every command killed at every file-system event, and given again"
 	@echo "make fuzz      100,000 damaged inputs of every kind (15 minutes on two cores; CASES=.. for more)"
+	@echo "make architectures  every architecture of transformers, tiny: quantized, walked, saved, merged (10 minutes)"
 	@echo "make wheel     the package, built, installed where nothing else is, and put to work"
 	@echo "make docs      the site in site/, and the tables of README and docs/ from what demo and bench found"
 
@@ -71,6 +72,10 @@ fuzz: install
 # Every file-system event of every command; MOST=20 takes so many of each, spread over them.
 kill: install
 	PYTHONPATH=src:. $(BIN)/python -m tests.kill --most $(or $(MOST),1000000) --moments $(or $(MOMENTS),100) --seed $(or $(SEED),0)
+
+# Also a deep test; here what came of each goes to benchmarks/results, and from there to docs/architectures.md.
+architectures: install
+	PYTHONPATH=src:. $(BIN)/python -m tests.architectures $(TYPES)
 
 # What only the site needs is installed when the site is built, so that nobody else waits for it.
 $(VENV)/documents: $(INSTALLED)

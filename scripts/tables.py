@@ -4,7 +4,7 @@
     python scripts/tables.py --check    # only say (and fail) if something is out of date
 
 The prose around the tables is written by hand. Measurements lie in `benchmarks/results/`; `make bench`, `make demo`,
-`make gpu`, `make kill` and `make fuzz` put them there.
+`make gpu`, `make kill`, `make fuzz` and `make architectures` put them there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed package
 
+from architecture_tables import architectures
 from benchmarks.gpu.rows import shown
 from compared import RESULTS, ROOT, compared, table
 from served_tables import roundtrip_table, served_table
@@ -189,6 +190,7 @@ MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         made.__name__: (made.__name__, made)
         for made in (demo, step, decode, saved, quantize, icq, memory, experts, imported, kill, fuzz)
     },
+    "architectures": ("architectures", architectures),
 }
 """Tables by the name of their marks: what is stored, and what makes a table of it."""
 
