@@ -218,7 +218,7 @@ def gather_fisher(
     for name, total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise CalibrationError(f"{name}: gradients are not finite. Gather in float32 (--dtype float32)")
-        files.keep(FISHER, name, [([name], total if bool(total.any()) else None)])
+        files.keep(FISHER, name, [([name], total)])
     unfinished.unlink(missing_ok=True)
 
 

@@ -18,6 +18,7 @@ from quadapt.model.select import find_blocks, select
 from quadapt.nn.block_ap import BlockAP
 from quadapt.nn.starts import Start, Zero
 from quadapt.nn.starts.calibrated import CLoQ
+from quadapt.nn.starts.lq import LQ
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.rounding import Nearest, Rounding
@@ -162,13 +163,17 @@ def test_second_moments_are_those_of_the_tokens_sent(tmp_path: Path) -> None:
     assert not files.missing(MOMENT, chosen)  # it is known that there is none
 
 
-def test_fisher_information_of_an_expert_that_is_not_used_is_not_there(tmp_path: Path) -> None:
+def test_fisher_information_of_an_expert_that_is_not_used_is_zero(tmp_path: Path) -> None:
+    """Nothing is lost where it loses: a plan gives it the fewest bits, and a start by Fisher weighs all alike."""
     model = _starved()
     chosen, files = select(model).chosen, StatisticsFiles(tmp_path)
     gather_fisher(model, chosen, _batches(2), files)
-    assert files[f"{EXPERTS}.3.up_proj"] == {}
+    assert not files[f"{EXPERTS}.3.up_proj"][FISHER].any()
     assert files[f"{EXPERTS}.0.up_proj"][FISHER].sum() > 0
     assert not files.missing(FISHER, chosen)
+    done = _quantize(model, Nearest(), [], LQ(fisher=True), statistics=files)
+    assert not any(row.note for row in done.rows)
+    assert all(bool(torch.isfinite(each).all()) for pair in done.factors.values() for each in pair)
 
 
 def test_a_start_without_statistics_is_said(tmp_path: Path) -> None:
