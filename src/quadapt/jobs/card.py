@@ -17,17 +17,20 @@ def adapter_card(note: Mapping[str, Any]) -> str:
     """What `quadapt.json` says of an adapter, for people."""
     base = note["base"]
     where = base["hub"] or base["relative"] or base["absolute"]
-    loss, kept = note.get("eval_loss"), note["kept"]
+    loss, kept, task = note.get("eval_loss"), note["kept"], note.get("task", "causal-lm")
+    unit = " nats per token" if task in ("causal-lm", "seq2seq", "masked-lm") else ""
     lines = [
         f"An adapter ({note['method']}) over {where}, written by quadapt. Load both with `quadapt.load(folder)`.",
-        f"Trained for {note['steps']} steps; the loss at the end was {note['final_loss']:.4f} nats per token."
+        f"Trained for {note['steps']} steps; the loss at the end was {note['final_loss']:.4f}{unit}."
         + (f" Loss on held-out data: {loss:.4f}, at step {kept['step']}, which is what is here." if loss else ""),
     ]
     if "from" in note:
         lines.append(
             f"It goes on from the adapter {note['from']['adapter']}, trained for {note['from']['steps']} steps."
         )
-    asked = _ASKED.get(note["prompt"]["kind"])
+    if task != "causal-lm":
+        lines.append(f"It was trained for {task}; `quadapt eval` measures it on data of that kind.")
+    asked = _ASKED.get(note["prompt"]["kind"]) if task == "causal-lm" else None
     if asked:
         lines.append(f"Prompts were put {asked}; `quadapt chat` and `quadapt eval` ask likewise.")
     body = "\n\n".join(lines)
