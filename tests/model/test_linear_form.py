@@ -85,6 +85,16 @@ def test_experts_are_reached_by_number() -> None:
         experts[4]
 
 
+def test_other_models_with_transposed_layers_are_brought_into_it_too() -> None:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=IDS).logits
+        assert torch.equal(linear_form(model)(input_ids=IDS).logits, wanted)
+    assert len(turned(model)) == 8
+
+
 # --- stacks -----------------------------------------------------------------------------------------------------------
 
 
