@@ -67,6 +67,20 @@ def test_computes_the_same_where_nothing_is_rounded(name: str, tokenizer: Any, t
     assert alike.mean() < 1e-4
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("Gemma2", 46), ("Gemma3", 62)])
+def test_the_largest_gemmas_divide_queries_otherwise(kind: str, layers: int, tokenizer: Any, tmp_path: Path) -> None:
+    """llama.cpp tells them by their layers. So many of them make more of the rounding of GELU, but not as much."""
+    largest = {**WINDOWS, "num_hidden_layers": layers}
+    model = quantized(tiny(kind, **(largest | {"query_pre_attn_scalar": 16})), NF4)  # 64 inputs for each of 4 heads
+    export_gguf(model, tokenizer, tmp_path / "model.gguf")
+    with_their_gelu(model)
+    apart = differences(tmp_path / "model.gguf", model, tokens(30))
+    for layer in model.model.layers:
+        layer.self_attn.scaling = WINDOWS["head_dim"] ** -0.5  # that of all others
+    assert apart.max() < 0.05
+    assert differences(tmp_path / "model.gguf", model, tokens(30)).max() > 1
+
+
 def test_the_language_model_of_one_that_sees(tokenizer: Any, tmp_path: Path) -> None:
     sees = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     parts = {"text_config": SIZES | WINDOWS, "vision_config": {**sees, "image_size": 28, "patch_size": 14}}
