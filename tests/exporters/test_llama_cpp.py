@@ -23,6 +23,8 @@ from quadapt.exporters.blocks import cannot_hold
 from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.gguf_lora import export_gguf_lora
 from quadapt.exporters.llama_cpp import LlamaCpp, complete, differences, tokenize
+from quadapt.hf.loading import load_tokenizer
+from quadapt.importers.gguf_splits import BLOOM, LLAMA3, QWEN2
 from quadapt.methods.l4q import l4q
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Elastic, LoRA, Pooled
@@ -226,10 +228,10 @@ KINDS = {
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     },
-    "llama-bpe": {"pre": split(gguf_tokenizer._LLAMA3), "ignore_merges": True, "post_processor": BEGIN},
-    "dbrx": {"pre": split(gguf_tokenizer._LLAMA3)},
-    "qwen2": {"pre": split(gguf_tokenizer._QWEN2), "normalizer": normalizers.NFC()},
-    "bloom": {"pre": split(gguf_tokenizer._BLOOM)},
+    "llama-bpe": {"pre": split(LLAMA3), "ignore_merges": True, "post_processor": BEGIN},
+    "dbrx": {"pre": split(LLAMA3)},
+    "qwen2": {"pre": split(QWEN2), "normalizer": normalizers.NFC()},
+    "bloom": {"pre": split(BLOOM)},
     "falcon": {
         "pre": pre_tokenizers.Sequence(
             [
@@ -264,9 +266,11 @@ def test_byte_level_tokenizers_are_llama_cpps(kind: str, tmp_path: Path) -> None
     tokenizer = byte_level(**KINDS[kind])
     tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     report = export_gguf(quantized(tiny(num_hidden_layers=1)), tokenizer, tmp_path / "model.gguf")
+    again, tried = load_tokenizer(str(tmp_path / "model.gguf")), [text for text in texts(400) if text]
     with LlamaCpp(tmp_path / "model.gguf") as llama:
-        wrong = [text for text in texts(400) if text and llama.tokenize(text) != tokenizer(text).input_ids]
+        wrong = [text for text in tried if llama.tokenize(text) != tokenizer(text).input_ids]
     assert wrong == []
+    assert [text for text in tried if again(text).input_ids != tokenizer(text).input_ids] == []
     assert any("NFC" in note for note in report.notes) == (kind == "qwen2")
 
 

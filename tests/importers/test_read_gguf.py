@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import quantize
-from tests.exporters.export_models import byte_level, quantized, tiny
+from tests.exporters.export_models import TEXT, byte_level, quantized, tiny
 from tests.exporters.gguf_models import MODELS
+from tokenizers import Regex, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import quadapt
 from quadapt.errors import CheckpointError
 from quadapt.exporters.gguf import export_gguf
-from quadapt.hf.loading import load_model
+from quadapt.hf.loading import load_model, load_tokenizer
 from quadapt.importers.gguf_families import FAMILIES
+from quadapt.importers.gguf_splits import QWEN2
 from quadapt.model.quantize import quantized_layers
 from quadapt.quant.format import Format
 from quadapt.quant.storage import Storage
@@ -46,19 +48,21 @@ def by_transformers(file: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
 
-def requantized(source: Path, target: Path, kind: Callable[[str], str | None], **more: str) -> Path:
+def requantized(
+    source: Path, target: Path, kind: Callable[[str], str | None], said: dict[str, str] | None = None
+) -> Path:
     """A file with its matrices quantized by the gguf package: to the type that `kind(name)` gives, None leaves one.
 
-    It says `more` of its rotary embedding than before.
+    It has the fields `said` instead of those that it had, and besides.
     """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+        if not field.name.startswith("GGUF.") and field.name not in {"general.architecture", *(said or {})}:
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    for key, value in more.items():
-        writer.add_string(f"{writer.arch}.rope.scaling.{key}", value)
+    for key, value in (said or {}).items():
+        writer.add_string(key, value)
     for each in reader.tensors:
         new = kind(each.name) if len(each.shape) > 1 else None
         if new is None:
@@ -143,7 +147,9 @@ def test_a_model_that_was_exported_computes_the_same(name: str, dense: bool, tmp
 
 def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
     export_gguf(tiny("Qwen2"), byte_level(), tmp_path / "plain.gguf")
-    file = requantized(tmp_path / "plain.gguf", tmp_path / "new.gguf", lambda _: "Q4_0", type="ntk")
+    file = requantized(
+        tmp_path / "plain.gguf", tmp_path / "new.gguf", lambda _: "Q4_0", {"qwen2.rope.scaling.type": "ntk"}
+    )
     with pytest.raises(CheckpointError, match="type is ntk, with nothing more; known are none, linear, yarn, longrope"):
         load_model(str(file))
 
@@ -163,6 +169,21 @@ def test_the_scaling_of_llama_3_is_found_again(tmp_path: Path) -> None:
     assert again.config.rope_parameters == model.config.rope_parameters
     ids = torch.randint(2, 300, (1, 200))
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_stablelm_2_cuts_texts_as_qwen2_does(tmp_path: Path) -> None:
+    """llama.cpp's own converter has a name for it that transformers does not know."""
+    steps = [
+        pre_tokenizers.Split(Regex(QWEN2), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer = byte_level(pre_tokenizers.Sequence(steps))
+    export_gguf(tiny("StableLm"), tokenizer, tmp_path / "plain.gguf")
+    requantized(tmp_path / "plain.gguf", tmp_path / "new.gguf", lambda _: "Q4_0", {"tokenizer.ggml.pre": "stablelm2"})
+    again = load_tokenizer(str(tmp_path / "new.gguf"))
+    assert again(TEXT).input_ids == tokenizer(TEXT).input_ids
+    cut = again.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 1823")
+    assert [text for text, _ in cut] == ["in", "Ġ", "1", "8", "2", "3"]
 
 
 def test_a_folder_of_one_file_and_names_of_several(tmp_path: Path) -> None:

@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from quadapt.errors import ExportError
 from quadapt.hf.ending import turn_end
+from quadapt.importers.gguf_splits import BLOOM, LLAMA3, QWEN2
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TokenType
 
 _SPACE = "\u2581"
 """The sign that sentencepiece writes for a space."""
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-_BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
 _BYTES, _BYTES_AFTER = ("ByteLevel", True), ("ByteLevel", False)
 
@@ -37,10 +30,10 @@ _FALCON = (("Punctuation", "Contiguous"), _BYTES, ("Digits", False), ("Split", "
 _PRE_TOKENIZERS = {
     ((_BYTES,), False): "gpt-2",
     ((("Digits", True), _BYTES), False): "smollm",
-    ((("Split", _LLAMA3), _BYTES_AFTER), True): "llama-bpe",
-    ((("Split", _LLAMA3), _BYTES_AFTER), False): "dbrx",  # Llama 3's cuts, but words are merged step by step
-    ((("Split", _QWEN2), _BYTES_AFTER), False): "qwen2",  # and StableLM 2
-    ((("Split", _BLOOM), _BYTES_AFTER), False): "bloom",
+    ((("Split", LLAMA3), _BYTES_AFTER), True): "llama-bpe",
+    ((("Split", LLAMA3), _BYTES_AFTER), False): "dbrx",  # Llama 3's cuts, but words are merged step by step
+    ((("Split", QWEN2), _BYTES_AFTER), False): "qwen2",  # and StableLM 2
+    ((("Split", BLOOM), _BYTES_AFTER), False): "bloom",
     (_FALCON, False): "falcon",
 }
 """llama.cpp's names for how byte-level tokenizers cut a text, by the steps of the pre_tokenizer and `ignore_merges`."""

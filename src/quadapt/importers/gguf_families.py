@@ -237,7 +237,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "BloomForCausalLM": Family(
         arch="bloom",
-        read=False,
         metadata={
             **_SIZES,
             "context_length": lambda config: getattr(config, "seq_length", 2048),  # it has no longest one
