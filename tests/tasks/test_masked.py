@@ -71,3 +71,16 @@ def test_other_rows_ask_for_a_task(folder: Callable[..., Path]) -> None:
     said = give("tune", place / "dense", "--data", place / "a.csv", "--output", place / "out", code=2).error
     assert "words are hidden in texts" in said
     assert "--task" in said
+    write_csv(place / "a.csv", ("review", "label"), [("sun", "good")])
+    said = give("tune", place / "dense", "--data", place / "a.csv", "--output", place / "out", code=2).error
+    assert "the columns are review, label" in said
+    assert "something else than hidden words, say it: --task" in said
+
+
+def test_a_bare_encoder_is_not_measured(folder: Callable[..., Path]) -> None:
+    place = folder(made("BertModel"))
+    data = _texts(place / "a.jsonl", 2, 0)
+    said = give("eval", place / "dense", "--data", data, code=2).error
+    assert "of the kind features does nothing that could be measured by itself. Tune it for a task first" in said
+    said = give("tune", place / "dense", "--data", data, "--output", place / "out", code=2).error
+    assert "what the model is to be trained for is not clear" in said

@@ -73,8 +73,17 @@ def kind_in(name: str, base: str | None = None, *, trust_remote_code: bool = Fal
 
 
 def noted_task(note: Mapping[str, Any], kind: Kind) -> Task:
-    """The task that an adapter or a model was trained for, by its note; else what models of its kind do."""
+    """The task that an adapter or a model was trained for, by its note; else what models of its kind do.
+
+    Raises:
+        ConfigError: Nothing says what it does.
+    """
     name = note.get("task")
+    if name not in TASKS and not any(kind.name in each.kinds for each in TASKS.values()):
+        raise ConfigError(
+            f"a model of the kind {kind.name} does nothing that could be measured by itself. Tune it for a task first "
+            f"(quadapt tune --task {' | '.join(TASKS)}), or work with it from Python (quadapt.load)"
+        )
     return task_of(name if name in TASKS else None, kind)
 
 

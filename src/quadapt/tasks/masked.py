@@ -27,7 +27,12 @@ class MaskedLM(ByExamples):
 
     def read(self, sources: Sequence[str], reading: Reading, *, held_out: bool = False) -> Rows:
         how = read_held_out if held_out else read
-        rows = how(sources, max_bad_rows=reading.max_bad_rows)
+        try:
+            rows = how(sources, max_bad_rows=reading.max_bad_rows)
+        except DataError as error:
+            raise DataError(
+                f"{error}. (To train the model for something else than hidden words, say it: --task)"
+            ) from error
         if rows.kind != "text":
             raise DataError(
                 f"{rows.source}: holds {rows.kind} rows, and words are hidden in texts. Give data with the column "
