@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.calibrate import BlockWalk
+from quadapt.calibrate.batch import real_tokens
 from quadapt.errors import CalibrationError
 from quadapt.model.select import find_blocks
 
@@ -41,7 +42,7 @@ def inputs_of(model: nn.Module, name: str, batches: list[Tensor]) -> list[Tensor
     return seen
 
 
-def walked(model: nn.Module, batches: list[Tensor]) -> tuple[BlockWalk, dict[str, nn.Module]]:
+def walked(model: nn.Module, batches: list[Any]) -> tuple[BlockWalk, dict[str, nn.Module]]:
     blocks = find_blocks(model)
     return BlockWalk(model, blocks, batches), blocks
 
@@ -234,3 +235,28 @@ def test_a_walk_that_is_interrupted_while_the_model_runs_ends(tiny_llama: Make) 
 
 def _interrupted() -> None:
     raise KeyboardInterrupt
+
+
+def test_padding_is_no_input(tiny_llama: Make) -> None:
+    """Sequences of several lengths in one batch with a mask are the same data as each by itself."""
+    model, short, long = tiny_llama(), *(each[:1] for each in data(7, 12))
+    padded = torch.cat([torch.nn.functional.pad(short, (0, 5)), long])
+    mask = torch.tensor([[1] * 7 + [0] * 5, [1] * 12])
+    moments = []
+    for batches in ([short, long], [{"input_ids": padded, "attention_mask": mask}]):
+        walk, blocks = walked(model, batches)
+        found = []
+        for name, block in blocks.items():
+            found += [walk.second_moment(name, block.get_submodule(layer)) for layer in LAYERS]
+            walk.advance(name)
+        moments.append(found)
+    for one, other in zip(*moments, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_of_an_encoder_is_not_taken_for_that_of_its_decoder() -> None:
+    mask = torch.tensor([[1, 1, 0]])
+    told = {"input_ids": mask, "attention_mask": mask, "decoder_input_ids": mask[:, :2]}
+    assert torch.equal(real_tokens(told), mask.bool())
+    assert real_tokens(told | {"decoder_input_ids": mask}) is None
+    assert real_tokens(told | {"attention_mask": torch.ones(1, 3)}) is None

@@ -60,6 +60,18 @@ def call_of(model: Any, batch: Batch, device: torch.device | None = None, *, los
     return call | ({"use_cache": False} if _knows_a_cache(takes, about) else {})
 
 
+def real_tokens(call: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are no padding, bool `[sequences, length]`; None if all are, or if it cannot be told.
+
+    An encoder-decoder's two sides are told apart by their lengths. Padding on the side that writes counts as tokens.
+    """
+    mask = call.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
+        return None
+    written = call.get("decoder_input_ids")
+    return None if isinstance(written, Tensor) and written.shape == mask.shape else mask.bool()
+
+
 def _labels(batch: Batch) -> Tensor:
     labels = batch if isinstance(batch, Tensor) else batch.get("labels")
     if labels is None:

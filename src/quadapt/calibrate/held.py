@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _HERE = threading.local()
 
@@ -28,9 +28,10 @@ class Held:
     Args:
         forward: The forward of a model whose blocks stop (:func:`stopping`), ready to be called.
         grad: Whether what lies outside of blocks is computed with gradients.
+        real: Which tokens of its batch are no padding, bool `[sequences, length]`; None if all are.
     """
 
-    def __init__(self, forward: Callable[[], Any], *, grad: bool = False) -> None:
+    def __init__(self, forward: Callable[[], Any], *, grad: bool = False, real: Tensor | None = None) -> None:
         self.block: str | None = None
         """The name of the block that it waits for; None when it has come to its end."""
         self.args: tuple[Any, ...] = ()
@@ -38,6 +39,7 @@ class Held:
         """What the model calls the block with."""
         self.result: Any = None
         """What the forward gave in the end."""
+        self.real = real
         self._given: Any = None
         self._error: BaseException | None = None
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)

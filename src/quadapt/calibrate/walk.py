@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quadapt.calibrate.batch import Batch, call_of, parted
+from quadapt.calibrate.batch import Batch, call_of, parted, real_tokens
 from quadapt.calibrate.held import Held, stopping
 from quadapt.errors import CalibrationError
 from quadapt.nn.block_ap import Example
@@ -76,6 +76,7 @@ class BlockWalk:
         self._forwards: dict[str, Callable[..., Any]] = {name: block.forward for name, block in blocks.items()}
         self._blocks, self._held = dict(blocks), list[Held]()
         self._dense, self._targets = list[Held](), list[Any]()
+        self._real: Tensor | None = None  # of the batch that a block is run on
         self.close = weakref.finalize(self, _close, stopping(blocks), self._held, self._dense)
         try:
             self.order = self._found_order(model, parted(batches[0], 1)[0])
@@ -97,7 +98,7 @@ class BlockWalk:
     def _begun(self, model: nn.Module, batch: Batch) -> Held:
         """A forward over a batch that has come to the first block."""
         call = call_of(model, batch, self._home)
-        return Held(lambda: model(**call))
+        return Held(lambda: model(**call), real=real_tokens(call))
 
     def _found_order(self, model: nn.Module, batch: Batch) -> list[str]:
         """Run one sequence through the model, to see in which order it runs its blocks."""
@@ -137,6 +138,7 @@ class BlockWalk:
         """What a block gives for what each forward calls it with, on the device that computes."""
         with resident(self._blocks[name], self.device):
             for held in forwards:
+                self._real = moved(held.real, self.device)
                 yield held, self._output(name, held)
 
     def advance(self, name: str) -> None:
@@ -218,7 +220,7 @@ class BlockWalk:
         self, name: str, groups: Sequence[list[str]], layers: Mapping[str, nn.Module]
     ) -> Iterator[Callable[[], list[Gathered]]]:
         """Inside, second moments of the inputs of some groups are added up; gives the function that tells them."""
-        moments, experts = [_Moment() for _ in groups], self._experts(name)
+        moments, experts = [_Moment(lambda: self._real) for _ in groups], self._experts(name)
 
         def told() -> list[Gathered]:
             least = [LEAST_TOKENS if _place(group[0], experts) or _of_an_expert(group[0]) else 1 for group in groups]
@@ -316,14 +318,19 @@ def _close(undo: Callable[[], None], *forwards: list[Held]) -> None:
 
 
 class _Moment:
-    """A hook that adds up `x x^T` over all inputs of a layer: products in float32, sums in float64."""
+    """A hook that adds up `x x^T` over all inputs of a layer: products in float32, sums in float64.
 
-    def __init__(self) -> None:
+    Args:
+        real: Says which tokens of the batch that is run are no padding; None if all are.
+    """
+
+    def __init__(self, real: Callable[[], Tensor | None]) -> None:
         self._total: Tensor | None = None
-        self._tokens = 0
+        self._tokens, self._real = 0, real
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).float()
+        x, real = args[0], self._real()
+        x = (x[real] if real is not None and x.shape[:-1] == real.shape else x.flatten(0, -2)).float()
         moment = (x.T @ x).double()
         self._total, self._tokens = moment if self._total is None else self._total.add_(moment), self._tokens + len(x)
 
