@@ -109,6 +109,8 @@ def _small_list(name: str, values: list[Any], layers: int) -> Any:
         return [32 * 2 ** min(at, 2) for at in range(len(values))]
     if re.fullmatch(r"(.*_)?(num_heads|num_attention_heads|n_heads)", name):
         return [min(2 * 2 ** min(at, 1), each) for at, each in enumerate(values)]
+    if name in ("decoder_in_channels", "vision_features_channels"):
+        return [HIDDEN] * len(values)
     if name in ("conv_dim", "tdnn_dim", "conv_channels"):
         return [32] * len(values)
     if re.search(r"mrope_section", name):
@@ -157,7 +159,10 @@ def tiny_config(cls: Any, given: Any = None) -> Any:
         changed["rope_parameters"] = {**(_entry(whole, "rope_parameters") or {}), "mrope_section": [2, 3, 3]}
     changed |= {name: tiny_config(type(part), part).to_dict() for name, part in parts.items()}
     changed |= EXCEPTIONS.get(cls.model_type, {})
-    return cls(**changed)
+    config, stages = cls(**changed), _entry(whole, "out_features")
+    if stages and "out_features" not in changed and {*stages} <= {*(_entry(config, "stage_names") or ())}:
+        config.out_features = stages  # of a backbone: no entry of its own
+    return config
 
 
 def _entry(config: Any, name: str) -> Any:
