@@ -207,6 +207,23 @@ def test_numbers_of_labels_are_in_the_order_of_their_size(tmp_path: Path) -> Non
     assert head.labels == ("1", "2", "10")
 
 
+def test_a_model_keeps_its_head_unless_another_is_asked_for(tmp_path: Path) -> None:
+    from quadapt.hf.kinds import KINDS
+
+    config = made("BertForSequenceClassification", id2label={0: "no", 1: "yes"}).config
+    write_csv(tmp_path / "a.csv", ("text", "label"), [("sun", "yes"), ("sea", "no")])
+    task, kind = TASKS["sequence-classification"](), KINDS["sequence-classification"]
+    data: Any = task.read([str(tmp_path / "a.csv")], Reading())
+
+    def head(**asked: Any) -> Any:
+        return task.head(config, kind, data, Reading(**asked))
+
+    assert head() is None
+    assert head(labels=("no", "yes")) is head(problem="single-label") is None
+    assert head(labels=("yes", "no")).labels == ("yes", "no")
+    assert head(problem="multi-label").problem == "multi-label"
+
+
 def test_cells_of_labels() -> None:
     assert label_cell('["a", "b"]') == ["a", "b"]
     assert label_cell(" good ") == "good"

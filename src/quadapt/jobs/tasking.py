@@ -122,6 +122,7 @@ def tuned_for(config: TuneConfig, kind: Kind) -> Task:
     task = task_of(config.task, kind)
     labelled = any(KINDS[name].labels for name in task.kinds if name in KINDS)
     wrong = [name for name in _OF_LABELS if getattr(config, name) and not labelled]
+    wrong += ["problem"] if config.problem != "auto" and not labelled else []
     wrong += [name for name in ("packing", "train_tokens") if getattr(config, name) and task.name != "causal-lm"]
     if wrong:
         raise ConfigError(

@@ -116,7 +116,7 @@ def _settled(
         config = config.usual(quantized=folder.kind == "quantized", whole=_whole(config, folder), writes=writes)
         _check(config, folder)
     task = tuned_for(config, kind)
-    if kind.name in task.kinds and not config.labels:
+    if kind.name in task.kinds and not config.labels and config.problem == "auto":
         return config, task, None
     rows = _rows(config, task)
     return with_head(config, task, about, kind, folder, rows[0]), task, rows

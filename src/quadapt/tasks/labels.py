@@ -93,10 +93,11 @@ def new_head(kind: Kind, cells: Sequence[Any], source: str, reading: Reading) ->
 def head_for(
     kinds: Sequence[str], config: Any, kind: Kind, cells: Sequence[Any], source: str, reading: Reading
 ) -> Head | None:
-    """The new head that a model needs for the labels of its data; None if it has a head that knows them all."""
+    """The new head that a model needs for its data, or that is asked for; None if it keeps its own."""
     if kind.name not in kinds:
         return new_head(KINDS[kinds[0]], cells, source, reading)
-    if reading.labels and reading.labels != labels_of(config):
+    other = reading.problem not in ("auto", problem_of(config))
+    if other or (reading.labels and reading.labels != labels_of(config)):
         return new_head(kind, cells, source, reading)
     return None
 
