@@ -43,7 +43,7 @@ from quadapt.report.ui import UI
 
 FORMATS = ("gptq", "awq", "compressed-tensors")
 METHODS = {"by scales": "e2e-qp", "by codes": "code-lora"}
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3, 0.128, 0.256)
 QUIET = UI(quiet=True)
 
 

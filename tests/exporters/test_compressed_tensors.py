@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from export_models import quantized, tiny
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ from quadapt.hf.merge import merge
 from quadapt.hf.peft_layer import lora_config
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import L4Q
-from quadapt.quant.format import Format
+from quadapt.quant.format import Format, Zero
 
 FORMATS = [
     *[Format(bits=bits, group_size=32, zero=zero) for bits in (2, 3, 4, 5, 6, 8) for zero in ("integer", "none")],
@@ -61,13 +61,18 @@ def test_the_library_reads_the_very_same_weights(format: Format, tokenizer: Any,
     assert report.bits_per_weight > format.bits
 
 
-def test_transformers_loads_it_and_answers_alike(tokenizer: Any, tmp_path: Path) -> None:
-    """Symmetric ones: with zero-points, transformers 5.23 expects them unpacked, which that library never writes."""
-    model = quantized(tiny(), Format(bits=4, group_size=32, zero="none"))
+@pytest.mark.parametrize("zero", ["none", "integer"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_transformers_loads_it_and_answers_alike(bits: int, zero: Zero, tokenizer: Any, tmp_path: Path) -> None:
+    """Symmetric ones as codes; with zero-points, whose shape transformers mistakes, as dense ones. LoRA fits both."""
+    model = quantized(tiny(), Format(bits=bits, group_size=32, zero=zero))
     CompressedTensorsWriter("float32").export(model, tokenizer, tmp_path / "ct")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(other(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    adapted = get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(each.grad is not None for each in adapted.parameters() if each.requires_grad)
 
 
 def test_l4q_with_whole_zero_points_goes_out_exactly(tokenizer: Any, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ which it undoes in packing. Offsets must be whole zero-points (or implied, for s
 merge and of textbook asymmetric rounding are floats, which this format cannot hold: train with `zero="integer"` for it.
 transformers 5.23 with compressed-tensors 0.20 keeps symmetric folders alone as codes. For its empty layers it lets the
 library compress tensors on the meta device, which leaves zero-points there unpacked, int8 `[out, groups]`; the library
-then writes and unpacks words. So no file fits both, and one with zero-points needs `dequantize=True`.
+then writes and unpacks words. So no file fits both, and one with zero-points says `dequantize` in its configuration:
+transformers then makes dense weights of it as it loads, and servers, which read the words, do not know that key.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ class CompressedTensorsWriter(Writer):
             }
             for at, (format, names) in enumerate(by_format.items())
         }
+        zeros = any(format.zero == "integer" for format in by_format)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": list(plain),
+            **({"dequantize": True} if zeros else {}),
         }
