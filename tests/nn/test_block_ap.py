@@ -111,10 +111,13 @@ def test_gradients_are_those_of_the_paper(bits: int) -> None:
 def test_the_product_is_what_was_trained_bit_for_bit(bits: int, zero: str, dtype: torch.dtype) -> None:
     dense = linear().to(dtype)
     layer = moved(BlockAPLinear(dense, layout(12, 80, bits, zero)))
-    x = torch.randn(5, 80, dtype=dtype)
     weight = layer.quantized()
     assert weight.layout == layout(12, 80, bits, zero)
-    torch.testing.assert_close(QuantLinear.of(weight, dense.bias)(x), layer(x), rtol=0, atol=0)
+    merged = QuantLinear.of(weight, dense.bias)
+    x = torch.randn(20, 80, dtype=dtype)
+    torch.testing.assert_close(merged(x), layer(x), rtol=0, atol=0)
+    with torch.no_grad():  # few tokens are multiplied with the codes, by both
+        torch.testing.assert_close(merged(x[:5]), layer(x[:5]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("range_", ["minmax", "mse"])
