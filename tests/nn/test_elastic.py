@@ -182,7 +182,7 @@ def test_it_starts_as_the_quantized_base_and_leaves_it_by_b_and_the_second_beta(
     adapter: CodesAdapter, quant_weight: Make
 ) -> None:
     layer = layer_over(quant_weight(Format(bits=4), 24, 96), adapter)
-    x = torch.randn(5, 96)
+    x = torch.randn(20, 96)
     y = layer(x)
     assert torch.equal(y, quant_matmul(x, layer.quant.quant_weight))
     y.square().sum().backward()

@@ -108,7 +108,7 @@ def test_what_a_merge_gives_is_what_was_trained(
     torch.manual_seed(seed)
     weight, adapter = base(bits, zero, group_size), LoTA(omega=omega, shift_offsets=rest)
     adapter.check(weight.layout, rank, 0.0)
-    params, x = factors(rank), torch.randn(5, IN)
+    params, x = factors(rank), torch.randn(20, IN)
     merged = adapter.merge(weight, params, 1.0)
     D = (params["B"] @ params["A"]).double().numpy()
     limit = adapter.limit(rank)

@@ -71,7 +71,8 @@ def test_a_merge_stores_what_was_trained(name: str, kind: str, columns: int) -> 
     merged = adapter.merge(source, params, 0.5)
     assert (merged.layout.storage, merged.layout.format) == (layout.storage, layout.format)
     assert torch.equal(y, torch.nn.functional.linear(x, merged.dequantize()))
-    assert torch.equal(adapter.forward(x[:1], source, params, 0.5), quant_matmul(x[:1], merged))
+    with torch.no_grad():  # one token is multiplied with the codes
+        assert torch.equal(adapter.forward(x[:1], source, params, 0.5), quant_matmul(x[:1], merged))
     again = QuantWeight.build(merged.layout, merged.tensors["weight"], merged.scales, merged.offsets)
     assert again.digest() == merged.digest()
     y.square().sum().backward()
