@@ -2,7 +2,7 @@
 
 Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored
 form itself (which exists anyway) and, where offsets are trained, the inputs pooled over groups, `1 / group_size` of the
-inputs, or less. Few tokens without gradients (decoding) are multiplied with the codes themselves.
+inputs, or less. Few tokens under `torch.no_grad()` (decoding) are multiplied with the codes themselves.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def quant_matmul(x: Tensor, weight: QuantWeight, move: Move | None = None, param
         move: None to use the weight as it is stored.
         params: Trained parameters, given to `move`.
     """
-    trains = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *params))
-    if not trains and few(x, weight.format.width(weight.layout.columns), weight.layout.columns):
+    # Asked of the mode alone: with gradients on, a trained model and its merge must take the same product, too.
+    if not torch.is_grad_enabled() and few(x, weight.format.width(weight.layout.columns), weight.layout.columns):
         return _few(x, weight, move, params)
     return QuantMatmul.apply(x, weight.layout, move, *(weight.tensors[name] for name in weight.layout.shapes), *params)

@@ -238,9 +238,7 @@ def fake_quant_matmul(
         scaling: The factor of `B @ A`, alpha / rank.
     """
     how.check(base, scales, offsets, A, B)
-    tensors = (x, base, scales, offsets, A, B)
-    trains = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
-    if not trains and scales.dtype == torch.float32 and few(x, how.grid.group_size, how.columns):
+    if not torch.is_grad_enabled() and scales.dtype == torch.float32 and few(x, how.grid.group_size, how.columns):
         return _few(x, how, scaling, base, scales, offsets, A, B)
     return FakeQuantMatmul.apply(x, how, scaling, base, scales, offsets, A, B)
 
