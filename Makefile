@@ -15,8 +15,8 @@ NUMERIC := tests/kernels tests/quant tests/nn tests/model tests/budget tests/hf/
 help:
 	@echo "make install   a virtual environment in .venv, from pyproject.toml and constraints.txt"
 	@echo "make demo      tune the embedded model by every method, compare, export, run in llama.cpp (about 6 minutes)"
-	@echo "make test      lint, types and tests (under 15 minutes on two cores)"
-	@echo "make test-deep  further variants of what make test checks: Triton's interpreter, a pretended card (10 minutes)"
+	@echo "make test      lint, types and tests (under 20 minutes on two cores)"
+	@echo "make test-deep  further variants of what make test checks: Triton's interpreter, a pretended card, all architectures (30 minutes)"
 	@echo "make test-portable  what computes, as on processors with other instructions, and in one thread (25 minutes)"
 	@echo "make check     lint and types alone"
 	@echo "make bench     speed and memory, as ratios against named peers; JSON in benchmarks/results"

@@ -71,7 +71,12 @@ def test_any_method_may_be_tuned_first(method: str, kind: str, tmp_path: Path) -
     assert torch.equal(logits(trained), logits(merged))
 
 
-@pytest.mark.parametrize("moment", ["first steps", "tuned", "quantized", "last steps"])
+DEEP = pytest.mark.deep
+
+
+@pytest.mark.parametrize(
+    "moment", ["tuned", *(pytest.param(each, marks=DEEP) for each in ("first steps", "quantized", "last steps"))]
+)
 def test_it_goes_on_after_an_interruption_to_the_same_weights(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: Callable[..., list[int]]
 ) -> None:

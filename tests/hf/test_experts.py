@@ -104,6 +104,7 @@ def test_gradient_checkpointing_changes_nothing(method: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.deep
 def test_a_compiled_model_computes_the_same() -> None:
     model = _prepared("Mixtral", "qa-lora")
     wanted = logits_of(model)
