@@ -112,7 +112,7 @@ def by_llama_cpp(model: Any, ids: Tensor) -> dict[str, float]:
             for turn in range(7):
                 for length in (BEFORE, *PREFILLS):
                     prompt = (ids[0, :length] + turn) % CONFIG.vocab_size  # another one, which no cache holds
-                    took = engine._ask(prompt.tolist(), 16)["timings"]
+                    took = engine.timings(prompt.tolist(), 16)
                     if length != BEFORE:
                         found[f"prefill {length}"].append(took["prompt_ms"] / 1000)
                     elif took["predicted_n"] > 8:

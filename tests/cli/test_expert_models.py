@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,10 @@ def test_tuned_merged_and_written_as_the_family_has_it(place: Path) -> None:
 @pytest.mark.parametrize("method", ["recover", "lq-lora"])
 def test_stages_and_starts_work_over_experts(place: Path, method: str) -> None:
     given = ("tune", place / "dense", "--data", place / "story.txt", "--method", method, *SHORT, *CALIBRATION)
-    quadapt(*given, "--output", place / "out", "--dry-run")
-    quadapt(*given, "--output", place / "out")
-    give("eval", place / "out", "--data", place / "story.txt", code=0)
+    dry = quadapt(*given, "--output", place / "out", "--dry-run")
+    assert dry["memory"]["total"] > 0
+    assert quadapt(*given, "--output", place / "out")["steps"] == 4
+    assert 1 < quadapt("eval", place / "out", "--data", place / "story.txt")["perplexity"] < math.inf
 
 
 @pytest.mark.parametrize("place", ["Mixtral"], indirect=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from export_models import quantized, tiny, with_adapter
+from gguf_models import LLAMA3
 
 from quadapt.errors import ExportError
 from quadapt.exporters.gguf import export_gguf
@@ -38,16 +39,8 @@ def test_refuses_other_families(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_refuses_llama3_frequencies_where_llama_cpp_reads_none(tokenizer: Any, tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
     with pytest.raises(ExportError, match="Qwen2ForCausalLM rope_type default or linear"):
-        export_gguf(quantized(tiny("Qwen2", rope_parameters=rope)), tokenizer, tmp_path / "model.gguf")
+        export_gguf(quantized(tiny("Qwen2", rope_parameters=LLAMA3)), tokenizer, tmp_path / "model.gguf")
 
 
 def test_refuses_adapters(tokenizer: Any, tmp_path: Path) -> None:

@@ -96,6 +96,11 @@ class LlamaCpp:
         """The most probable continuation of token ids, up to and with the token that ends the text."""
         return [int(token) for token in self._ask(prompt, max_tokens)["tokens"]]
 
+    def timings(self, prompt: Sequence[int], max_tokens: int) -> dict[str, float]:
+        """What reading token ids and writing up to `max_tokens` took, by llama.cpp's own clock: its field `timings`."""
+        found: dict[str, float] = self._ask(prompt, max_tokens)["timings"]
+        return found
+
     def token_logprobs(self, ids: Sequence[int], *, top: int = 1024) -> list[dict[int, float]]:
         """After each of `ids`, natural log-probabilities of the `top` most probable next tokens, by their id.
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from quadapt.kernels.compiled import jit
 from quadapt.kernels.dispatch import codes_of_lane
-from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, convert16, pointer
+from quadapt.kernels.fake_cpu import _convert, _copy
+from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, pointer
 from quadapt.kernels.product_lanes import multiply_row
 from quadapt.kernels.reference import check_codes
 from quadapt.kernels.threads import over_rows
@@ -39,27 +40,14 @@ _u8, _f32 = pointer(types.uint8), pointer(types.float32)
 def _arrange(x, dtype, tokens, columns, codes, count, vectors, inputs, sums):
     """Lay out up to `count` tokens as the inner loop reads them; sums over lanes beside them. The rest is zeros."""
     size = 4 if dtype == FP32 else 2
-    row = np.zeros(vectors * LANES * codes + LANES, np.float32)
-    spare_in = np.zeros(LANES * size, np.uint8)
+    row, copied = np.zeros(vectors * LANES * codes + LANES, np.float32), np.zeros((columns + LANES) * size, np.uint8)
     ordered = numba.carray(_f32(inputs), (vectors, count, codes, LANES))
     ones = numba.carray(_f32(sums), (vectors, count, LANES))
     if tokens < count:
         ordered[:], ones[:] = 0, 0
     for t in range(tokens):
-        begin = x + t * columns * size
-        for i in range(0, columns, LANES):
-            at, here = begin + i * size, row.ctypes.data + 4 * i
-            if i + LANES > columns:
-                left = numba.carray(_u8(at), (LANES * size,))
-                for j in range((columns - i) * size):
-                    spare_in[j] = left[j]
-                at = spare_in.ctypes.data
-            if dtype == BF16:
-                convert16(BF16, FP32, at, here)
-            elif dtype == FP16:
-                convert16(FP16, FP32, at, here)
-            else:
-                convert16(FP32, FP32, at, here)
+        _copy(x + t * columns * size, copied.ctypes.data, columns * size)  # sixteen at a time go past the end
+        _convert(dtype, FP32, copied.ctypes.data, columns, row.ctypes.data)
         for v in range(vectors):
             for lane in range(LANES):
                 total = np.float32(0)
@@ -84,16 +72,10 @@ def _values(kind, values, absmax, unit, mean, row, rows, groups, target, spare):
     source = values + row * groups * size
     if (rows - row) * groups < groups + LANES - 1:  # the last ones are copied: sixteen at a time go past the end
         own = groups * size
-        stored, copied = numba.carray(_u8(source), (own,)), numba.carray(_u8(spare), (own + LANES * size,))
-        for j in range(own):
-            copied[j] = stored[j]
-        copied[own:] = 0
+        _copy(source, spare, own)
+        numba.carray(_u8(spare), (own + LANES * size,))[own:] = 0
         source = spare
-    for g in range(0, groups, LANES):
-        if kind == _HALVES:
-            convert16(FP16, FP32, source + g * size, target + 4 * g)
-        else:
-            convert16(FP32, FP32, source + g * size, target + 4 * g)
+    _convert(FP16 if kind == _HALVES else FP32, FP32, source, groups, target)
 
 
 @jit
@@ -180,7 +162,8 @@ def _held(tensors: Sequence[Tensor]) -> tuple[tuple[int, int, int, int, float], 
     """
     if not tensors:
         return (_IMPLIED, 0, 0, 0, 0.0), []
-    kept = [each.contiguous() for each in tensors]
+    narrow = (torch.uint8, torch.float16, torch.float32)
+    kept = [each.contiguous() if each.dtype in narrow else each.float().contiguous() for each in tensors]
     values = kept[0].data_ptr()
     if len(kept) == 4:
         return (_DOUBLE, values, kept[1].data_ptr(), kept[3].data_ptr(), kept[2].item()), kept

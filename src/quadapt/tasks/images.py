@@ -15,19 +15,17 @@ from quadapt.data import Encoded
 from quadapt.data.bad import BadRows
 from quadapt.data.tables import Cells, Table, column_of, read_table
 from quadapt.errors import DataError, ResourceError
-from quadapt.hf.head import Head
-from quadapt.hf.kinds import Kind
-from quadapt.tasks.base import TASKS, Asking, Collate, Losses, Measured, Reading
-from quadapt.tasks.examples import ByExamples, encoded
-from quadapt.tasks.labels import LABEL, Labels, head_for, label_cell, told
-from quadapt.tasks.sequences import measured
+from quadapt.tasks.base import TASKS, Collate, Reading
+from quadapt.tasks.classifier import Classifier
+from quadapt.tasks.examples import encoded
+from quadapt.tasks.labels import LABEL, Labels, label_cell
 
 PICTURE = ("image", "picture", "img", "file_name", "path")
 """The names under which a picture is looked for, the usual one first."""
 
 
 @TASKS.register("image-classification")
-class ImageClassification(ByExamples):
+class ImageClassification(Classifier):
     """A model gives a picture its label. Pictures are opened when they are needed, and none is kept."""
 
     summary: ClassVar[str] = "to give a picture its label"
@@ -61,9 +59,6 @@ class ImageClassification(ByExamples):
             )
         return _joined(tables)
 
-    def head(self, config: Any, kind: Kind, data: Table, reading: Reading) -> Head | None:
-        return head_for(self.kinds, config, kind, told(data), data.source, reading)
-
     def length(self, positions: int, most: int) -> int:
         return most  # a picture has as many patches as its processor makes of it
 
@@ -83,15 +78,6 @@ class ImageClassification(ByExamples):
             return found
 
         return collate
-
-    def losses(self, config: Any) -> Losses:
-        return Labels(config).losses()
-
-    def measure(self, model: Any, prepare: Any, data: Table, asking: Asking) -> Measured:
-        """Accuracy, F1 and Matthews correlation."""
-        labels = Labels(model.config)
-        found = self.encode(data, prepare, model.config, length=asking.length, reading=Reading())
-        return measured(model, labels, found, self.collator(prepare, model), asking)
 
 
 @dataclass(frozen=True)

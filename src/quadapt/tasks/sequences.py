@@ -6,20 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from datasets import Dataset
 
 from quadapt.data import Encoded
 from quadapt.data.messages import check_text
 from quadapt.data.tables import Cells, Table, column_of, read_table
 from quadapt.errors import DataError
-from quadapt.hf.head import Head
-from quadapt.hf.kinds import Kind
-from quadapt.tasks import metrics
-from quadapt.tasks.base import TASKS, Asking, Collate, Losses, Measured, Reading
-from quadapt.tasks.examples import ByExamples, answered, encoded, padding, taken
-from quadapt.tasks.labels import LABEL, Labels, head_for, label_cell, told
+from quadapt.tasks.base import TASKS, Collate, Reading
+from quadapt.tasks.classifier import Classifier
+from quadapt.tasks.examples import encoded, padding, taken
+from quadapt.tasks.labels import LABEL, Labels, label_cell
 
 TEXT = ("text", "sentence", "content", "document", "review", "comment", "tweet")
 """The names under which a text is looked for, the usual one first."""
@@ -29,7 +25,7 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "q
 
 
 @TASKS.register("sequence-classification")
-class SequenceClassification(ByExamples):
+class SequenceClassification(Classifier):
     """A model gives a text its label: one of several, any of several, or a number."""
 
     summary: ClassVar[str] = "to give a text, or a pair of texts, its label"
@@ -40,9 +36,6 @@ class SequenceClassification(ByExamples):
             return _columns(cells, reading)
 
         return read_table(sources, find, _checked, held_out=held_out, max_bad_rows=reading.max_bad_rows)
-
-    def head(self, config: Any, kind: Kind, data: Table, reading: Reading) -> Head | None:
-        return head_for(self.kinds, config, kind, told(data), data.source, reading)
 
     def encode(self, data: Table, prepare: Any, config: Any, *, length: int, reading: Reading) -> Encoded:
         labels, tally = Labels(config), Counter[str]()
@@ -61,48 +54,6 @@ class SequenceClassification(ByExamples):
 
         pad = DataCollatorWithPadding(padding(prepare, model))
         return taken(model, lambda examples: pad(list(examples)))
-
-    def losses(self, config: Any) -> Losses:
-        return Labels(config).losses()
-
-    def measure(self, model: Any, prepare: Any, data: Table, asking: Asking) -> Measured:
-        """Accuracy, F1 and Matthews correlation; of values the squared error and correlations."""
-        labels = Labels(model.config)
-        found = self.encode(data, prepare, model.config, length=asking.length, reading=Reading())
-        return measured(model, labels, found, self.collator(prepare, model), asking)
-
-
-def measured(model: Any, labels: Labels, found: Encoded, collate: Collate, asking: Asking) -> Measured:
-    """The loss and the figures of a classifier that gives each example its label, or its value.
-
-    Raises:
-        DataError: The loss is not finite.
-    """
-    losses, logits, targets = [], [], []
-    for given, wanted in answered(model, found, collate, asking.batch_size, asking.progress("labels")):
-        losses.append(labels.losses()(given, wanted))
-        logits.append(given.float())
-        targets.append(wanted)
-    summed, counted = torch.cat(losses).sum(0).tolist()
-    loss = summed / counted
-    if not np.isfinite(loss):
-        raise DataError(
-            f"{found.report.source}: the model's loss is {loss}. Its weights are damaged, or too large for its dtype; "
-            "try --dtype float32"
-        )
-    figures = figures_of(labels, torch.cat(logits).numpy(), torch.cat(targets).numpy())
-    words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    asking.show(f"{words}, loss {loss:.4f} ({len(found.data):,} examples)")
-    return {"loss": loss, "examples": len(found.data), "metrics": figures}
-
-
-def figures_of(labels: Labels, logits: Any, targets: Any) -> dict[str, float]:
-    """The figures of a classifier: of its likeliest labels, of all labels above one half, or of its values."""
-    if labels.problem == "regression":
-        return metrics.regression(targets.astype(np.float64), logits.reshape(-1).astype(np.float64))
-    if labels.problem == "multi-label":
-        return metrics.multi_label(targets > 0.5, logits > 0)
-    return metrics.single_label(targets.astype(np.int64), logits.argmax(-1), len(labels.names))
 
 
 def _columns(cells: Cells, reading: Reading) -> dict[str, str]:
