@@ -15,10 +15,13 @@ pytestmark = pytest.mark.usefixtures("shelf", "here")
 WHOLE = ("awq", "compressed-tensors", "gptq")
 """Formats of integers with whole zero-points; those of 4 bits fit into all of them."""
 
-NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "nf8"), "no")
+ALL = {"gguf", "hf", "mlx"}
+"""Formats that hold integers with any offsets, in float32."""
+
+NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8"), "no")
 HOLDS = {
-    "merged": NO | {"gguf": "exactly", "hf": "changed"},
-    "adapter": NO | {"gguf": "exactly", "hf": "changed", "lora": "changed"},
+    "merged": NO | {"gguf": "exactly", "hf": "changed", "mlx": "exactly"},
+    "adapter": NO | {"gguf": "exactly", "hf": "changed", "lora": "changed", "mlx": "exactly"},
     "qlora": NO | {"gguf": "exactly", "hf": "changed", "lora": "exactly", "nf8": "changed"},
 }
 
@@ -88,13 +91,13 @@ def test_an_adapter_is_refused_for_what_it_would_merge_to(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("method", "settings", "exactly"),
     [
-        ("l4q", ("--zero", "integer"), {*WHOLE, "gguf", "hf"}),
-        ("lr-qat", (), {*WHOLE, "gguf", "hf"}),
-        ("peqa", (), {"gguf", "hf"}),
-        ("qa-lora-scales", (), {"gguf", "hf"}),
-        ("lota-qaf", ("--rounding", "nearest"), {"gguf", "hf"}),
-        ("lota-qaf", ("--rounding", "nearest", "--no-shift-offsets"), {*WHOLE, "gguf", "hf"}),
-        ("code-lora", ("--rounding", "nearest", "--train-offsets"), {*WHOLE, "gguf", "hf"}),
+        ("l4q", ("--zero", "integer"), {*WHOLE, *ALL}),
+        ("lr-qat", (), {*WHOLE, *ALL}),
+        ("peqa", (), ALL),
+        ("qa-lora-scales", (), ALL),
+        ("lota-qaf", ("--rounding", "nearest"), ALL),
+        ("lota-qaf", ("--rounding", "nearest", "--no-shift-offsets"), {*WHOLE, *ALL}),
+        ("code-lora", ("--rounding", "nearest", "--train-offsets"), {*WHOLE, *ALL}),
         ("qat-lora", (), set()),
     ],
 )

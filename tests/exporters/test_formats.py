@@ -19,6 +19,7 @@ from test_bitsandbytes_folders import read_back as from_bitsandbytes
 from test_compressed_tensors import read_back as from_compressed_tensors
 from test_gguf import read_back as from_gguf
 from test_gptq_folders import read_back as from_gptq
+from test_mlx_folders import read_back as from_mlx
 from transformers import AutoModelForCausalLM
 
 import quadapt
@@ -62,7 +63,7 @@ def weights_in(path: Path, name: str) -> dict[str, torch.Tensor]:
     """The dense weight of every linear layer in an exported model, by software that is not ours."""
     if name == "compressed-tensors":
         return from_compressed_tensors(path, wide=True)
-    readers = {"awq": from_awq, "bitsandbytes": from_bitsandbytes, "gptq": from_gptq}
+    readers = {"awq": from_awq, "bitsandbytes": from_bitsandbytes, "gptq": from_gptq, "mlx": from_mlx}
     if name in readers:
         return readers[name](path)
     model = from_gguf(path) if name == "gguf" else from_hf(path)
@@ -174,6 +175,10 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
         "awq": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
         "bitsandbytes": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
         "gptq": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
+        "mlx": {
+            "pooled": ("exactly", "codes as they are, the adapter merged first"),
+            "lora": ("no", said["lora"].words),
+        },
         "lora": {
             "pooled": ("changed", said["pooled"].words),
             "lora": ("exactly", "LoRA factors in float32"),
@@ -188,6 +193,7 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
         "awq": ("offsets that awq cannot hold", "cannot merge into codes"),
         "bitsandbytes": ("levels that bitsandbytes cannot hold", "cannot merge into codes"),
         "gptq": ("offsets that gptq cannot hold", "cannot merge into codes"),
+        "mlx": ("", "cannot merge into codes"),
         "nf8": ("takes no bits at all", ""),
         "lora": ("trained in the merged form", ""),
     }.get(name, ("", ""))
@@ -256,6 +262,7 @@ def test_the_page_of_the_docs_says_what_the_formats_say() -> None:
         "gguf": "exactly: codes as they are",
         "gptq": "no",
         "hf": "changed: dense weights rounded to bfloat16",
+        "mlx": "exactly: codes as they are",
     }
     assert table["nf4"][names.index("gguf")] == "exactly: dense F32"
 

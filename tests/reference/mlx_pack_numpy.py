@@ -28,7 +28,8 @@ def read(parts: dict[str, np.ndarray], bits: int, group_size: int) -> np.ndarray
 
 
 def looked_up(parts: dict[str, np.ndarray], bits: int, group_size: int) -> np.ndarray:
-    """The same as MLX computes it: in float16, the product rounded before the sum."""
-    codes = np.stack([from_words(row.view(np.int32), bits) for row in parts["weight"]]).astype(np.float16)
+    """The same as MLX computes it: in the dtype of the scales, the product rounded before the sum."""
+    dtype = parts["scales"].dtype
+    codes = np.stack([from_words(row.view(np.int32), bits) for row in parts["weight"]]).astype(dtype)
     scales, biases = (parts[name].repeat(group_size, 1) for name in ("scales", "biases"))
     return codes * scales + biases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
-from quadapt.exporters.files import new_folder
+from quadapt.exporters.files import new_folder, write_index
 from quadapt.exporters.report import ExportReport, TensorRow, size_of
 from quadapt.exporters.tensors import (
     TYPES,
@@ -37,6 +38,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
 }
 """The dtypes that scales and unquantized tensors may have."""
+
+
+SHARD = 4 << 30
+"""Largest file of tensors, in bytes."""
 
 
 class Writer(ABC):
@@ -80,6 +85,22 @@ class Writer(ABC):
             plain: Names of the linear layers that are not quantized.
         """
 
+    def fields(self, config: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Further fields of `config.json` that readers of the format need.
+
+        Args:
+            config: The model's configuration.
+            said: What the file says already.
+        """
+        return {}
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """What one should know before serving the folder, for the report."""
+        return []
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027 - many formats take any model
+        """Raise ExportError if readers of the format could not load such a model, whatever its weights."""
+
     def export(self, model: nn.Module, tokenizer: Any, folder: str | Path, progress: Progress = iter) -> ExportReport:
         """Write a quantized model.
 
@@ -93,9 +114,8 @@ class Writer(ABC):
             ExportError: The folder is taken, the model carries adapters, or the format cannot hold a layer; it is
                 named.
         """
-        from safetensors.torch import save_file
-
         refuse_adapters(model)
+        self.check_model(model)
         found = dict(tensors_of(model))
         sources = as_stored(model, found, dense=False)
         layers = {name.removesuffix(".weight"): each for name, each in found.items() if isinstance(each, QuantWeight)}
@@ -103,7 +123,7 @@ class Writer(ABC):
         coded, plain = self._tensors(sources, progress)
         path = Path(folder)
         with new_folder(path) as partial:
-            save_file(coded | plain, partial / "model.safetensors", metadata={"format": "pt"})
+            self._save(coded | plain, partial)
             set_ends(model, tokenizer)
             self._save_config(model, layers, partial)
             tokenizer.save_pretrained(partial)
@@ -115,7 +135,7 @@ class Writer(ABC):
             bytes=size_of(path),
             tensors=tuple(_row(name, each, linear=name in coded) for name, each in sorted((coded | plain).items())),
             bits_per_weight=8 * sum(each.nbytes for each in coded.values()) / max(weights, 1),
-            notes=tuple(rounded_besides(sources, self.floats)),
+            notes=(*rounded_besides(sources, self.floats), *self.notes(model)),
         )
 
     def _check(self, layers: Mapping[str, QuantWeight]) -> None:
@@ -143,6 +163,16 @@ class Writer(ABC):
                 plain[name] = dense_of(source, self._plain)
         return coded, plain
 
+    def _save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the tensors into one file, or several and an index of them."""
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save_file
+
+        shards = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD)
+        for file, names in shards.filename_to_tensors.items():
+            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        write_index(shards, folder)
+
     def _plain(self, source: Source) -> Tensor:
         """A tensor that is not quantized, as the file has it."""
         assert isinstance(source, Tensor)
@@ -154,6 +184,9 @@ class Writer(ABC):
         config.quantization_config = self.about(layers, plain)
         config.dtype, config.architectures = self.dtype, [type(model).__name__]
         config.save_pretrained(folder)
+        file = folder / "config.json"
+        said = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**said, **self.fields(config, said)}, indent=2) + "\n", encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
 

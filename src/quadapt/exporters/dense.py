@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
-from quadapt.exporters.files import new_folder
+from quadapt.exporters.files import new_folder, write_index
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import (
     TYPES,
@@ -79,9 +78,7 @@ def export_hf(
             for name in shards.filename_to_tensors[file]:
                 tensors[name], moves[name] = _densify(name, sources[name], torch_dtype)
             save_file(tensors, partial / file, metadata={"format": "pt"})
-        if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(shards, partial)
         set_ends(model, tokenizer)
         _save_config(model, dtype, partial)
         tokenizer.save_pretrained(partial)

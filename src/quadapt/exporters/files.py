@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quadapt.errors import ExportError
 from quadapt.files import remove, rename_new, sync_tree, write_json, writing
 from quadapt.hf.notes import NOTE
+
+if TYPE_CHECKING:
+    from huggingface_hub.serialization._base import StateDictSplit
 
 
 @contextmanager
@@ -48,3 +53,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         rename_new(partial, path)
     finally:
         remove(partial)
+
+
+def write_index(shards: StateDictSplit, folder: Path) -> None:
+    """Say which file of a folder holds which tensor, if there is more than one."""
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

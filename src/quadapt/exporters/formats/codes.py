@@ -37,10 +37,12 @@ class Codes(Exporter):
         from quadapt.exporters.tensors import as_stored, base_of, tensors_of
         from quadapt.model.quantize import quantized_layers
 
+        writer = self.writer()
+        writer.check_model(base_of(model))
         if base_of(model) is model:  # names of layers that carry adapters are others than they will be
             as_stored(model, dict(tensors_of(model)), dense=False)
         layouts = {name: layer.layout for name, layer in quantized_layers(base_of(model)).items()}
-        why = self.writer().why_not_together(layouts)
+        why = writer.why_not_together(layouts)
         if why:
             raise ExportError(why)
 
