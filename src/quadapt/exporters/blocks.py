@@ -104,11 +104,18 @@ def cannot_hold_layout(layout: Layout) -> str:
 
 def _objection(layout: Layout) -> str:
     """What keeps weights of a layout from any block, whatever their scales and offsets; empty if nothing does."""
+    format = layout.format
+    why = shape_objection(layout)
+    if not why and block_for(format) is None:
+        return f"{format.bits}-bit codes with offsets fit no block (without offsets they do: --zero none)"
+    return why
+
+
+def shape_objection(layout: Layout) -> str:
+    """What keeps codes from any block, whatever their width: levels, order and rows; empty if nothing does."""
     format, columns = layout.format, layout.columns
     if format.levels != "int":
         return f"the levels of {format.name} are not evenly spaced"
-    if block_for(format) is None:
-        return f"{format.bits}-bit codes with offsets fit no block (without offsets they do: --zero none)"
     if layout.permuted:
         return "its inputs are permuted"
     if columns % BLOCK:

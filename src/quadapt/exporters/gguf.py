@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from quadapt.errors import ExportError
 from quadapt.exporters.files import new_file
-from quadapt.exporters.ggml import BY_NAME
-from quadapt.exporters.gguf_entries import Entry, Stack, row_of, stacked, write_tensors
+from quadapt.exporters.ggml import BY_NAME, Choice
+from quadapt.exporters.gguf_entries import Entry, Stack, entry_of, row_of, stacked, write_tensors
 from quadapt.exporters.gguf_metadata import family_of, namer, text_config, write_metadata
+from quadapt.exporters.gguf_notes import gguf_notes
+from quadapt.exporters.gguf_offsets import lacks_offsets, offsets_file, write_offsets
 from quadapt.exporters.gguf_rope import rope_factors
 from quadapt.exporters.gguf_tokenizer import write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
-from quadapt.exporters.tensors import refuse_adapters, tensors_of
+from quadapt.exporters.tensors import refuse_adapters, shape_of, tensors_of
 from quadapt.importers.gguf_family import Family
 from quadapt.model.embeddings import TYPES as EMBEDDINGS
 from quadapt.model.embeddings import recognized
@@ -38,6 +40,7 @@ def export_gguf(
     path: str | Path,
     *,
     dense: Literal["f32", "f16"] = "f32",
+    gguf_type: Choice = "auto",
     name: str = "",
     progress: Progress = iter,
 ) -> ExportReport:
@@ -48,6 +51,8 @@ def export_gguf(
         tokenizer: Its (fast) tokenizer.
         path: The file; one that is there is replaced when the new one is whole.
         dense: How weights that a block cannot hold go out: f32 keeps them as they are, f16 rounds them.
+        gguf_type: How the type of a quantized layer is chosen: auto takes the smallest that holds the same numbers,
+            fast one whose products are fast, which keeps codes and may round scales and offsets.
         name: The model's name in the file; by default that of the file.
         progress: Wraps the names of the tensors to write, to show how far the work is.
 
@@ -60,7 +65,8 @@ def export_gguf(
         raise ExportError(f"dense={dense!r} is unknown. Use f32 or f16")
     refuse_adapters(model)
     path, family = Path(path), family_of(linear_form(model))
-    entries = _entries(model, dense.upper())
+    entries = _entries(model, dense.upper(), gguf_type)
+    beside = write_offsets(offsets_file(path), family.arch, entries) if any(map(lacks_offsets, entries)) else []
     with new_file(path) as partial:
         writer = gguf.GGUFWriter(partial, family.arch)
         try:
@@ -70,17 +76,19 @@ def export_gguf(
         finally:
             writer.close()
     rows = tuple(entry.row for entry in entries)
+    more = size_of(offsets_file(path)) if beside else 0
+    weights = sum(prod(row.shape) for row in rows if row.linear)
     return ExportReport(
         format="gguf",
         path=str(path),
-        bytes=size_of(path),
+        bytes=size_of(path) + more,
         tensors=rows,
-        bits_per_weight=bits_per_weight(rows),
-        notes=(*_notes(rows), *notes),
+        bits_per_weight=bits_per_weight(rows) + (8 * sum(row.nbytes for row in beside) / weights if beside else 0),
+        notes=(*gguf_notes(entries, offsets_file(path) if beside else None), *notes),
     )
 
 
-def _entries(model: nn.Module, dense: str) -> list[Entry | Stack]:
+def _entries(model: nn.Module, dense: str, choice: Choice) -> list[Entry | Stack]:
     config = text_config(model)
     family = family_of(model)
     name_of = namer(family, config.num_hidden_layers)
@@ -95,11 +103,12 @@ def _entries(model: nn.Module, dense: str) -> list[Entry | Stack]:
             source = source.float() + 1
         if isinstance(source, Tensor) and source.ndim == 2 and len(source) == 1:
             source = source[0]  # the gate of a shared expert is a vector in a file
-        row = row_of(name_of(name), source, dense)
+        order = family.order(name, config, shape_of(source)[0])
+        entry = entry_of(name_of(name), source, dense, order, choice)
         if name in of_ends and isinstance(source, Tensor):
-            row = _embedding_row(row, source, wished.get(name.rpartition(".")[0], ""))
-        entries.append(Entry(row, source, family.order(name, config, row.shape[0])))
-    entries += [Entry(row_of(name, factors, dense), factors) for name, factors in rope_factors(config).items()]
+            entry = replace(entry, row=_embedding_row(entry.row, source, wished.get(name.rpartition(".")[0], "")))
+        entries.append(entry)
+    entries += [Entry(row_of(name, factors), factors) for name, factors in rope_factors(config).items()]
     return stacked(entries + _head_again(entries, family), dense)
 
 
@@ -142,17 +151,3 @@ def _file_type(entries: Sequence[Entry | Stack]) -> int:
     (most, _), *_ = (blocks or weights).most_common(1)
     name = (BY_NAME[most].file_type if most in BY_NAME else "") or most
     return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{name}"]
-
-
-def _notes(rows: Sequence[TensorRow]) -> list[str]:
-    used = [block for block in BY_NAME.values() if any(row.type == block.name and row.linear for row in rows)]
-    notes = [f"{block.holds} cost {block.bits_per_weight} bits per weight in {block.name} blocks" for block in used]
-    ends = [row for row in rows if row.type in BY_NAME and not row.linear]
-    notes += [f"{row.name}: its values are those of {row.type}, and held as such" for row in ends]
-    notes += [f"{row.name}: {row.note}" for row in rows if row.note and not row.linear]
-    left = [row for row in rows if row.linear and row.type not in BY_NAME]
-    for why in dict.fromkeys(row.note for row in left):
-        names = [row.name for row in left if row.note == why]
-        cost = "16 bits per weight, rounded" if left[0].type == "F16" else "32 bits per weight"
-        notes.append(f"{why}: left as {left[0].type} ({cost}): {', '.join(names)}")
-    return notes

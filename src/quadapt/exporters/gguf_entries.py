@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ExportError
-from quadapt.exporters.ggml import BY_NAME, bytes_of, type_for, why_not
+from quadapt.exporters.ggml import BY_NAME, Change, Choice, Held, bytes_of, ways, why_not
 from quadapt.exporters.report import TensorRow
 from quadapt.exporters.tensors import DTYPES, TYPES, Source, as_numpy, shape_of
 from quadapt.model.embeddings import recognized
@@ -36,13 +36,34 @@ class Entry:
     order: np.ndarray | None = None
     """The rows of the matrix in the order in which they are written, int64 `[rows]`; None if that is their own."""
 
+    choice: Choice = "auto"
+    """How the type of a quantized matrix is chosen."""
+
+    types: tuple[str, ...] = ()
+    """All types that can hold a quantized matrix, the best first."""
+
+    change: Change | None = None
+    """What its type does to the numbers of a quantized matrix; None if they stay as they are."""
+
+    aside: bool = False
+    """Whether its type lacks the offsets of a quantized matrix, which go into another file."""
+
+    def held(self) -> Held | None:
+        """A quantized matrix as blocks of the type in `row` hold it; None if it is going to be dense."""
+        assert isinstance(self.source, QuantWeight)
+        return next((each for each in ways(self.source, self.choice) if each.block.name == self.row.type), None)
+
     def data(self) -> np.ndarray:
         """What is written: a row of numbers, or of bytes of blocks, for each row of the matrix."""
         rows = self._blocks() if self.row.type in BY_NAME else self._dense()
         return rows if self.order is None else rows[self.order]  # groups run along a row, so they move with it
 
     def _blocks(self) -> np.ndarray:
-        source = self.source if isinstance(self.source, QuantWeight) else recognized(self.source, self.row.type.lower())
+        if isinstance(self.source, QuantWeight):
+            held = self.held()
+            source = None if held is None else held.weight
+        else:
+            source = recognized(self.source, self.row.type.lower())
         assert source is not None
         return bytes_of(source)
 
@@ -72,8 +93,13 @@ class Stack:
         return np.stack([piece.data() for piece in self.pieces])
 
 
+def pieces_of(entry: Entry | Stack) -> Sequence[Entry]:
+    """The matrices (or vectors) of which a tensor of the file consists: itself alone, if it is no stack."""
+    return entry.pieces if isinstance(entry, Stack) else [entry]
+
+
 def stacked(entries: Sequence[Entry], dense: str) -> list[Entry | Stack]:
-    """Entries with those of one name made into one: of a type of blocks if each has that type, else dense.
+    """Entries with those of one name made into one: of a type of blocks if each can have that type, else dense.
 
     Raises:
         ExportError: They have more than one shape.
@@ -89,29 +115,61 @@ def _stack(pieces: list[Entry], dense: str) -> Stack:
     if any(piece.row.shape != row.shape for piece in pieces):
         raise ExportError(f"{row.name}: what is stacked in it has more than one shape. Use another format")
     if len({piece.row.type for piece in pieces}) > 1:
-        why = next((piece.row.note for piece in pieces if piece.row.note), "its matrices are of several types")
-        size = prod(row.shape) * DTYPES[dense].itemsize
-        pieces = [replace(one, row=replace(one.row, type=dense, nbytes=size, note=why)) for one in pieces]
+        common = [name for name in pieces[0].types if all(name in piece.types for piece in pieces)]
+        pieces = [_of_type(piece, common[0]) for piece in pieces] if common else _dense(pieces, dense)
         row = pieces[0].row
     return Stack(replace(row, shape=(len(pieces), *row.shape), nbytes=len(pieces) * row.nbytes), pieces)
 
 
-def row_of(name: str, source: Source, dense: str) -> TensorRow:
-    """The row of a tensor: quantized ones of the type that holds them, or of the type `dense`, with the reason."""
-    shape = shape_of(source)
+def _of_type(entry: Entry, name: str) -> Entry:
+    entry = replace(entry, row=replace(entry.row, type=name))
+    held = entry.held()
+    assert held is not None
+    return _as_held(entry, held)
+
+
+def _dense(pieces: list[Entry], dense: str) -> list[Entry]:
+    why = next((piece.row.note for piece in pieces if piece.row.note), "its matrices are of several types")
+    size = prod(pieces[0].row.shape) * DTYPES[dense].itemsize
+    return [
+        replace(each, row=replace(each.row, type=dense, nbytes=size, note=why), change=None, aside=False)
+        for each in pieces
+    ]
+
+
+def _as_held(entry: Entry, held: Held) -> Entry:
+    """An entry with all that is known of the way in which it is held."""
+    nbytes = prod(entry.row.shape) // held.block.weights * held.block.nbytes
+    note = "" if held.change is None else str(held.change)
+    row = replace(entry.row, type=held.block.name, nbytes=nbytes, note=note)
+    return replace(entry, row=row, change=held.change, aside=held.aside is not None)
+
+
+def entry_of(name: str, source: Source, dense: str, order: np.ndarray | None = None, choice: Choice = "auto") -> Entry:
+    """What is known of a tensor: quantized ones get the best type that holds them, or `dense`, with the reason."""
     if isinstance(source, Tensor):
-        if source.dtype not in TYPES:
-            raise ExportError(
-                f"{name}: its dtype {source.dtype} is not one of {', '.join(map(str, TYPES))}. Cast the model"
-            )
-        type_name = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
-        return TensorRow(name=name, type=type_name, shape=shape, nbytes=prod(shape) * DTYPES[type_name].itemsize)
-    why, block = why_not(source), type_for(source.layout)
-    if block is not None and not why:
-        nbytes = prod(shape) // block.weights * block.nbytes
-        return TensorRow(name=name, type=block.name, shape=shape, nbytes=nbytes, linear=True)
-    nbytes = prod(shape) * DTYPES[dense].itemsize
-    return TensorRow(name=name, type=dense, shape=shape, nbytes=nbytes, linear=True, note=why)
+        return Entry(row_of(name, source), source, order)
+    shape, found = shape_of(source), ways(source, choice)
+    nbytes, why = prod(shape) * DTYPES[dense].itemsize, "" if found else _why_dense(source, choice)
+    row = TensorRow(name=name, type=dense, shape=shape, nbytes=nbytes, linear=True, note=why)
+    entry = Entry(row, source, order, choice, tuple(dict.fromkeys(each.block.name for each in found)))
+    return _as_held(entry, found[0]) if found else entry
+
+
+def _why_dense(source: QuantWeight, choice: Choice) -> str:
+    rounded = ways(source, "fast") if choice == "auto" else []
+    return why_not(source) + (f" (rounded, {rounded[0].block.name} holds it: --gguf-type fast)" if rounded else "")
+
+
+def row_of(name: str, source: Tensor) -> TensorRow:
+    """The row of a tensor that is not quantized."""
+    shape = tuple(source.shape)
+    if source.dtype not in TYPES:
+        raise ExportError(
+            f"{name}: its dtype {source.dtype} is not one of {', '.join(map(str, TYPES))}. Cast the model"
+        )
+    type_name = TYPES[source.dtype] if len(shape) > 1 else "F32"  # llama.cpp wants norms and biases in F32
+    return TensorRow(name=name, type=type_name, shape=shape, nbytes=prod(shape) * DTYPES[type_name].itemsize)
 
 
 def write_tensors(writer: GGUFWriter, entries: Sequence[Entry | Stack], progress: Progress = iter) -> None:

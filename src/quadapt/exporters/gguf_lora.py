@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,28 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
     Raises:
         ExportError: There is no such adapter, or it is more than a LoRA with one alpha over quantized layers.
     """
-    import gguf
-
     layers, path = adapted(model, adapter_name), Path(path)
     base: Any = model.get_base_model()  # type: ignore[operator]
     refuse_parts(model, _ADVICE, with_base=True)
     alpha, family = alpha_of(model, adapter_name), family_of(base)
     entries = _entries(layers, adapter_name, base)
+    write_lora(path, family.arch, alpha, entries)
+    return adapter_report("gguf-lora", path, [entry.row for entry in entries], layers, adapter_name)
+
+
+def write_lora(path: Path, arch: str, alpha: float, entries: Sequence[Entry | Stack]) -> None:
+    """Write factors as an adapter of llama.cpp's.
+
+    Args:
+        path: The file; one that is there is replaced when the new one is whole.
+        arch: The name of the base's architecture in GGUF files.
+        alpha: The scaling times the rank; zero for a scaling of one.
+        entries: The factors, named as the tensors that they are added to, with `.lora_a` and `.lora_b` at the end.
+    """
+    import gguf
+
     with new_file(path) as partial:
-        writer = gguf.GGUFWriter(partial, family.arch)
+        writer = gguf.GGUFWriter(partial, arch)
         try:
             writer.add_type("adapter")
             writer.add_name(path.stem)
@@ -48,7 +61,6 @@ def export_gguf_lora(model: nn.Module, path: str | Path, *, adapter_name: str = 
             write_tensors(writer, entries)
         finally:
             writer.close()
-    return adapter_report("gguf-lora", path, [entry.row for entry in entries], layers, adapter_name)
 
 
 def _entries(layers: Layers, adapter_name: str, base: Any) -> list[Entry | Stack]:

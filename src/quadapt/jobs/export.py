@@ -30,7 +30,7 @@ from quadapt.jobs.merge import load_adapted
 from quadapt.jobs.source import device_of
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Adapter
-from quadapt.quant.weight import QuantWeight
+from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.report.ui import UI
 
 
@@ -48,8 +48,7 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
         return _formats(config, folder, where, ui)
     exporter, output = config.exporter(), Path(config.output)
     adapter = _check(config, exporter, folder, where, output)
-    goes_beside = adapter is not None and adapter.exactness == "none" and exporter.unmerged == "beside"
-    files = [output, exporter.beside(output)] if goes_beside else [output]
+    files = [output, *_more(config, exporter, folder, where, adapter, output)]
     places = {file.name: file for file in files}
     job = job_of("export", config, earlier_job(output), base=where)
     with Workspace(
@@ -67,6 +66,16 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
         bits = f", {report.bits_per_weight:.3f} bits per quantized weight" if report.bits_per_weight else ""
         ui.show(f"{report.path}: {report.bytes / 1e6:.2f} MB{bits}")
     return result
+
+
+def _more(
+    config: ExportConfig, exporter: Exporter, folder: Folder, where: str, adapter: Adapter | None, output: Path
+) -> list[Path]:
+    """The files that may be written beside the output: that of an adapter, and what matrices have no room for."""
+    unmerged = adapter is not None and adapter.exactness == "none" and exporter.unmerged == "beside"
+    files = [exporter.beside(output)] if unmerged else []
+    layouts = _layouts(folder, where, adapter, trust_remote_code=config.trust_remote_code)
+    return [*files, exporter.second(output)] if any(map(exporter.pairs, layouts.values())) else files
 
 
 def _check(config: ExportConfig, exporter: Exporter, folder: Folder, where: str, output: Path) -> Adapter | None:
@@ -101,13 +110,21 @@ def _check_layouts(
     What a layout leaves open ("may not be exact") is decided by the numbers, when they are loaded; and so is all of a
     dense base, which has no layouts yet.
     """
-    about = read_quantization(where, trust_remote_code=trust_remote_code)
-    adapted = set() if adapter is None or adapter.exactness == "none" else _adapted(folder)
-    for name, layout in about.layouts.items() if about is not None else ():
-        merged = merged_layout(adapter, layout) if adapter is not None and name in adapted else layout
-        why = exporter.never(merged)
+    for name, layout in _layouts(folder, where, adapter, trust_remote_code=trust_remote_code).items():
+        why = exporter.never(layout)
         if why:
             raise ExportError(f"{name}: {why}")
+
+
+def _layouts(folder: Folder, where: str, adapter: Adapter | None, *, trust_remote_code: bool) -> dict[str, Layout]:
+    """The layouts that the matrices of a model have when they are written: merged, if its adapter merges."""
+    about = read_quantization(where, trust_remote_code=trust_remote_code)
+    merges = adapter is not None and adapter.exactness != "none"
+    adapted = _adapted(folder) if merges else set()
+    return {
+        name: merged_layout(adapter, layout) if adapter is not None and name in adapted else layout
+        for name, layout in (about.layouts if about is not None else {}).items()
+    }
 
 
 def _adapted(folder: Folder) -> set[str]:

@@ -187,6 +187,14 @@ class Exporter(ABC):
         """Write the adapter of a PEFT model as that second file."""
         raise NotImplementedError(f"{self.name}: a format with unmerged='beside' writes its second file here")
 
+    def pairs(self, layout: Layout) -> bool:
+        """Whether a matrix of this layout may need a second file (:meth:`second`), beside that of an adapter."""
+        return False
+
+    def second(self, path: Path) -> Path:
+        """The file that :meth:`write` may make beside the first, where a matrix needs one."""
+        raise NotImplementedError(f"{self.name}: a format that pairs files says here where the second one is")
+
     # --- options ---
 
     @classmethod

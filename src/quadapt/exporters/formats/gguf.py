@@ -30,8 +30,19 @@ class GGUF(Exporter):
     dense: Literal["f32", "f16"] = "f32"
     """Type of the layers that a block format cannot hold: f32, or f16, which rounds them."""
 
+    gguf_type: Literal["auto", "fast"] = "auto"
+    """Type of the blocks that hold a layer. auto: the smallest that holds the same numbers. fast: one whose products
+    llama.cpp computes fastest; codes are kept, scales and offsets may be rounded, and the report says how far weights
+    move."""
+
     def instead(self, layout: Layout) -> tuple[str, bool]:
         return f"dense {self.dense.upper()}", self.dense == "f32"
+
+    def replaced(self, weight: QuantWeight) -> tuple[str, bool]:
+        from quadapt.exporters.ggml import ways
+
+        held = next(iter(ways(weight, self.gguf_type)), None)
+        return self.instead(weight.layout) if held is None else (f"{held.block.name}, {held.change}", False)
 
     def accepts(self, layout: Layout) -> str | None:
         from quadapt.exporters.ggml import why_not_layout
@@ -39,9 +50,22 @@ class GGUF(Exporter):
         return why_not_layout(layout) or None
 
     def holds(self, weight: QuantWeight) -> str | None:
-        from quadapt.exporters.ggml import why_not
+        from quadapt.exporters.ggml import ways, why_not
 
-        return why_not(weight) or None
+        held = next(iter(ways(weight, self.gguf_type)), None)
+        if held is None:
+            return why_not(weight)
+        return None if held.change is None else why_not(weight) or f"{self.gguf_type} prefers {held.block.name}"
+
+    def pairs(self, layout: Layout) -> bool:
+        from quadapt.exporters.ggml_forms import fits_with_offsets_aside
+
+        return fits_with_offsets_aside(layout)
+
+    def second(self, path: Path) -> Path:
+        from quadapt.exporters.gguf_offsets import offsets_file
+
+        return offsets_file(path)
 
     def check_model(self, model: Any, tokenizer: Any) -> None:
         from quadapt.exporters.gguf_lora import alpha_of
@@ -61,7 +85,7 @@ class GGUF(Exporter):
     ) -> ExportReport:
         from quadapt.exporters.gguf import export_gguf
 
-        return export_gguf(model, tokenizer, path, dense=self.dense, progress=progress)
+        return export_gguf(model, tokenizer, path, dense=self.dense, gguf_type=self.gguf_type, progress=progress)
 
     def beside(self, path: Path) -> Path:
         return path.with_name(f"{path.stem}-lora.gguf")

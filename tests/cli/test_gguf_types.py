@@ -1,0 +1,47 @@
+"""`quadapt export --gguf-type`: what it says and writes, also where a model takes two files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+from commands import give, quadapt
+
+pytestmark = pytest.mark.usefixtures("shelf", "here")
+
+
+def types(path: Path) -> set[str]:
+    return {each.tensor_type.name for each in gguf.GGUFReader(path).tensors if each.name.startswith("blk.0.ffn_up")}
+
+
+def test_eight_bits_with_offsets_take_two_files(tmp_path: Path) -> None:
+    model, path, beside = tmp_path / "eight", tmp_path / "eight.gguf", tmp_path / "eight-offsets.gguf"
+    quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "8", "--output", model)
+    (answer,) = [row for row in quadapt("export", model, "--format", "?")["formats"] if row["format"] == "gguf"]
+    assert answer["words"].startswith("dense F32")  # scales are float32 by default
+    said = quadapt("export", model, "--gguf-type", "fast", "--output", path)
+    (report,) = said["reports"]
+    assert types(path) == {"Q8_0"}
+    assert 8.5 < report["bits_per_weight"] < 16
+    assert any("eight-offsets.gguf has the offsets" in note for note in report["notes"])
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["eight", "eight-offsets.gguf", "eight.gguf"]
+    assert "exists" in give("export", model, "--gguf-type", "fast", "--output", path, code=2).error
+    before = beside.read_bytes()
+    quadapt("export", model, "--gguf-type", "fast", "--output", path, "--overwrite")
+    assert beside.read_bytes() == before
+    beside.unlink()
+    exact = tmp_path / "halves"
+    quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "8", "--scales", "fp16", "--output", exact)
+    quadapt("export", exact, "--output", path, "--overwrite")
+    assert types(path) == {"Q8_0"}
+    assert beside.exists()
+
+
+def test_whole_zero_points_need_no_second_file(tmp_path: Path) -> None:
+    quadapt("quantize", "dense", "--rounding", "nearest", "--zero", "integer", "--output", tmp_path / "model")
+    said = quadapt("export", tmp_path / "model", "--output", tmp_path / "model.gguf")
+    (report,) = said["reports"]
+    assert types(tmp_path / "model.gguf") == {"Q5_0"}
+    assert any("less their whole zero-points" in note for note in report["notes"])
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "model.gguf"]
