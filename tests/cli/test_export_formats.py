@@ -12,16 +12,16 @@ from quadapt.exporters.formats import EXPORTERS
 
 pytestmark = pytest.mark.usefixtures("shelf", "here")
 
-WHOLE = ("awq", "compressed-tensors", "gptq")
+WHOLE = ("awq", "compressed-tensors", "gptq", "torchao")
 """Formats of integers with whole zero-points; those of 4 bits fit into all of them."""
 
 ALL = {"gguf", "hf", "mlx"}
 """Formats that hold integers with any offsets, in float32."""
 
-NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8"), "no")
+NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8", "torchao"), "no")
 HOLDS = {
-    "merged": NO | {"gguf": "exactly", "hf": "changed", "mlx": "exactly"},
-    "adapter": NO | {"gguf": "exactly", "hf": "changed", "lora": "changed", "mlx": "exactly"},
+    "merged": NO | {"gguf": "exactly", "hf": "changed", "mlx": "exactly", "torchao": "changed"},
+    "adapter": NO | {"gguf": "exactly", "hf": "changed", "lora": "changed", "mlx": "exactly", "torchao": "changed"},
     "qlora": NO | {"gguf": "exactly", "hf": "changed", "lora": "exactly", "nf8": "changed"},
 }
 

@@ -20,6 +20,7 @@ from test_compressed_tensors import read_back as from_compressed_tensors
 from test_gguf import read_back as from_gguf
 from test_gptq_folders import read_back as from_gptq
 from test_mlx_folders import read_back as from_mlx
+from test_torchao_folders import read_back as from_torchao
 from transformers import AutoModelForCausalLM
 
 import quadapt
@@ -63,7 +64,8 @@ def weights_in(path: Path, name: str) -> dict[str, torch.Tensor]:
     """The dense weight of every linear layer in an exported model, by software that is not ours."""
     if name == "compressed-tensors":
         return from_compressed_tensors(path, wide=True)
-    readers = {"awq": from_awq, "bitsandbytes": from_bitsandbytes, "gptq": from_gptq, "mlx": from_mlx}
+    readers = {"awq": from_awq, "bitsandbytes": from_bitsandbytes, "gptq": from_gptq}
+    readers |= {"mlx": from_mlx, "torchao": from_torchao}
     if name in readers:
         return readers[name](path)
     model = from_gguf(path) if name == "gguf" else from_hf(path)
@@ -179,6 +181,7 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
             "pooled": ("exactly", "codes as they are, the adapter merged first"),
             "lora": ("no", said["lora"].words),
         },
+        "torchao": {"pooled": ("changed", said["pooled"].words), "lora": ("no", said["lora"].words)},
         "lora": {
             "pooled": ("changed", said["pooled"].words),
             "lora": ("exactly", "LoRA factors in float32"),
@@ -193,6 +196,7 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
         "awq": ("offsets that awq cannot hold", "cannot merge into codes"),
         "bitsandbytes": ("levels that bitsandbytes cannot hold", "cannot merge into codes"),
         "gptq": ("offsets that gptq cannot hold", "cannot merge into codes"),
+        "torchao": ("each is rounded once, so that weights differ", "cannot merge into codes"),
         "mlx": ("", "cannot merge into codes"),
         "nf8": ("takes no bits at all", ""),
         "lora": ("trained in the merged form", ""),
@@ -263,6 +267,7 @@ def test_the_page_of_the_docs_says_what_the_formats_say() -> None:
         "gptq": "no",
         "hf": "changed: dense weights rounded to bfloat16",
         "mlx": "exactly: codes as they are",
+        "torchao": "changed: codes and scales as they are, offsets as zero-points of floats",
     }
     assert table["nf4"][names.index("gguf")] == "exactly: dense F32"
 

@@ -7,10 +7,16 @@ the scale and the offset of the whole: the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quadapt.errors import ExportError
+from quadapt.exporters import integers
+from quadapt.hf.stored_form import stacks_of
+from quadapt.model.linear_form import turned
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -21,7 +27,7 @@ def why_not_layout(layout: Layout, format: str, *, bits: Sequence[int], sizes: S
         layout: The layout.
         format: The name of the format.
         bits: The widths of codes that it knows.
-        sizes: The sizes of groups that it knows; None if rows must consist of whole groups, of whatever size.
+        sizes: The sizes of groups that it knows; None if it knows all.
     """
     grid, width = layout.format, layout.format.width(layout.columns)
     if grid.levels != "int":
@@ -32,14 +38,10 @@ def why_not_layout(layout: Layout, format: str, *, bits: Sequence[int], sizes: S
         return f"its inputs are permuted, which {format} does not know. Use --format gptq or hf"
     if size_of(layout, sizes):
         return ""
-    if sizes is None:
-        return (
-            f"{layout.columns} inputs end in a short group, which {format} does not know. Use a --group-size that "
-            "divides them, or --format gguf"
-        )
+    known = f"groups of {_or(sizes)}" if sizes else "groups of 16, 32, 48, .. inputs"
     return (
-        f"has groups of {width} in rows of {layout.columns} inputs, and {format} knows groups of {_or(sizes)} that "
-        "fill rows. Use another --group-size, or --format gguf"
+        f"has groups of {width} in rows of {layout.columns} inputs, and {format} knows {known} that fill rows. Use "
+        "another --group-size, or --format gguf"
     )
 
 
@@ -48,12 +50,13 @@ def size_of(layout: Layout, sizes: Sequence[int] | None) -> int:
 
     Args:
         layout: The layout.
-        sizes: The sizes that it knows; None if it knows all, and rows must consist of whole groups.
+        sizes: The sizes that it knows; None if it knows all multiples of 16, and whole rows.
     """
     width = layout.format.width(layout.columns)
     short = layout.columns % width
     if sizes is None:
-        return 0 if short else width
+        size = gcd(width, short)
+        return size if size % 16 == 0 or size == layout.columns else 0
     return max((size for size in sizes if width % size == 0 and short % size == 0), default=0)
 
 
@@ -68,6 +71,39 @@ def offsets_of(weight: QuantWeight) -> Tensor:
     offsets = weight.offsets
     assert offsets is not None, "integers have offsets, stored or implied"
     return offsets
+
+
+def zero_points(weight: QuantWeight) -> Tensor:
+    """The offset of each group in steps below zero, so that a weight is `scale * (code - zero-point)`.
+
+    Whole zero-points and the middle of symmetric codes are exact. Those of float offsets are quotients: there is none
+    where a scale is zero and the offset is all of the group, and the zero-point is infinite.
+
+    Args:
+        weight: A weight of integers.
+
+    Returns:
+        float64 `[out, groups]`.
+    """
+    if weight.format.zero == "float":
+        offsets = offsets_of(weight).double()
+        return torch.where(offsets == 0, offsets, -offsets / weight.scales.double())
+    return integers.zero_points(weight).double()
+
+
+def why_not_zeros(weight: QuantWeight) -> str:
+    """Why the offsets of a weight cannot be zero-points of floats; an empty string if they can."""
+    if bool(torch.isfinite(zero_points(weight)).all()):
+        return ""
+    return "it has a scale of zero with an offset, which zero-points cannot say. Use --format gguf or mlx"
+
+
+def refuse_linear_form(model: Any, reader: str) -> None:
+    """Raise ExportError if a model has matrices that are no linear layers in transformers, which a reader expects."""
+    stacks = next(stacks_of(model), None)
+    if turned(model) or stacks is not None:
+        name, kind = (turned(model)[0], "a Conv1D") if stacks is None else (stacks.path, "a stack of experts")
+        raise ExportError(f"{name}: is {kind} in transformers, of which {reader} reads no codes. Use --format hf")
 
 
 def why_not_floats(layout: Layout, dtype: torch.dtype) -> str:

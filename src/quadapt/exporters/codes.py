@@ -94,6 +94,14 @@ class Writer(ABC):
         """
         return {}
 
+    def header(self, sources: Mapping[str, Stored]) -> dict[str, str]:
+        """What each file of tensors says in its header.
+
+        Args:
+            sources: All tensors of the model by their names in the files, quantized matrices as such.
+        """
+        return {"format": "pt"}
+
     def notes(self, model: nn.Module) -> list[str]:
         """What one should know before serving the folder, for the report."""
         return []
@@ -123,7 +131,7 @@ class Writer(ABC):
         coded, plain = self._tensors(sources, progress)
         path = Path(folder)
         with new_folder(path) as partial:
-            self._save(coded | plain, partial)
+            self._save(coded | plain, self.header(sources), partial)
             set_ends(model, tokenizer)
             self._save_config(model, layers, partial)
             tokenizer.save_pretrained(partial)
@@ -163,14 +171,14 @@ class Writer(ABC):
                 plain[name] = dense_of(source, self._plain)
         return coded, plain
 
-    def _save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    def _save(self, tensors: Mapping[str, Tensor], header: dict[str, str], folder: Path) -> None:
         """Write the tensors into one file, or several and an index of them."""
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
 
         shards = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD)
         for file, names in shards.filename_to_tensors.items():
-            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+            save_file({name: tensors[name] for name in names}, folder / file, metadata=header)
         write_index(shards, folder)
 
     def _plain(self, source: Source) -> Tensor:

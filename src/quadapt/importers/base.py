@@ -210,6 +210,28 @@ def by_group(values: Tensor, layout: Layout, width: int) -> Tensor:
     return values.repeat_interleave(repeats, dim=1)[:, : layout.groups]
 
 
+def offsets_of(zeros: Tensor, scales: Tensor, middle: int = 0) -> tuple[Tensor, torch.dtype]:
+    """The offsets that zero-points of floats mean, and the dtype that holds them.
+
+    An offset of float16 that was divided by its scale, for a file of zero-points, comes back but for the rounding of
+    the quotient. Where this is so of all groups, the offsets are those of float16.
+
+    Args:
+        zeros: Zero-points in steps, floats `[out, groups]`.
+        scales: Scales, floats `[out, groups]`.
+        middle: The code from which zero-points are counted.
+
+    Returns:
+        float32 `[out, groups]`, and float16 or float32.
+    """
+    steps, scales = zeros.double() + middle, scales.double()
+    offsets = -steps * scales
+    near, slack = offsets.half(), 2**-23 * (zeros.double().abs() + steps.abs()) * scales.abs()
+    if bool(((near.double() - offsets).abs() <= slack).all()):
+        return near.float(), torch.float16
+    return offsets.float(), torch.float32
+
+
 def permutation(group_of: Tensor, width: int) -> Tensor | None:
     """The position of each input in a row whose groups are contiguous; None if they are contiguous already.
 

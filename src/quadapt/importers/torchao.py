@@ -5,7 +5,7 @@
 Codes and zero-points are signed, one in a byte, and centred about zero: those of four bits are -8 to 7. With scales of
 float16 or bfloat16 every product is exact, so the numbers are torchao's, bit for bit. With float32 scales the stored
 form rounds `scale * (code + 2**(bits - 1))` before it subtracts, and weights differ from torchao's by under 2**-14 of a
-step (of four bits, under 2**-18).
+step (of four bits, under 2**-18). Zero-points of floats, which `quadapt export` writes, become offsets again.
 
 Source: `IntxUnpackedToInt8Tensor` and `Int8Tensor` in torchao's code.
 """
@@ -20,7 +20,18 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from quadapt.errors import CheckpointError
-from quadapt.importers.base import FLOATS, IMPORTERS, Importer, Parts, by_group, expect, grid, packed_rows, width_of
+from quadapt.importers.base import (
+    FLOATS,
+    IMPORTERS,
+    Importer,
+    Parts,
+    by_group,
+    expect,
+    grid,
+    offsets_of,
+    packed_rows,
+    width_of,
+)
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -71,31 +82,42 @@ class TorchAO(Importer):
             raise CheckpointError("_weight_act_pre_scale: scales inputs, which cannot be held. Give the dense model")
         expect(parts, "_weight_qdata", (torch.int8,), (out, columns))
         scales = expect(parts, "_weight_scale", FLOATS, (out, None))
-        zeros = self._zeros(parts)
-        if zeros is not None and not 0 <= int(zeros.min()) <= int(zeros.max()) < 2**self.bits:
-            raise CheckpointError(f"_weight_zero_point: lies outside of {self.bits} bits. The file is damaged")
+        zero, offsets = self._zero(parts)
         return grid(
             out=out,
             columns=columns,
             bits=self.bits,
             width=width_of(columns, scales.shape[1], None),
-            zero="none" if zeros is None or bool((zeros == self._middle).all()) else "integer",
+            zero=zero,
             scales=scales.dtype,
+            offsets=offsets,
         )
 
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
         codes = parts["_weight_qdata"].view(torch.uint8) + self._middle  # bytes go round, as signed ones do
         if int(codes.max()) >= 2**self.bits:
             raise CheckpointError(f"_weight_qdata: has codes of more than {self.bits} bits. The file is damaged")
-        zeros = self._zeros(parts) if layout.format.zero == "integer" else None
-        scales = parts["_weight_scale"]
+        scales, zeros = parts["_weight_scale"], None if layout.format.zero == "none" else self._zeros(parts)
+        if zeros is not None and zeros.is_floating_point():
+            zeros = offsets_of(zeros, scales, self._middle)[0]
         width = width_of(layout.columns, scales.shape[1], None)
         zeros = None if zeros is None else by_group(zeros, layout, width)
         return QuantWeight.build(layout, packed_rows(codes, self.bits), by_group(scales, layout, width), zeros)
 
+    def _zero(self, parts: Parts) -> tuple[str, torch.dtype | None]:
+        """What the offsets of a layer are, and the dtype that holds them if they are floats."""
+        zeros = self._zeros(parts)
+        if zeros is not None and zeros.is_floating_point():
+            return "float", offsets_of(zeros, parts["_weight_scale"], self._middle)[1]
+        if zeros is None or bool((zeros == self._middle).all()):
+            return "none", None
+        if not 0 <= int(zeros.min()) <= int(zeros.max()) < 2**self.bits:
+            raise CheckpointError(f"_weight_zero_point: lies outside of {self.bits} bits. The file is damaged")
+        return "integer", None
+
     def _zeros(self, parts: Parts) -> Tensor | None:
-        """Zero-points counted from the lowest code, int32 `[out, groups]`; None if the file has none."""
+        """Zero-points `[out, groups]`: int32 from the lowest code, or floats from the middle; None without them."""
         if "_weight_zero_point" not in parts:
             return None
-        zeros = expect(parts, "_weight_zero_point", (torch.int8,), tuple(parts["_weight_scale"].shape))
-        return zeros.int() + self._middle
+        zeros = expect(parts, "_weight_zero_point", (torch.int8, *FLOATS), tuple(parts["_weight_scale"].shape))
+        return zeros if zeros.is_floating_point() else zeros.int() + self._middle
