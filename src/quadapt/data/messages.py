@@ -194,7 +194,7 @@ def _joined(content: Any) -> Any:
         if type_ != "text":
             raise DataError(
                 f"part {number} of its content is of the type {type_!r}, and only text can be trained on. Remove it, "
-                "or delete the row"
+                "or delete the row; pictures are for models that see (--task image-text-to-text)"
             )
         if not isinstance(text, str):
             raise DataError(f"part {number} of its content is {describe(part)}. Use {{'type': 'text', 'text': ..}}")

@@ -132,7 +132,7 @@ def tuned_for(config: TuneConfig, kind: Kind) -> Task:
     if config.part == "vision" and task.name == "causal-lm":
         raise ConfigError(
             "part='vision': the data are text, of which nothing reaches that part. Use --part all, or train on "
-            "pictures from Python (quadapt.prepare)"
+            "pictures (--task image-text-to-text)"
         )
     objective = config.spec.method.objective
     if objective.targets is not None and task.name != "causal-lm":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +12,13 @@ from torch import Tensor
 
 from quadapt.data import Encoded
 from quadapt.data.bad import BadRows
-from quadapt.data.tables import Cells, Table, column_of, read_table
-from quadapt.errors import DataError, ResourceError
+from quadapt.data.tables import Cells, Table, column_of
+from quadapt.errors import DataError
 from quadapt.tasks.base import TASKS, Collate, Reading
 from quadapt.tasks.classifier import Classifier
 from quadapt.tasks.examples import encoded
 from quadapt.tasks.labels import LABEL, Labels, label_cell
-
-PICTURE = ("image", "picture", "img", "file_name", "path")
-"""The names under which a picture is looked for, the usual one first."""
+from quadapt.tasks.pictures import PICTURE, joined, opened, picture_of, pillow, read_beside
 
 
 @TASKS.register("image-classification")
@@ -47,17 +44,9 @@ class ImageClassification(Classifier):
             if folder.is_dir() and _has_pictures(folder):
                 tables.append(_from_folders(folder, "test" if held_out else "train"))
                 continue
-            place = folder if folder.is_dir() else folder.parent
-            tables.append(
-                read_table(
-                    [source],
-                    find,
-                    lambda cells, place=place: _checked(cells, place),  # type: ignore[misc]
-                    held_out=held_out,
-                    max_bad_rows=reading.max_bad_rows,
-                )
-            )
-        return _joined(tables)
+            most = reading.max_bad_rows
+            tables.append(read_beside(source, find, _checked, held_out=held_out, max_bad_rows=most))
+        return joined(tables)
 
     def length(self, positions: int, most: int) -> int:
         return most  # a picture has as many patches as its processor makes of it
@@ -107,7 +96,7 @@ class Pictures:
         Raises:
             DataError: It cannot be opened.
         """
-        picture = _opened(self.pictures[at], self.where[at])
+        picture = opened(self.pictures[at], self.where[at])
         values: Tensor = self.prepare(images=[picture], return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": values, "labels": self.targets[at]}
 
@@ -121,40 +110,9 @@ class Pictures:
         return Pictures(pictures, targets, where, self.prepare)
 
 
-def _pillow() -> Any:
-    """Pillow's module of pictures.
-
-    Raises:
-        ResourceError: It is not installed.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ResourceError(
-            "pictures are opened with Pillow, which is not installed. Install it: pip install 'quadapt[images]'"
-        ) from error
-    return Image
-
-
-def _opened(picture: Any, where: str) -> Any:
-    """A picture in three colours.
-
-    Raises:
-        DataError: It is not there, or damaged.
-    """
-    module = _pillow()
-    try:
-        if isinstance(picture, module.Image):
-            return picture.convert("RGB")
-        with module.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: the picture cannot be opened ({error}). Delete the row, or write it anew") from error
-
-
 def _has_pictures(folder: Path) -> bool:
     """Whether a folder has pictures in folders below it, and no table that names them."""
-    suffixes = set(_pillow().registered_extensions())
+    suffixes = set(pillow().registered_extensions())
     files = [file for file in folder.rglob("*") if file.is_file()]
     return any(file.suffix.lower() in suffixes for file in files) and not any(
         file.suffix.lower() in (".csv", ".jsonl", ".json", ".parquet", ".arrow") for file in files
@@ -191,31 +149,4 @@ def _from_folders(folder: Path, split: str) -> Table:
 
 
 def _checked(cells: Cells, folder: Path) -> Cells:
-    picture = cells["picture"]
-    if isinstance(picture, dict):
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, str) and not Path(picture).is_absolute():
-        picture = str(folder / picture)
-    if isinstance(picture, str) and not Path(picture).is_file():
-        raise DataError(f"names the picture {picture}, which is not there")
-    if picture is None:
-        raise DataError("has no picture. Delete the row")
-    return {"picture": picture, "label": label_cell(cells["label"])}
-
-
-def _joined(tables: Sequence[Table]) -> Table:
-    """Several tables as one."""
-    if len(tables) == 1:
-        return tables[0]
-    bad = BadRows(tables[0].bad.most)
-    for table in tables:
-        bad.join(table.bad)
-        bad.good += table.bad.good
-    return Table(
-        [row for table in tables for row in table.rows],
-        [where for table in tables for where in table.where],
-        ", ".join(table.source for table in tables),
-        tables[0].columns,
-        tuple(dict.fromkeys(note for table in tables for note in table.notes)),
-        bad,
-    )
+    return {"picture": picture_of(cells["picture"], folder), "label": label_cell(cells["label"])}
