@@ -12,16 +12,17 @@ from quadapt.exporters.formats import EXPORTERS
 
 pytestmark = pytest.mark.usefixtures("shelf", "here")
 
-WHOLE = ("awq", "compressed-tensors", "gptq", "torchao")
+WHOLE = ("awq", "compressed-tensors", "gptq", "hqq", "torchao")
 """Formats of integers with whole zero-points; those of 4 bits fit into all of them."""
 
 ALL = {"gguf", "hf", "mlx"}
 """Formats that hold integers with any offsets, in float32."""
 
-NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8", "torchao"), "no")
+NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8"), "no")
 HOLDS = {
-    "merged": NO | {"gguf": "exactly", "hf": "changed", "mlx": "exactly", "torchao": "changed"},
-    "adapter": NO | {"gguf": "exactly", "hf": "changed", "lora": "changed", "mlx": "exactly", "torchao": "changed"},
+    "merged": NO | {"gguf": "exactly", "hf": "changed", "hqq": "changed", "mlx": "exactly", "torchao": "changed"},
+    "adapter": NO
+    | {"gguf": "exactly", "hf": "changed", "hqq": "changed", "lora": "changed", "mlx": "exactly", "torchao": "changed"},
     "qlora": NO | {"gguf": "exactly", "hf": "changed", "lora": "exactly", "nf8": "changed"},
 }
 

@@ -19,6 +19,7 @@ from test_bitsandbytes_folders import read_back as from_bitsandbytes
 from test_compressed_tensors import read_back as from_compressed_tensors
 from test_gguf import read_back as from_gguf
 from test_gptq_folders import read_back as from_gptq
+from test_hqq_folders import read_back as from_hqq
 from test_mlx_folders import read_back as from_mlx
 from test_torchao_folders import read_back as from_torchao
 from transformers import AutoModelForCausalLM
@@ -54,6 +55,9 @@ MODELS: dict[str, tuple[Format, Storage | None]] = {
     ),
 }
 
+INTEGERS, ZEROS = ("compressed-tensors", "awq", "bitsandbytes", "gptq"), ("hqq", "torchao")
+"""Formats without offsets of floats, and those that round them."""
+
 
 def from_hf(folder: Path) -> Any:
     """The model, by transformers alone."""
@@ -65,7 +69,7 @@ def weights_in(path: Path, name: str) -> dict[str, torch.Tensor]:
     if name == "compressed-tensors":
         return from_compressed_tensors(path, wide=True)
     readers = {"awq": from_awq, "bitsandbytes": from_bitsandbytes, "gptq": from_gptq}
-    readers |= {"mlx": from_mlx, "torchao": from_torchao}
+    readers |= {"hqq": from_hqq, "mlx": from_mlx, "torchao": from_torchao}
     if name in readers:
         return readers[name](path)
     model = from_gguf(path) if name == "gguf" else from_hf(path)
@@ -173,19 +177,13 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
                 "dense weights, the adapter added up in them; base and adapter are added up, which rounds",
             ),
         },
-        "compressed-tensors": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
-        "awq": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
-        "bitsandbytes": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
-        "gptq": {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)},
+        **{key: {"pooled": ("no", said["pooled"].words), "lora": ("no", said["lora"].words)} for key in INTEGERS},
+        **{key: {"pooled": ("changed", said["pooled"].words), "lora": ("no", said["lora"].words)} for key in ZEROS},
         "mlx": {
             "pooled": ("exactly", "codes as they are, the adapter merged first"),
             "lora": ("no", said["lora"].words),
         },
-        "torchao": {"pooled": ("changed", said["pooled"].words), "lora": ("no", said["lora"].words)},
-        "lora": {
-            "pooled": ("changed", said["pooled"].words),
-            "lora": ("exactly", "LoRA factors in float32"),
-        },
+        "lora": {"pooled": ("changed", said["pooled"].words), "lora": ("exactly", "LoRA factors in float32")},
         "nf8": {
             "pooled": ("no", said["pooled"].words),
             "lora": ("changed", "LoRA factors in 8 bits; its factors are rounded to 8 bits"),
@@ -196,6 +194,7 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
         "awq": ("offsets that awq cannot hold", "cannot merge into codes"),
         "bitsandbytes": ("levels that bitsandbytes cannot hold", "cannot merge into codes"),
         "gptq": ("offsets that gptq cannot hold", "cannot merge into codes"),
+        "hqq": ("each is rounded once, so that weights differ", "cannot merge into codes"),
         "torchao": ("each is rounded once, so that weights differ", "cannot merge into codes"),
         "mlx": ("", "cannot merge into codes"),
         "nf8": ("takes no bits at all", ""),
@@ -267,6 +266,7 @@ def test_the_page_of_the_docs_says_what_the_formats_say() -> None:
         "gptq": "no",
         "hf": "changed: dense weights rounded to bfloat16",
         "mlx": "exactly: codes as they are",
+        "hqq": "changed: codes and scales as they are, offsets as zero-points of floats",
         "torchao": "changed: codes and scales as they are, offsets as zero-points of floats",
     }
     assert table["nf4"][names.index("gguf")] == "exactly: dense F32"

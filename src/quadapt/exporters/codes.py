@@ -131,7 +131,7 @@ class Writer(ABC):
         coded, plain = self._tensors(sources, progress)
         path = Path(folder)
         with new_folder(path) as partial:
-            self._save(coded | plain, self.header(sources), partial)
+            self._save(model, coded | plain, self.header(sources), partial)
             set_ends(model, tokenizer)
             self._save_config(model, layers, partial)
             tokenizer.save_pretrained(partial)
@@ -171,7 +171,7 @@ class Writer(ABC):
                 plain[name] = dense_of(source, self._plain)
         return coded, plain
 
-    def _save(self, tensors: Mapping[str, Tensor], header: dict[str, str], folder: Path) -> None:
+    def _save(self, model: nn.Module, tensors: Mapping[str, Tensor], header: dict[str, str], folder: Path) -> None:
         """Write the tensors into one file, or several and an index of them."""
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file

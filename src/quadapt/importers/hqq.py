@@ -4,7 +4,8 @@
 
 Zero-points are floats. They are held as offsets `-zero * scale`, which float32 holds exactly if both are of 16 bits, as
 is each product with a code. So in float32 the numbers are those of this equation, rounded once. hqq itself computes in
-16 bits, where it rounds the difference and the product.
+16 bits, where it rounds the difference and the product. Zero-points of float32, which `quadapt export` writes, become
+offsets again.
 
 Packed codes are those of the matrix `[out * groups, group_size]`, whose rows are cut into as many parts as a byte holds
 codes (or an int32 word of ten codes of 3 bits): the first part lies in the highest bits.
@@ -21,11 +22,9 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import CheckpointError, ShapeError
-from quadapt.importers.base import IMPORTERS, Importer, Parts, by_group, expect, grid, packed_rows
+from quadapt.importers.base import FLOATS, IMPORTERS, Importer, Parts, by_group, expect, grid, offsets_of, packed_rows
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 _PACKED = {2: (torch.uint8, 4), 3: (torch.int32, 10), 4: (torch.uint8, 2), 8: (torch.uint8, 1)}
 """What codes of a width are packed into, and how many of them."""
@@ -35,7 +34,7 @@ _PACKED = {2: (torch.uint8, 4), 3: (torch.int32, 10), 4: (torch.uint8, 2), 8: (t
 class HQQ(Importer):
     """HQQ of 2, 3, 4 and 8 bits; each layer says its own width, group and axis."""
 
-    summary: ClassVar[str] = "2, 3, 4 and 8 bits, axis 1, scales and zero-points of 16 bits; of hqq and transformers"
+    summary: ClassVar[str] = "2, 3, 4 and 8 bits, axis 1 (safetensors); of hqq and transformers"
     parts: ClassVar[tuple[str, ...]] = ("W_q", "scale", "zero", "nbits", "group_size", "axis", "shape")
     optional: ClassVar[tuple[str, ...]] = (
         *("packing", "unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero", "compute_dtype"),
@@ -58,17 +57,18 @@ class HQQ(Importer):
         groups = out * columns // width
         kind, many = _PACKED[bits]
         expect(parts, "W_q", (kind,), (-(-groups // many), width))
-        scales, zeros = (expect(parts, name, _HALVES, (groups, 1)) for name in ("scale", "zero"))
+        scales, zeros = (expect(parts, name, FLOATS, (groups, 1)) for name in ("scale", "zero"))
         layout = grid(out=out, columns=columns, bits=bits, width=width, zero="float", scales=scales.dtype)
-        wide = scales.dtype != torch.float16 or zeros.dtype != torch.float16
-        return replace(layout, storage=Storage(scales="fp32" if wide else "fp16", offsets="fp32"))
+        wide = scales.dtype != torch.float16 or zeros.dtype == torch.bfloat16
+        offsets = "fp16" if offsets_of(zeros, scales)[1] == torch.float16 and zeros.dtype == torch.float32 else "fp32"
+        return replace(layout, storage=Storage(scales="fp32" if wide else "fp16", offsets=offsets))
 
     def weight(self, parts: Parts, layout: Layout) -> QuantWeight:
         codes = _unpacked(parts["W_q"], layout.format.bits)[: parts["scale"].numel()]
         packed = packed_rows(codes.reshape(layout.out, layout.columns), layout.format.bits)
-        scales, zeros = (parts[name].float().view(layout.out, -1) for name in ("scale", "zero"))
+        scales, zeros = (parts[name].view(layout.out, -1) for name in ("scale", "zero"))
         width = layout.columns // scales.shape[1]
-        held = (by_group(values, layout, width) for values in (scales, -zeros * scales))
+        held = (by_group(values, layout, width) for values in (scales.float(), offsets_of(zeros, scales)[0]))
         return QuantWeight.build(layout, packed, *held)
 
 
