@@ -99,7 +99,7 @@ def test_an_adapter_is_refused_for_what_it_would_merge_to(monkeypatch: pytest.Mo
         ("lota-qaf", ("--rounding", "nearest"), ALL),
         ("lota-qaf", ("--rounding", "nearest", "--no-shift-offsets"), {*WHOLE, *ALL}),
         ("code-lora", ("--rounding", "nearest", "--train-offsets"), {*WHOLE, *ALL}),
-        ("qat-lora", (), set()),
+        ("qat-lora", (), {"gguf"}),
     ],
 )
 def test_adapters_of_every_kind_are_asked_about_what_they_merge_to(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from commands import give, quadapt
+from commands import SHORT, give, quadapt
 
 pytestmark = pytest.mark.usefixtures("shelf", "here")
 
@@ -36,6 +36,17 @@ def test_eight_bits_with_offsets_take_two_files(tmp_path: Path) -> None:
     quadapt("export", exact, "--output", path, "--overwrite")
     assert types(path) == {"Q8_0"}
     assert beside.exists()
+
+
+def test_eight_bits_that_were_trained_over_a_dense_base(place: Path, tmp_path: Path) -> None:
+    """What the merge will be is not known before it is loaded; the second file is there all the same."""
+    quadapt(
+        *("tune", place / "dense", "--data", place / "story.txt", "--method", "l4q", "--bits", "8"),
+        *("--max-steps", "1", "--group-size", "32", *SHORT, "--output", tmp_path / "adapter"),
+    )
+    quadapt("export", tmp_path / "adapter", "--gguf-type", "fast", "--output", tmp_path / "model.gguf")
+    assert types(tmp_path / "model.gguf") == {"Q8_0"}
+    assert (tmp_path / "model-offsets.gguf").exists()
 
 
 def test_whole_zero_points_need_no_second_file(tmp_path: Path) -> None:

@@ -115,3 +115,15 @@ def test_scales_that_the_dtype_cannot_hold_are_refused(tokenizer: Any, tmp_path:
     model = quantized(tiny(), Format(bits=4, group_size=32, zero="integer"))
     with pytest.raises(ExportError, match=r"scales are not exact in torch\.bfloat16"):
         CompressedTensorsWriter("bfloat16").export(model, tokenizer, tmp_path / "ct")
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero", "said"), [(4, "integer", 0), (8, "none", 0), (3, "none", 1), (2, "integer", 1)]
+)
+def test_widths_that_servers_refuse_are_named(bits: int, zero: Zero, said: int, tokenizer: Any, tmp_path: Path) -> None:
+    model = quantized(tiny(), Format(bits=bits, group_size=32, zero=zero))
+    report = CompressedTensorsWriter("float32").export(model, tokenizer, tmp_path / "ct")
+    notes = [note for note in report.notes if "SGLang" in note]
+    assert len(notes) == said
+    assert all(f"codes of {bits} bits" in note for note in notes)
+    assert all(("zero-points since 0.32" in note) == (zero == "integer") for note in notes)

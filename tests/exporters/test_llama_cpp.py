@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quadapt import merge, prepare
 from quadapt.errors import ExportError
-from quadapt.exporters import gguf_tokenizer
+from quadapt.exporters import gguf_vocabulary
 from quadapt.exporters.blocks import cannot_hold
 from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.gguf_lora import export_gguf_lora
@@ -306,7 +306,7 @@ def test_scores_follow_the_merges_as_the_sentencepiece_model_does() -> None:
     import sentencepiece as spm
 
     _, tokenizer = trained("stories260K-hf")
-    vocabulary = gguf_tokenizer._read(json.loads(tokenizer.backend_tokenizer.to_str()), 512)
+    vocabulary = gguf_vocabulary.read_vocabulary(json.loads(tokenizer.backend_tokenizer.to_str()), 512)
     model = spm.SentencePieceProcessor(str(SHARED / "models" / "stories260K-hf" / "tokenizer.model"))
     merged = [index for index in range(512) if vocabulary.scores[index] > min(vocabulary.scores)]
     assert len(merged) > 100

@@ -15,12 +15,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quadapt.exporters import integers
 from quadapt.exporters.codes import Writer
+from quadapt.model.quantize import quantized_layers
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.quant.words import stream, words
+
+_EVERYWHERE = (4, 8)
+"""The widths that all servers of this format know, with zero-points and without."""
 
 
 def why_not_layout(layout: Layout) -> str:
@@ -48,6 +52,15 @@ class CompressedTensorsWriter(Writer):
             zeros = integers.zero_points(weight)
             found["weight_zero_point"] = stream(zeros.T, bits).T.contiguous()
         return found
+
+    def notes(self, model: nn.Module) -> list[str]:
+        formats = [layer.quant_weight.format for layer in quantized_layers(model).values()]
+        odd = sorted({each.bits for each in formats if each.bits not in _EVERYWHERE})
+        if not odd:
+            return []
+        with_zeros = any(each.zero == "integer" for each in formats if each.bits in odd)
+        zeros = "; vLLM takes such widths with zero-points since 0.32, on GPUs alone" if with_zeros else ""
+        return [f"SGLang and older vLLM refuse codes of {' or '.join(map(str, odd))} bits: they know 4 and 8{zeros}"]
 
     def about(self, layers: Mapping[str, QuantWeight], plain: Sequence[str]) -> dict[str, Any]:
         by_format: dict[Any, list[str]] = {}

@@ -26,7 +26,7 @@ from quadapt.hf.stored_form import changes
 from quadapt.hf.vocabulary import check_vocabulary, embedding_rows, without_additions
 from quadapt.importers import FileImporter
 from quadapt.importers.gguf import configured
-from quadapt.importers.gguf_splits import cut_as_said
+from quadapt.importers.gguf_tokenizer import tokenizer_of
 from quadapt.model.quantize import quantized_layers
 from quadapt.model.trial import check_runs
 
@@ -179,9 +179,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         )
 
     place, file = _place(name)
-    tokenizer = reading(name, AutoTokenizer.from_pretrained, place, trust_remote_code=trust_remote_code, **file)
-    if file:
-        tokenizer = cut_as_said(Path(name), reading(name, without_additions, tokenizer))
+    tokenizer = reading(name, tokenizer_of, folder) if file and folder.is_file() else None
+    if tokenizer is None:
+        tokenizer = reading(name, AutoTokenizer.from_pretrained, place, trust_remote_code=trust_remote_code, **file)
+        tokenizer = reading(name, without_additions, tokenizer) if file else tokenizer
     reading(name, check_tokenizer, tokenizer)
     return tokenizer
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from quadapt.config import ExportConfig
 from quadapt.errors import CheckpointError, ConfigError, ExportError
-from quadapt.exporters.formats import EXPORTERS, Exporter, Origin
+from quadapt.exporters.formats import EXPORTERS, Answer, Exporter, Origin
 from quadapt.exporters.lora import merges
 from quadapt.exporters.report import ExportReport
 from quadapt.exporters.survey import COLUMNS, Subject, merged_layout, rows, survey
@@ -23,6 +23,7 @@ from quadapt.hf.merge import merge as merge_model
 from quadapt.hf.merge import with_dense
 from quadapt.hf.peft_layer import adapted_layers, adapter_of
 from quadapt.hf.reading import reading
+from quadapt.hf.settled import settle_quantizers
 from quadapt.hf.trained import merge_parts, parts_of, settle_ties
 from quadapt.hf.workspace import Workspace, check_disk, check_output
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
@@ -74,8 +75,11 @@ def _more(
     """The files that may be written beside the output: that of an adapter, and what matrices have no room for."""
     unmerged = adapter is not None and adapter.exactness == "none" and exporter.unmerged == "beside"
     files = [exporter.beside(output)] if unmerged else []
+    if not exporter.paired:
+        return files
     layouts = _layouts(folder, where, adapter, trust_remote_code=config.trust_remote_code)
-    return [*files, exporter.second(output)] if any(map(exporter.pairs, layouts.values())) else files
+    unknown = adapter is not None and adapter.base == "float"  # over a dense base nothing has a layout yet
+    return [*files, exporter.second(output)] if unknown or any(map(exporter.pairs, layouts.values())) else files
 
 
 def _check(config: ExportConfig, exporter: Exporter, folder: Folder, where: str, output: Path) -> Adapter | None:
@@ -142,6 +146,8 @@ def _exported(
     """Load and write; reports on what was written, the model first."""
     model, tokenizer = _loaded(config, folder, where)
     reports: list[ExportReport] = []
+    if folder.kind == "adapter" and exporter.unmerged == "beside":
+        settle_quantizers(model)
     if folder.kind == "adapter" and exporter.takes == "model":
         with over_any_base(config.any_base):
             model, reports = _settle(model, exporter, path, ui)
@@ -191,13 +197,19 @@ def _settle(model: Any, exporter: Exporter, path: Path, ui: UI) -> tuple[Any, li
 
 def _formats(config: ExportConfig, folder: Folder, where: str, ui: UI) -> dict[str, Any]:
     """Say what each format makes of the model; nothing is written."""
-    adapter = _adapter(folder)
+    adapter, exporters = _adapter(folder), [config.exporter(name) for name in EXPORTERS]
     with over_any_base(config.any_base):
         model, tokenizer = _loaded(config, folder, where)
-        subject = Subject(matrices=_matrices(model, adapter), model=model, tokenizer=tokenizer, adapter=adapter)
-        answers = survey(subject, [config.exporter(name) for name in EXPORTERS])
-    ui.table("", COLUMNS, rows(answers), wrapped=[COLUMNS[2], COLUMNS[4]])
-    return {"model": config.model, "formats": [asdict(answer) for answer in answers]}
+        beside = [each for each in exporters if each.unmerged == "beside"]
+        answers: dict[str, Answer] = {}
+        for asked in ([each for each in exporters if each not in beside], beside):
+            if asked is beside and adapter is not None:
+                settle_quantizers(model)
+            subject = Subject(matrices=_matrices(model, adapter), model=model, tokenizer=tokenizer, adapter=adapter)
+            answers |= {answer.format: answer for answer in survey(subject, asked)}
+    in_order = [answers[name] for name in EXPORTERS]
+    ui.table("", COLUMNS, rows(in_order), wrapped=[COLUMNS[2], COLUMNS[4]])
+    return {"model": config.model, "formats": [asdict(answer) for answer in in_order]}
 
 
 def _matrices(model: Any, adapter: Adapter | None) -> dict[str, Callable[[], QuantWeight]]:

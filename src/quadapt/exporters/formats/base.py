@@ -102,6 +102,9 @@ class Exporter(ABC):
     """What becomes of an adapter that cannot merge into codes, where the format holds a whole model. refused: it is an
     error. added: base and adapter are added up in dense weights. beside: a second file (:meth:`write_beside`)."""
 
+    paired: ClassVar[bool] = False
+    """Whether there are matrices for which a second file is written (:meth:`pairs`, :meth:`second`)."""
+
     def instead(self, layout: Layout) -> tuple[str, bool] | None:
         """What becomes of a matrix that is not accepted: in words, and whether it still has the same numbers.
 

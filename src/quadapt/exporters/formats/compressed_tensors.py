@@ -19,7 +19,7 @@ class CompressedTensors(Integers):
     """A folder of codes, scales and whole zero-points in the form of the compressed-tensors package."""
 
     summary: ClassVar[str] = "for vLLM, codes as they are, of integers with whole zero-points or none"
-    served_by: ClassVar[str] = "vLLM (older ones and SGLang: 4 and 8 bits)"
+    served_by: ClassVar[str] = "vLLM (before 0.32 zero-points of 4 and 8 bits alone), SGLang (4 and 8 bits)"
 
     def writer(self) -> Writer:
         from quadapt.exporters.compressed_tensors import CompressedTensorsWriter

@@ -26,6 +26,7 @@ class GGUF(Exporter):
     suffix: ClassVar[str] = ".gguf"
     place: ClassVar[str] = "model.gguf"
     unmerged: ClassVar[Literal["beside"]] = "beside"
+    paired: ClassVar[bool] = True
 
     dense: Literal["f32", "f16"] = "f32"
     """Type of the layers that a block format cannot hold: f32, or f16, which rounds them."""

@@ -115,6 +115,10 @@ class Adapter(ABC):
     base: ClassVar[Base] = "codes"
     """What it trains over: codes; the dense matrix (float); or its 8-bit fixed-point form."""
 
+    over_codes: ClassVar[str] = ""
+    """The kind of adapter that does over what this one's quantizer gives what this one does beside it; empty for those
+    that have no quantizer, or nothing beside it."""
+
     extra: ClassVar[tuple[str, ...]] = ()
     """Names of all parameters that it may declare besides `A`, `B` and first factors, whatever its settings. A file
     with such names is known to be an adapter of this library's."""

@@ -145,8 +145,11 @@ class L4Q(LowRankGrid):
 class QATLoRA(L4Q):
     """QAT-LoRA, the baseline of L4Q's paper: `y = Q(W0; s, b) x + scaling * B A x`.
 
-    The quantizer and the adapter train side by side; the sum does not merge into codes.
+    The quantizer and the adapter train side by side; the sum does not merge into codes. In a GGUF file the quantized
+    matrix is the base, and the adapter a LoRA beside it.
     """
+
+    over_codes: ClassVar[str] = "lora"
 
     @property
     def exactness(self) -> Exactness:
