@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ from quadapt.exporters.formats import EXPORTERS
 
 pytestmark = pytest.mark.usefixtures("shelf", "here")
 
-WHOLE = ("awq", "compressed-tensors", "gptq", "hqq", "torchao")
+GRAPHS = ("onnx",) if find_spec("onnxscript") else ()
+"""Formats that are refused where a library is not installed."""
+
+WHOLE = ("awq", "compressed-tensors", "gptq", "hqq", "torchao", *GRAPHS)
 """Formats of integers with whole zero-points; those of 4 bits fit into all of them."""
 
 ALL = {"gguf", "hf", "mlx"}
 """Formats that hold integers with any offsets, in float32."""
 
-NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8"), "no")
+NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8", "onnx"), "no")
+ROUNDED = dict.fromkeys(("hf", "hqq", "torchao", *GRAPHS), "changed")
+
 HOLDS = {
-    "merged": NO | {"gguf": "exactly", "hf": "changed", "hqq": "changed", "mlx": "exactly", "torchao": "changed"},
-    "adapter": NO
-    | {"gguf": "exactly", "hf": "changed", "hqq": "changed", "lora": "changed", "mlx": "exactly", "torchao": "changed"},
+    "merged": NO | ROUNDED | {"gguf": "exactly", "mlx": "exactly"},
+    "adapter": NO | ROUNDED | {"gguf": "exactly", "lora": "changed", "mlx": "exactly"},
     "qlora": NO | {"gguf": "exactly", "hf": "changed", "lora": "exactly", "nf8": "changed"},
 }
 

@@ -30,17 +30,19 @@ class Zeros(Integers):
         return None if self.writer().why_not(weight) else _ROUNDED
 
     def accepts(self, layout: Layout) -> str | None:
-        return super().accepts(layout) or self._rounds(layout)
+        from quadapt.exporters.integers import why_not_scales
+
+        if layout.format.zero != "float":
+            return super().accepts(layout)
+        return self.never(layout) or why_not_scales(layout, self.writer().floats) or self._rounds()
 
     def holds(self, weight: QuantWeight) -> str | None:
         if weight.format.zero != "float":
             return super().holds(weight)
-        return self.writer().why_not(weight) or self._rounds(weight.layout)
+        return self.writer().why_not(weight) or self._rounds()
 
-    def _rounds(self, layout: Layout) -> str | None:
+    def _rounds(self) -> str:
         """Why offsets of floats are not held exactly."""
-        if layout.format.zero != "float":
-            return None
         return (
             f"its offsets are floats, and {self.name} has zero-points, in steps: each is rounded once, so that weights "
             "differ by rounding errors of float32"
