@@ -175,3 +175,28 @@ def test_llama_cpp_serves_rounded_embeddings(kind: str, tied: bool, tokenizer: A
     print(f"{kind}: log-probabilities differ by at most {apart.max():.3f}, {apart.mean():.4f} on average")
     assert apart.max() < 0.5
     assert apart.mean() < 0.1
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("q8_0", 0.01), ("q6_k", 0.04)])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_embeddings_are_rounded_on_the_way_out_if_asked(
+    kind: Any, lost: float, tied: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny(hidden_size=256, intermediate_size=256, num_hidden_layers=1, tie_word_embeddings=tied)
+    model, path = quantized(model), tmp_path / "model.gguf"
+    report = export_gguf(model, tokenizer, path, embeddings=kind)
+    reader = {each.name: each for each in gguf.GGUFReader(path).tensors}
+    ends = {"token_embd.weight": "model.embed_tokens", **({} if tied else {"output.weight": "lm_head"})}
+    for name, held in ends.items():
+        assert reader[name].tensor_type.name == kind.upper()
+        dense = model.get_submodule(held).weight.detach().numpy()
+        apart = np.linalg.norm(dequantize(reader[name].data, reader[name].tensor_type) - dense) / np.linalg.norm(dense)
+        assert 0 < apart < lost
+        (note,) = [note for note in report.notes if note.startswith(name)]
+        assert f"moves it by {100 * apart:.2f} % of its norm" in note
+    assert ("output.weight" in reader) != tied
+
+
+def test_rows_that_no_block_fits_stay_floats_and_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    report = export_gguf(quantized(tiny()), tokenizer, tmp_path / "model.gguf", embeddings="q6_k")
+    assert "token_embd.weight: 64 numbers a row are no multiple of 256: left as F32" in report.notes

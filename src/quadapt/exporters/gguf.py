@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
@@ -29,9 +30,12 @@ from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, s
 from quadapt.exporters.tensors import refuse_adapters, shape_of, tensors_of
 from quadapt.importers.gguf_family import Family
 from quadapt.model.embeddings import TYPES as EMBEDDINGS
-from quadapt.model.embeddings import recognized
+from quadapt.model.embeddings import nearest, recognized
 from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import Progress
+
+Ends = Literal["float", "q8_0", "q6_k"]
+"""What embedding and head are held in: floats, or a type of blocks."""
 
 
 def export_gguf(
@@ -41,6 +45,7 @@ def export_gguf(
     *,
     dense: Literal["f32", "f16"] = "f32",
     gguf_type: Choice = "auto",
+    embeddings: Ends = "float",
     name: str = "",
     progress: Progress = iter,
 ) -> ExportReport:
@@ -53,6 +58,8 @@ def export_gguf(
         dense: How weights that a block cannot hold go out: f32 keeps them as they are, f16 rounds them.
         gguf_type: How the type of a quantized layer is chosen: auto takes the smallest that holds the same numbers,
             fast one whose products are fast, which keeps codes and may round scales and offsets.
+        embeddings: The type of embedding and head where they are not on the values of one already: float leaves them
+            as they are, q8_0 and q6_k round them, and the report says how far.
         name: The model's name in the file; by default that of the file.
         progress: Wraps the names of the tensors to write, to show how far the work is.
 
@@ -65,8 +72,7 @@ def export_gguf(
         raise ExportError(f"dense={dense!r} is unknown. Use f32 or f16")
     refuse_adapters(model)
     path, family = Path(path), family_of(linear_form(model))
-    entries = _entries(model, dense.upper(), gguf_type)
-    beside = write_offsets(offsets_file(path), family.arch, entries) if any(map(lacks_offsets, entries)) else []
+    entries, beside = _entries(model, dense.upper(), gguf_type, embeddings), list[TensorRow]()
     with new_file(path) as partial:
         writer = gguf.GGUFWriter(partial, family.arch)
         try:
@@ -75,6 +81,8 @@ def export_gguf(
             write_tensors(writer, entries, progress)
         finally:
             writer.close()
+        if any(map(lacks_offsets, entries)):
+            beside = write_offsets(offsets_file(path), family.arch, entries)
     rows = tuple(entry.row for entry in entries)
     more = size_of(offsets_file(path)) if beside else 0
     weights = sum(prod(row.shape) for row in rows if row.linear)
@@ -88,7 +96,7 @@ def export_gguf(
     )
 
 
-def _entries(model: nn.Module, dense: str, choice: Choice) -> list[Entry | Stack]:
+def _entries(model: nn.Module, dense: str, choice: Choice, embeddings: Ends) -> list[Entry | Stack]:
     config = text_config(model)
     family = family_of(model)
     name_of = namer(family, config.num_hidden_layers)
@@ -107,6 +115,7 @@ def _entries(model: nn.Module, dense: str, choice: Choice) -> list[Entry | Stack
         entry = entry_of(name_of(name), source, dense, order, choice)
         if name in of_ends and isinstance(source, Tensor):
             entry = replace(entry, row=_embedding_row(entry.row, source, wished.get(name.rpartition(".")[0], "")))
+            entry = _rounded_end(entry, source, embeddings)
         entries.append(entry)
     entries += [Entry(row_of(name, factors), factors) for name, factors in rope_factors(config).items()]
     return stacked(entries + _head_again(entries, family), dense)
@@ -137,6 +146,23 @@ def _embedding_row(row: TensorRow, source: Tensor, wished: str) -> TensorRow:
     if not wished:
         return row
     return replace(row, note=f"was rounded to {wished} once, and no longer has such values: left as {row.type}")
+
+
+def _rounded_end(entry: Entry, source: Tensor, type_name: Ends) -> Entry:
+    """An embedding or a head rounded to a type of blocks, if one is wished and its values are not such already."""
+    if type_name == "float" or entry.row.type in BY_NAME:
+        return entry
+    columns = source.shape[1]
+    if columns % EMBEDDINGS[type_name].columns:
+        why = f"{columns} numbers a row are no multiple of {EMBEDDINGS[type_name].columns}: left as {entry.row.type}"
+        return replace(entry, row=replace(entry.row, note=why))
+    if not bool(torch.isfinite(source).all()):
+        raise ExportError(f"{entry.row.name}: has NaN or infinite values. Repair the model before rounding it")
+    stored = nearest(source, type_name)
+    moved = float((stored.dequantize() - source.float()).norm() / source.float().norm())
+    note = f"rounded to {type_name.upper()}, which moves it by {100 * moved:.2f} % of its norm"
+    row = replace(entry.row, type=type_name.upper(), nbytes=stored.layout.bits // 8, note=note)
+    return replace(entry, row=row, source=stored)
 
 
 def _file_type(entries: Sequence[Entry | Stack]) -> int:

@@ -26,7 +26,7 @@ def gguf_notes(entries: Sequence[Entry | Stack], offsets: Path | None) -> list[s
             f"{offsets.name} has the offsets of these layers: without it the model computes nothing of sense. Load it "
             f"together with the model (llama.cpp: --lora {offsets.name}; Ollama: ADAPTER ./{offsets.name})"
         )
-    ends = [row for row in rows if row.type in BY_NAME and not row.linear]
+    ends = [row for row in rows if row.type in BY_NAME and not row.linear and not row.note]
     notes += [f"{row.name}: its values are those of {row.type}, and held as such" for row in ends]
     notes += [f"{row.name}: {row.note}" for row in rows if row.note and not row.linear]
     return notes + _left_dense(entries)

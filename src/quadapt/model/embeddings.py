@@ -10,7 +10,7 @@ holds few of the products of a scale and a code: there the scales of Q8_0 are po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +117,20 @@ def recognized(weight: Tensor, type_name: str) -> QuantWeight | None:
             if not torch.equal(parts[-1].dequantize(), weight[rows].float()):
                 break
         else:
-            tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-            return QuantWeight(TYPES[type_name].layout(*weight.shape), tensors)
+            return _joined(parts, weight, type_name)
     return None
+
+
+def nearest(weight: Tensor, type_name: str) -> QuantWeight:
+    """A matrix in codes and scales of a type, rounded: :func:`quantized` for all rows, some at a time."""
+    parts = [quantized(weight[rows], type_name, narrow=False) for rows in row_chunks(weight)]
+    return _joined(parts, weight, type_name)
+
+
+def _joined(parts: Sequence[QuantWeight], weight: Tensor, type_name: str) -> QuantWeight:
+    """The parts of a matrix, some rows each, as one."""
+    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    return QuantWeight(TYPES[type_name].layout(*weight.shape), tensors)
 
 
 @torch.no_grad()

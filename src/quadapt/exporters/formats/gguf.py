@@ -36,6 +36,10 @@ class GGUF(Exporter):
     llama.cpp computes fastest; codes are kept, scales and offsets may be rounded, and the report says how far weights
     move."""
 
+    embeddings: Literal["float", "q8_0", "q6_k"] = "float"
+    """Type of embedding and head. float: as they are, in blocks if they were rounded to such values before training.
+    q8_0 and q6_k: rounded now, and the report says how far."""
+
     def instead(self, layout: Layout) -> tuple[str, bool]:
         return f"dense {self.dense.upper()}", self.dense == "f32"
 
@@ -86,7 +90,15 @@ class GGUF(Exporter):
     ) -> ExportReport:
         from quadapt.exporters.gguf import export_gguf
 
-        return export_gguf(model, tokenizer, path, dense=self.dense, gguf_type=self.gguf_type, progress=progress)
+        return export_gguf(
+            model,
+            tokenizer,
+            path,
+            dense=self.dense,
+            gguf_type=self.gguf_type,
+            embeddings=self.embeddings,
+            progress=progress,
+        )
 
     def beside(self, path: Path) -> Path:
         return path.with_name(f"{path.stem}-lora.gguf")
