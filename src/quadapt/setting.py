@@ -26,6 +26,8 @@ Whole = Annotated[int, Ge(0), Le(MOST)]
 """A number of things, or 0."""
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 """The seed of random numbers, of which NumPy takes 32 bits."""
+Port = Annotated[int, Ge(0), Le(65535)]
+"""The number of a port, which has 16 bits."""
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]

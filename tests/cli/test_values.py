@@ -114,6 +114,8 @@ PLAIN_TEXT = (
     "target_modules",
     "skip",
     "train_tokens",
+    "host",
+    "name",
 )
 """Settings that are text, and neither a path nor a choice."""
 

@@ -45,6 +45,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("ExportConfig", "quadapt.jobs.export:export", "Write a model in a format that others serve."),
     "inspect": ("InspectConfig", "quadapt.jobs.inspect:inspect", "Say what a folder holds."),
     "chat": ("ChatConfig", "quadapt.jobs.chat:chat", "Talk to a model in the terminal."),
+    "serve": (
+        "ServeConfig",
+        "quadapt.jobs.serve:serve",
+        "Answer programs and browsers: an HTTP server with OpenAI's interface.",
+    ),
     "demo": (
         "DemoConfig",
         "quadapt.jobs.demo:demo",

@@ -7,7 +7,7 @@ when they are first asked for. The others cost nothing.
 from typing import TYPE_CHECKING, Any
 
 from quadapt.config.check import checked
-from quadapt.config.fields import Machine, Settings, Target, Walk
+from quadapt.config.fields import Machine, Published, Settings, Target, Walk
 from quadapt.setting import Flag
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         InspectConfig,
         MergeConfig,
         RunConfig,
+        ServeConfig,
     )
     from quadapt.config.export import ExportConfig
     from quadapt.config.grid import Grid, PlanConfig, QuantizeConfig
@@ -35,6 +36,7 @@ _PLACES = {
         "InspectConfig",
         "MergeConfig",
         "RunConfig",
+        "ServeConfig",
     ),
     "export": ("ExportConfig",),
     "grid": ("Grid", "PlanConfig", "QuantizeConfig"),
@@ -57,8 +59,10 @@ __all__ = [
     "MergeConfig",
     "PlanConfig",
     "PrepareConfig",
+    "Published",
     "QuantizeConfig",
     "RunConfig",
+    "ServeConfig",
     "Settings",
     "Spec",
     "Target",

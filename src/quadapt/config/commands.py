@@ -8,7 +8,7 @@ from pydantic import Field
 
 from quadapt.config.fields import Columns, Machine, Settings, Target
 from quadapt.config.values import Location, Sources
-from quadapt.setting import Count, Flag, NotNegative, Seed, Whole
+from quadapt.setting import Count, Flag, NotNegative, Port, Seed, Whole
 from quadapt.widths import NormalFloatWidth
 
 
@@ -137,6 +137,47 @@ class ChatConfig(Machine):
 
     seed: Annotated[Seed, Flag()] = 0
     """The seed of the random numbers that sampling draws."""
+
+
+class ServeConfig(Machine):
+    """Answer programs and browsers: an HTTP server with OpenAI's interface."""
+
+    model: Annotated[Location, Flag(positional=True, reads=True)]
+    """The model to serve: anything that `quadapt chat` takes."""
+
+    engine: Annotated[Literal["auto", "llama-cpp", "transformers"], Flag()] = "auto"
+    """The program that serves. llama-cpp: llama.cpp's own server, from a GGUF file (a folder is exported to one first).
+    transformers: that of transformers, from the folder as it is. auto: llama.cpp, if GGUF holds the codes as they are;
+    else transformers."""
+
+    host: Annotated[str, Field(min_length=1), Flag()] = "127.0.0.1"
+    """The address to listen on. The default is reached from this machine alone; 0.0.0.0 from all that reach it, and
+    neither server asks who they are."""
+
+    port: Annotated[Port, Flag()] = 8080
+    """The port to listen on; 0 takes a free one."""
+
+    name: Annotated[str | None, Field(min_length=1), Flag(("--served-model-name",))] = None
+    """The name that requests call the model by. Default: that of its folder or file."""
+
+    base: Annotated[Location | None, Flag(reads=True)] = None
+    """The folder of an adapter's base, if it has moved since the adapter was made."""
+
+    any_base: Annotated[bool, Flag()] = False
+    """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
+
+    prompt_form: Annotated[Literal["auto", "prompt", "alpaca", "chat"], Flag()] = "auto"
+    """How messages are put. prompt: the last one as it is. alpaca: the last one in Stanford Alpaca's template. chat:
+    all of them through the model's chat template. auto: as in training, which is recorded beside an adapter; else
+    chat, if there is a template."""
+
+    context: Annotated[Count | None, Flag(("--ctx-size", "--max-model-len"))] = None
+    """llama.cpp: tokens that prompt and answer may have together. Default: the model's context, or less if the memory
+    for it is lacking."""
+
+    temperature: Annotated[NotNegative | None, Flag()] = None
+    """The temperature of sampling for requests that name none; at 0 the likeliest token is always taken. Default: the
+    server's own, which is 0.8 for llama.cpp, and for transformers what the model's generation_config says, or 1."""
 
 
 class DemoConfig(Settings):

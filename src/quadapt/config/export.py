@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from quadapt.config.fields import DType, Machine
+from quadapt.config.fields import DType, Machine, Published
 from quadapt.config.values import Location
 from quadapt.exporters.formats import EXPORTERS, Exporter
 from quadapt.setting import Flag
@@ -33,7 +34,7 @@ _DTYPES = ", ".join(
 _FILES = ", ".join(name for name, exporter in EXPORTERS.items() if exporter.suffix)
 
 
-class _Format(Machine):
+class _Format(Published, Machine):
     """What is exported, and to which format."""
 
     model: Annotated[Location, Flag(positional=True, reads=True)]
@@ -82,6 +83,9 @@ class ExportConfig(_Options):
     any_base: Annotated[bool, Flag()] = False
     """Take an adapter though its base is another one than it was trained over. What comes of it is another model."""
 
+    ollama: Annotated[bool, Flag((), "Output")] = False
+    """gguf: also write a Modelfile beside the file (model.Modelfile beside model.gguf), for `ollama create`."""
+
     overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Replace the output if it exists."""
 
@@ -98,6 +102,15 @@ class ExportConfig(_Options):
             raise PydanticCustomError("missing", "Field required")
         if value is not None and info.data.get("format") == LIST:
             raise ValueError(f"format={LIST!r} writes nothing. Leave output out, or choose a format")
+        if value is None and info.data.get("push_to_hub") is not None:
+            raise ValueError(f"format={LIST!r} writes nothing that could be uploaded. Leave push_to_hub out")
+        return value
+
+    @field_validator("ollama")
+    @classmethod
+    def _of_gguf(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("format") != "gguf":
+            raise ValueError("Ollama reads GGUF files. Use format gguf, or leave it out")
         return value
 
     @field_validator(*_OPTIONS)
@@ -109,6 +122,18 @@ class ExportConfig(_Options):
         if why:
             raise ValueError(why)
         return value
+
+    def written(self) -> list[Path]:
+        """The folder that was written, or the file and what lies beside it: an adapter, a Modelfile."""
+        found = super().written()
+        if self.exporter().suffix:
+            found += [*self.exporter().besides(found[0]), *([self.modelfile] if self.ollama else [])]
+        return found
+
+    @property
+    def modelfile(self) -> Path:
+        """The path of Ollama's Modelfile, beside the GGUF file."""
+        return Path(self.value("output")).with_suffix(".Modelfile")
 
     def exporter(self, name: str | None = None) -> Exporter:
         """The format, or another one of that name, with those of the options that it has."""

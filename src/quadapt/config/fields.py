@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ValidationInfo,
     field_validator,
 )
@@ -131,7 +133,29 @@ class Columns(RowsOfData):
     """Tasks with labels: column of the label. Default: label, labels, class or category; for words tags."""
 
 
-class Target(Settings):
+class Published(Settings):
+    """Settings that say whether what a command writes goes to the hub as well."""
+
+    push_to_hub: Annotated[str | None, Field(min_length=1), Flag((), "Output", idle=True)] = None
+    """Upload what is written to this repository of the hub, OWNER/NAME, once it is whole; the repository is made if
+    there is none. It needs a token (hf auth login)."""
+
+    private: Annotated[bool, Flag((), "Output", idle=True)] = False
+    """The repository that push_to_hub makes can be seen by its owner alone."""
+
+    @field_validator("private")
+    @classmethod
+    def _of_a_repository(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("push_to_hub") is None:
+            raise ValueError("says how the repository is made that push_to_hub names. Give --push-to-hub OWNER/NAME")
+        return value
+
+    def written(self) -> list[Path]:
+        """The folder that the command has written, or files of it that lie beside each other."""
+        return [Path(self.value("output"))]
+
+
+class Target(Published):
     """Settings that say where a command writes its result."""
 
     output: Annotated[Location, Flag(("-o", "--output-dir"), "Output", idle=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +38,9 @@ Write a response that appropriately completes the request.
 ### Response:
 """
 """Stanford Alpaca's template for an instruction that comes with an input."""
+
+_MARK = "{prompt}"
+"""Where a prompt goes, while a template is made of a form."""
 
 FormKind = Literal["text", "prompt", "alpaca", "chat"]
 
@@ -90,10 +94,7 @@ class PromptForm:
             if system:
                 raise DataError(f"prompts of the form {self.kind!r} have no place for a system message. Leave it out")
             return alpaca(prompt) if self.kind == "alpaca" else prompt
-        if self.template and template_digest(tokenizer) != self.template:
-            raise DataError("the tokenizer's chat template is not the one that was trained with. Give the trained one")
-        if not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template to ask through. Ask with --prompt-form prompt")
+        self.check(tokenizer)
         first = [{"role": "system", "content": system}] if system else []
         messages: Any = [*first, *history, {"role": "user", "content": prompt}]
         try:
@@ -101,11 +102,50 @@ class PromptForm:
         except (TemplateError, TypeError, ValueError, KeyError) as error:  # on purpose or not
             raise DataError(f"the chat template cannot render the prompt: {error}") from error
 
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that a tokenizer can put prompts into this form.
+
+        Raises:
+            DataError: It has no chat template, or another one than was trained with, and `kind` is chat.
+        """
+        if self.kind == "chat" and self.template and template_digest(tokenizer) != self.template:
+            raise DataError("the tokenizer's chat template is not the one that was trained with. Give the trained one")
+        if self.kind == "chat" and not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template to ask through. Ask with --prompt-form prompt")
+
     def ids(self, asked: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens of what `ask` gave, as training has them: a chat template writes its own opening tokens."""
         from quadapt.data.examples import opening, tokenize  # which needs what stands above
 
         return [*([] if self.kind == "chat" else opening(tokenizer)), *tokenize(tokenizer, [asked])[0]]
+
+    def parts(self) -> tuple[str, str] | None:
+        """What stands before a prompt and after it; None if a chat template says so."""
+        if self.kind == "chat":
+            return None
+        before, _, after = (alpaca(_MARK) if self.kind == "alpaca" else _MARK).partition(_MARK)
+        return before, after
+
+    def jinja(self, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
+        """This form as a chat template, for a server that is given messages; None if it is the tokenizer's own.
+
+        As with `ask`, each prompt stands alone: what was said before it is left out.
+
+        Args:
+            tokenizer: The tokenizer, for a server that leaves it to the template what begins a text; None for one that
+                puts it there by itself.
+        """
+        from quadapt.data.examples import opening
+
+        parts = self.parts()
+        if parts is None:
+            return None
+        first = "" if tokenizer is None else str(tokenizer.decode(opening(tokenizer)))
+        refused = f"prompts of the form {self.kind!r} have no place for a system message"
+        return (
+            f"{{% if messages[0]['role'] == 'system' %}}{{{{ raise_exception({json.dumps(refused)}) }}}}{{% endif %}}"
+            f"{{{{ {json.dumps(first + parts[0])} + messages[-1]['content'] + {json.dumps(parts[1])} }}}}"
+        )
 
     @classmethod
     def recorded(cls, note: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PromptForm:

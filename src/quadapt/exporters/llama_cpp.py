@@ -11,6 +11,7 @@ import json
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,26 +43,12 @@ class LlamaCpp:
     ) -> None:
         xllamacpp = require("xllamacpp", "demo")
         params = xllamacpp.CommonParams()
-        params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # F16 would round once more
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.warmup, params.port, params.verbosity = False, 0, -1  # any free port; silent
-        if lora is not None:
-            adapter = xllamacpp.CommonAdapterLoraInfo()
-            adapter.path, adapter.scale = str(lora), 1.0
-            params.lora_adapters = [adapter]
-        try:
-            self._server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            with_lora = f" with the adapter {lora}" if lora is not None else ""
-            raise ExportError(
-                f"{path}: llama.cpp cannot load it{with_lora} ({error}). Is it a whole GGUF file, of a "
-                "family that this llama.cpp knows?"
-            ) from error
-        finally:
-            _restore_signals()
+        self._server = _started(params, path, *([] if lora is None else [lora]))
         self._open = build_opener(ProxyHandler({})).open  # never through a proxy: the server is in this process
         self._request("/slots")  # waits for its loop, which for a server closed before it runs would never end
 
@@ -170,6 +157,90 @@ def tokenize(path: str | Path, text: str) -> list[int]:
     """Load a file and tokenize a text; see :meth:`LlamaCpp.tokenize`."""
     with LlamaCpp(path) as llama:
         return llama.tokenize(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How llama.cpp's own server is to serve a file."""
+
+    name: str
+    """The name of the model in answers."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on."""
+
+    port: int = 0
+    """The port to listen on; 0 takes a free one."""
+
+    template: str | None = None
+    """A chat template in the place of the file's own."""
+
+    loras: tuple[Path, ...] = ()
+    """GGUF adapters to apply."""
+
+    context: int | None = None
+    """Tokens that prompt and answer may have together. None: the model's context, if there is memory for it."""
+
+    temperature: float | None = None
+    """The temperature for requests that name none; None leaves it as llama.cpp has it."""
+
+    threads: int = 1
+    """Threads to compute with."""
+
+    device: str = "cpu"
+    """The device that computes: cpu, or a GPU by its name in torch, if xllamacpp was built for it."""
+
+
+def serve(path: str | Path, serving: Serving) -> Any:
+    """Start llama.cpp's own server, with its page for browsers, in threads of this process.
+
+    Of the pages that a browser shows, those of this machine alone may read answers; llama.cpp itself would let all.
+
+    Args:
+        path: A GGUF file.
+        serving: How it is to be served.
+
+    Returns:
+        `xllamacpp.Server`: it answers at its `listening_address` until it is deleted.
+
+    Raises:
+        ExportError: llama.cpp cannot load the file, or listen there.
+        MissingDependency: `xllamacpp` is not installed.
+    """
+    xllamacpp = require("xllamacpp", "serve")
+    params, device = xllamacpp.CommonParams(), torch.device(serving.device)
+    params.hostnames, params.port, params.model_alias = [serving.host], serving.port, {serving.name}
+    params.n_ctx, params.n_gpu_layers = serving.context or 0, 0 if device.type == "cpu" else -1
+    if device.index is not None:
+        params.main_gpu, params.split_mode = device.index, xllamacpp.llama_split_mode.LLAMA_SPLIT_MODE_NONE
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = serving.threads
+    params.cors_origins, params.verbosity = "localhost", 0
+    if serving.template is not None:
+        params.chat_template = serving.template
+    if serving.temperature is not None:
+        params.sampling.temp = serving.temperature
+    return _started(params, path, *serving.loras)
+
+
+def _started(params: Any, path: str | Path, *loras: str | Path) -> Any:
+    """A server with a model loaded, and with adapters over it."""
+    xllamacpp = require("xllamacpp", "serve")
+    params.model.path, adapters = str(path), []
+    for lora in loras:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = str(lora), 1.0
+        adapters.append(adapter)
+    params.lora_adapters = adapters
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        with_lora = f" with the adapter {', '.join(map(str, loras))}" if loras else ""
+        raise ExportError(
+            f"{path}: llama.cpp cannot load it{with_lora} ({error}). Is it a whole GGUF file, of a "
+            "family that this llama.cpp knows?"
+        ) from error
+    finally:
+        _restore_signals()
 
 
 def _restore_signals() -> None:

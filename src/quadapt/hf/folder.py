@@ -95,7 +95,7 @@ def _from_hub(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name!r} does not exist.{hint}")
     try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md"]  # that has the license
         path = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(path.glob("*.safetensors")):  # older models have pickles alone
             path = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin", "adapter_model.bin"]))

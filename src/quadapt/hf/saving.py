@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from quadapt.hf.card import CARD, quantized_card
 from quadapt.hf.config import QuadaptConfig
 from quadapt.hf.ending import set_ends
+from quadapt.hf.kinds import kind_of_model
 from quadapt.hf.notes import NOTE
 from quadapt.hf.quantizer import base_config
 from quadapt.hf.verify import digests_of
@@ -31,7 +32,8 @@ def save_quantized(model: nn.Module, tokenizer: Any, folder: Path, note: Mapping
     copy_processor(model, folder)
     layers = {name: layer.quant_weight.digest() for name, layer in quantized_layers(model).items()}
     write_note(folder, note, config, layers)
-    (folder / "README.md").write_text(_card(config, note), encoding="utf-8")
+    kind = kind_of_model(model)
+    (folder / CARD).write_text(quantized_card(config, note, None if kind is None else kind.name), encoding="utf-8")
 
 
 def copy_processor(model: Any, folder: Path) -> None:
@@ -47,13 +49,3 @@ def write_note(
 ) -> None:
     """Write `quadapt.json`, with digests of all else that is in the folder by now; see :func:`digests_of`."""
     write_json(folder / NOTE, {**note, "digests": digests_of(folder, note, config, layers)})
-
-
-def _card(config: QuadaptConfig, note: Mapping[str, Any]) -> str:
-    about = {key: note[key] for key in ("made", "bits_per_weight") if key in note}
-    formats = ", ".join(sorted({layout.name for layout in config.layouts.values()}))
-    return (
-        f"---\nlibrary_name: quadapt\ntags: [quantized, quadapt]\n---\n\n# A quantized model ({formats})\n\n"
-        "Written by quadapt. Load it with `quadapt.load(folder)`, or with transformers after `import quadapt`; without "
-        f"that import transformers cannot read the weights.\n\n```json\n{json.dumps(about, indent=2)}\n```\n"
-    )

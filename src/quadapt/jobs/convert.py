@@ -14,6 +14,7 @@ from quadapt.hf.quantizer import base_config
 from quadapt.hf.saving import save_quantized
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
+from quadapt.jobs.publish import publishes
 from quadapt.jobs.quantize import show_layers, show_left
 from quadapt.jobs.source import device_of, not_read
 from quadapt.model.quantize import bits_of
@@ -22,6 +23,7 @@ from quadapt.report.memory import measured_peak
 from quadapt.report.ui import UI
 
 
+@publishes
 def convert(config: ConvertConfig, ui: UI) -> dict[str, Any]:
     """Run `quadapt convert` and return a summary of the model it made.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +10,18 @@ from typing import Any
 
 from safetensors import safe_open
 
-from quadapt.config import ExportConfig
+from quadapt.config import ExportConfig, ServeConfig
+from quadapt.data import PromptForm
 from quadapt.errors import CheckpointError, ConfigError, ExportError
 from quadapt.exporters.formats import EXPORTERS, Answer, Exporter, Origin
 from quadapt.exporters.lora import merges
+from quadapt.exporters.ollama import modelfile
 from quadapt.exporters.report import ExportReport
 from quadapt.exporters.survey import COLUMNS, Subject, merged_layout, rows, survey
 from quadapt.exporters.tensors import base_of
+from quadapt.hf.card import CARD, exported_card, noted
+from quadapt.hf.context import context_of
+from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder, find_base, open_folder
 from quadapt.hf.loading import check_content, load, over_any_base, read_quantization
 from quadapt.hf.merge import merge as merge_model
@@ -28,6 +33,7 @@ from quadapt.hf.trained import merge_parts, parts_of, settle_ties
 from quadapt.hf.workspace import Workspace, check_disk, check_output
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.merge import load_adapted
+from quadapt.jobs.publish import publishes
 from quadapt.jobs.source import device_of
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Adapter
@@ -35,6 +41,7 @@ from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.report.ui import UI
 
 
+@publishes
 def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     """Run `quadapt export` and return what was written.
 
@@ -50,6 +57,7 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
     exporter, output = config.exporter(), Path(config.output)
     adapter = _check(config, exporter, folder, where, output)
     files = [output, *_more(config, exporter, folder, where, adapter, output)]
+    files += [config.modelfile] if config.ollama else []
     places = {file.name: file for file in files}
     job = job_of("export", config, earlier_job(output), base=where)
     with Workspace(
@@ -60,13 +68,21 @@ def export(config: ExportConfig, ui: UI) -> dict[str, Any]:
         reports = _exported(config, exporter, folder, where, space.path / output.name, ui)
         reports = [replace(report, path=str(places[Path(report.path).name])) for report in reports]
         result = {"output": config.output, "reports": [report.as_dict() for report in reports]}
+        result |= {"modelfile": str(config.modelfile)} if config.ollama else {}
         space.commit(result=result)
+    show(reports, ui)
+    if config.ollama:
+        ui.show(f"{config.modelfile}: for Ollama. Next: ollama create NAME -f {config.modelfile}")
+    return result
+
+
+def show(reports: Iterable[ExportReport], ui: UI) -> None:
+    """Say what was written, how large it is, and what one should know of it."""
     for report in reports:
         for note in report.notes:
             ui.show(note)
         bits = f", {report.bits_per_weight:.3f} bits per quantized weight" if report.bits_per_weight else ""
         ui.show(f"{report.path}: {report.bytes / 1e6:.2f} MB{bits}")
-    return result
 
 
 def _more(
@@ -144,15 +160,56 @@ def _exported(
     config: ExportConfig, exporter: Exporter, folder: Folder, where: str, path: Path, ui: UI
 ) -> list[ExportReport]:
     """Load and write; reports on what was written, the model first."""
-    model, tokenizer = _loaded(config, folder, where)
-    reports: list[ExportReport] = []
-    if folder.kind == "adapter" and exporter.unmerged == "beside":
-        settle_quantizers(model)
-    if folder.kind == "adapter" and exporter.takes == "model":
-        with over_any_base(config.any_base):
-            model, reports = _settle(model, exporter, path, ui)
+    model, tokenizer = loaded(config, folder, where)
     assert config.output is not None
     origin = Origin(note=folder.note, base=where, output=Path(config.output))
+    with over_any_base(config.any_base):
+        reports = write(model, tokenizer, exporter, path, ui, origin=origin)
+    if config.ollama:
+        text = _modelfile(model, tokenizer, folder, path, exporter.besides(path))
+        path.with_name(config.modelfile.name).write_text(text, encoding="utf-8")
+    if path.is_dir() and not (path / CARD).exists():
+        card = exported_card(
+            {**noted(where), **folder.note},
+            format=exporter.name,
+            served_by=exporter.served_by,
+            bits=reports[0].bits_per_weight,
+            notes=reports[0].notes,
+            adapter=exporter.takes == "adapter",
+        )
+        (path / CARD).write_text(card, encoding="utf-8")
+    return reports
+
+
+def _modelfile(model: Any, tokenizer: Any, folder: Folder, path: Path, besides: Sequence[Path]) -> str:
+    form = PromptForm.recorded(folder.note, tokenizer)
+    form.check(tokenizer)
+    set_ends(model, tokenizer)
+    ends = model.generation_config.eos_token_id  # GGUF needs one, so there is one
+    return modelfile(
+        path,
+        form=form,
+        ends=tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends]),
+        context=context_of(model.config),
+        adapters=besides,
+    )
+
+
+def write(
+    model: Any, tokenizer: Any, exporter: Exporter, path: Path, ui: UI, *, origin: Origin | None = None
+) -> list[ExportReport]:
+    """Write a loaded model, or a PEFT model; reports on what was written, the model first.
+
+    Raises:
+        QuadaptError: The format cannot hold it; see the message.
+    """
+    from peft import PeftModel
+
+    reports: list[ExportReport] = []
+    if isinstance(model, PeftModel) and exporter.unmerged == "beside":
+        settle_quantizers(model)
+    if isinstance(model, PeftModel) and exporter.takes == "model":
+        model, reports = _settle(model, exporter, path, ui)
     exporter.check(model, tokenizer)
     written = exporter.write(
         model, tokenizer, path, origin=origin, progress=lambda names: ui.over("exporting", list(names))
@@ -160,8 +217,12 @@ def _exported(
     return [written, *reports]
 
 
-def _loaded(config: ExportConfig, folder: Folder, where: str) -> tuple[Any, Any]:
-    """The model and its tokenizer: a PEFT model if the folder holds an adapter."""
+def loaded(config: ExportConfig | ServeConfig, folder: Folder, where: str) -> tuple[Any, Any]:
+    """The model and its tokenizer: a PEFT model if the folder holds an adapter.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, or belongs to another base.
+    """
     if folder.kind == "adapter":
         model, tokenizer = load_adapted(folder, where, config)
     else:
@@ -197,19 +258,24 @@ def _settle(model: Any, exporter: Exporter, path: Path, ui: UI) -> tuple[Any, li
 
 def _formats(config: ExportConfig, folder: Folder, where: str, ui: UI) -> dict[str, Any]:
     """Say what each format makes of the model; nothing is written."""
-    adapter, exporters = _adapter(folder), [config.exporter(name) for name in EXPORTERS]
     with over_any_base(config.any_base):
-        model, tokenizer = _loaded(config, folder, where)
-        beside = [each for each in exporters if each.unmerged == "beside"]
-        answers: dict[str, Answer] = {}
-        for asked in ([each for each in exporters if each not in beside], beside):
-            if asked is beside and adapter is not None:
-                settle_quantizers(model)
-            subject = Subject(matrices=_matrices(model, adapter), model=model, tokenizer=tokenizer, adapter=adapter)
-            answers |= {answer.format: answer for answer in survey(subject, asked)}
-    in_order = [answers[name] for name in EXPORTERS]
-    ui.table("", COLUMNS, rows(in_order), wrapped=[COLUMNS[2], COLUMNS[4]])
-    return {"model": config.model, "formats": [asdict(answer) for answer in in_order]}
+        model, tokenizer = loaded(config, folder, where)
+        answers = asked(model, tokenizer, folder, [config.exporter(name) for name in EXPORTERS])
+    ui.table("", COLUMNS, rows(answers), wrapped=[COLUMNS[2], COLUMNS[4]])
+    return {"model": config.model, "formats": [asdict(answer) for answer in answers]}
+
+
+def asked(model: Any, tokenizer: Any, folder: Folder, exporters: Sequence[Exporter]) -> list[Answer]:
+    """What formats make of a model that was loaded from a folder, in their order."""
+    adapter = _adapter(folder)
+    beside = [each for each in exporters if each.unmerged == "beside"]
+    answers: dict[str, Answer] = {}
+    for some in ([each for each in exporters if each not in beside], beside):
+        if some is beside and adapter is not None:
+            settle_quantizers(model)
+        subject = Subject(matrices=_matrices(model, adapter), model=model, tokenizer=tokenizer, adapter=adapter)
+        answers |= {answer.format: answer for answer in survey(subject, some)}
+    return [answers[each.name] for each in exporters]
 
 
 def _matrices(model: Any, adapter: Adapter | None) -> dict[str, Callable[[], QuantWeight]]:

@@ -25,6 +25,7 @@ from quadapt.hf.saving import save_quantized
 from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs.adapt import true_bits
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
+from quadapt.jobs.publish import publishes
 from quadapt.jobs.source import device_of
 from quadapt.jobs.tasking import noted_task, reading_of
 from quadapt.model.quantize import bits_of
@@ -34,6 +35,7 @@ from quadapt.quant.rounding import Nearest
 from quadapt.report.ui import UI
 
 
+@publishes
 def merge(config: MergeConfig, ui: UI) -> dict[str, Any]:
     """Run `quadapt merge` and return the certificate with the sizes.
 
@@ -165,5 +167,8 @@ def _note(merged: nn.Module, certificate: Certificate, folder: Folder, bits: dic
         "bits": {**bits, "merged": bits_of(layouts)},
         "certificate": certificate.as_dict(),
         "prompt": folder.note.get("prompt"),
-        "trained": {name: folder.note.get(name) for name in ("method", "recipe", "steps")},
+        "trained": {
+            **{name: folder.note.get(name) for name in ("method", "recipe", "steps")},
+            "data": settings.get("data"),
+        },
     }

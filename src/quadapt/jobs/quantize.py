@@ -26,6 +26,7 @@ from quadapt.hf.workspace import Workspace, check_output
 from quadapt.jobs import dry
 from quadapt.jobs.embeddings import rounded_embeddings, write_dense
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
+from quadapt.jobs.publish import publishes
 from quadapt.jobs.ready import check_length
 from quadapt.jobs.source import Place, dense_folder, device_of, within_memory
 from quadapt.jobs.statistics import statistics_for
@@ -44,6 +45,7 @@ Calibrating = tuple[Task, Data]
 """What a model does, and rows of that to calibrate on."""
 
 
+@publishes
 def quantize(config: QuantizeConfig, ui: UI) -> dict[str, Any]:
     """Run `quadapt quantize` and return a summary of the model it made.
 

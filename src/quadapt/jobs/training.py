@@ -12,6 +12,7 @@ from quadapt.config import TuneConfig
 from quadapt.data import Encoded
 from quadapt.errors import ConfigError
 from quadapt.hf.also import settle
+from quadapt.hf.card import CARD, adapter_card
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder
 from quadapt.hf.identity import identity_of
@@ -21,7 +22,6 @@ from quadapt.hf.start import GRIDS, START, read_grids, read_start, set_grids, se
 from quadapt.hf.vocabulary import token_ids
 from quadapt.hf.workspace import Workspace
 from quadapt.jobs.adapt import adapt, true_bits
-from quadapt.jobs.card import adapter_card
 from quadapt.jobs.continued import Earlier
 from quadapt.jobs.source import device_of, teacher_name, versions
 from quadapt.jobs.tasking import Lesson
@@ -227,7 +227,7 @@ def _written(
     if getattr(model.get_base_model(), "generation_config", None) is not None:
         model.get_base_model().generation_config.save_pretrained(space.path)
     noted = {**summary, "base": where}
-    (space.path / "README.md").write_text(adapter_card(noted), encoding="utf-8")
+    (space.path / CARD).write_text(adapter_card(noted, base), encoding="utf-8")
     write_note(space.path, noted)
     return noted
 

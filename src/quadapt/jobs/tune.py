@@ -21,6 +21,7 @@ from quadapt.jobs.continued import Earlier, going_on
 from quadapt.jobs.embeddings import dense_base
 from quadapt.jobs.first import CHECKPOINTS, TUNED, Stages, tuned_first
 from quadapt.jobs.identity import earlier_job, inputs_of, job_of
+from quadapt.jobs.publish import publishes
 from quadapt.jobs.quantize import Calibrating, calibration_for, quantize_into
 from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
 from quadapt.jobs.source import Place, device_of
@@ -33,6 +34,7 @@ MOST_LENGTH = 1024
 """Longest default training sequence, in tokens."""
 
 
+@publishes
 def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     """Run `quadapt tune` and return what training measured.
 

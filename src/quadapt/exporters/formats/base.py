@@ -198,6 +198,10 @@ class Exporter(ABC):
         """The file that :meth:`write` may make beside the first, where a matrix needs one."""
         raise NotImplementedError(f"{self.name}: a format that pairs files says here where the second one is")
 
+    def besides(self, path: Path) -> list[Path]:
+        """The files that lie beside a written one and belong to it."""
+        return [file for file in [self.beside(path)] if file.exists()] if self.unmerged == "beside" else []
+
     # --- options ---
 
     @classmethod

@@ -103,6 +103,9 @@ class GGUF(Exporter):
     def beside(self, path: Path) -> Path:
         return path.with_name(f"{path.stem}-lora.gguf")
 
+    def besides(self, path: Path) -> list[Path]:
+        return [file for file in (self.beside(path), self.second(path)) if file.exists()]
+
     def write_beside(self, model: Any, path: Path) -> ExportReport:
         from quadapt.exporters.gguf_lora import export_gguf_lora
 
