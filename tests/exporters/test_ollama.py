@@ -78,7 +78,6 @@ def test_a_token_that_cannot_be_said_is_refused(token: str) -> None:
 
 
 def test_two_adapters_are_refused() -> None:
-    with pytest.raises(ExportError, match="Ollama takes one adapter, and m.gguf needs a.gguf and b.gguf"):
-        modelfile(
-            Path("m.gguf"), form=PromptForm("chat"), ends=[], context=8, adapters=[Path("a.gguf"), Path("b.gguf")]
-        )
+    two = [Path("a.gguf"), Path("b.gguf")]
+    with pytest.raises(ExportError, match=r"Ollama takes one adapter, and m\.gguf needs a\.gguf and b\.gguf"):
+        modelfile(Path("m.gguf"), form=PromptForm("chat"), ends=[], context=8, adapters=two)
