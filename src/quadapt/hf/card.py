@@ -41,6 +41,10 @@ _PIPELINES = {
 """The hub's words for what a model does, by the names of `kinds.py`."""
 
 
+_LIBRARIES = {name: name for name in ("mlx", "onnx", "openvino")}
+"""The hub's names of libraries that load what is exported, by format, where that is not transformers."""
+
+
 def adapter_card(note: Mapping[str, Any], base: Path) -> str:
     """The card of an adapter.
 
@@ -174,7 +178,7 @@ def exported_card(
         [*lines, *_data(data)],
         source=made.get("source"),
         relation="adapter" if adapter else "finetune" if method else "quantized",
-        library="peft" if adapter else "transformers",
+        library="quadapt" if served_by == "quadapt" else "peft" if adapter else _LIBRARIES.get(format, "transformers"),
         tags=[format, "quadapt"],
         task=note.get("task"),
         data=data,
