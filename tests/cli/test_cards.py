@@ -34,8 +34,7 @@ def test_a_folder_has_a_card_with_valid_metadata(name: str, shelf: Shelf) -> Non
     assert shelf
     card = ModelCard.load(Path(name) / "README.md")
     library, tags, pipeline = WRITTEN[name]
-    assert (card.data.library_name, card.data.tags, card.data.pipeline_tag) == (library, tags, pipeline)
-    assert (card.data.base_model, card.data.base_model_relation) == (None, None)
+    assert card.data.to_dict() == {"library_name": library, "tags": tags, "pipeline_tag": pipeline}
     assert "Base model: dense." in card.text
     assert str(Path.cwd()) not in card.text.replace(str(Path("dense").resolve()), "")
 
@@ -136,5 +135,5 @@ def test_a_modelfile_lies_beside_a_gguf_file(shelf: Shelf, tmp_path: Path) -> No
         *("q.gguf", "q-lora.gguf", "q.Modelfile"),
     }
     said = give("export", "merged", "--ollama", "--format", "hf", "-o", tmp_path / "hf", code=2)
-    assert "Ollama reads GGUF files" in said.error
+    assert "reads GGUF files. Use format gguf, or leave it out" in said.error
     assert "exists. Use --overwrite" in give("export", "q4", "--ollama", "-o", tmp_path / "m.gguf", code=2).error

@@ -54,7 +54,7 @@ class Served:
         request = urllib.request.Request(
             self.about["address"] + route, data, {"Content-Type": "application/json", **headers}
         )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=600) as answer:
             return answer.read()
 
     def chat(self, prompt: str = PROMPT) -> str:
@@ -71,7 +71,7 @@ class Served:
     def end(self, sign: signal.Signals) -> tuple[int, str]:
         """The exit code after a signal, and what was said on stderr."""
         self.process.send_signal(sign)
-        _, said = self.process.communicate(timeout=120)
+        _, said = self.process.communicate(timeout=600)
         return self.process.returncode, said
 
 

@@ -110,7 +110,7 @@ class ExportConfig(_Options):
     @classmethod
     def _of_gguf(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("format") != "gguf":
-            raise ValueError("Ollama reads GGUF files. Use format gguf, or leave it out")
+            raise ValueError("a Modelfile is for a program that reads GGUF files. Use format gguf, or leave it out")
         return value
 
     @field_validator(*_OPTIONS)

@@ -168,7 +168,7 @@ def exported_card(
             if method
             else []
         ),
-        *([f"{bits:.3f} bits {'added to' if adapter else 'per'} each weight of the quantized layers."] if bits else []),
+        *([f"{bits:.3f} bits {'more for each' if adapter else 'per'} weight of the quantized layers."] if bits else []),
         *([_certified(note["certificate"])] if note.get("certificate") else []),
         *(f"{each[:1].upper()}{each[1:]}." for each in notes),
     ]
