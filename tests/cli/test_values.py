@@ -116,6 +116,7 @@ PLAIN_TEXT = (
     "train_tokens",
     "host",
     "name",
+    "push_to_hub",
 )
 """Settings that are text, and neither a path nor a choice."""
 
