@@ -176,7 +176,7 @@ class Serving:
     """A chat template in the place of the file's own."""
 
     loras: tuple[Path, ...] = ()
-    """GGUF adapters to apply."""
+    """GGUF adapters to apply over the model."""
 
     context: int | None = None
     """Tokens that prompt and answer may have together. None: the model's context, if there is memory for it."""
@@ -185,7 +185,7 @@ class Serving:
     """The temperature for requests that name none; None leaves it as llama.cpp has it."""
 
     threads: int = 1
-    """Threads to compute with."""
+    """How many threads compute an answer."""
 
     device: str = "cpu"
     """The device that computes: cpu, or a GPU by its name in torch, if xllamacpp was built for it."""

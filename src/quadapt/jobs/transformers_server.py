@@ -74,7 +74,7 @@ class Server:
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
 
     def run(self) -> None:
-        """Answer until Ctrl-C."""
+        """Answer requests until Ctrl-C comes."""
         try:
             self._server.run(sockets=[self._socket])
         finally:
