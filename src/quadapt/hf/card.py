@@ -256,7 +256,7 @@ def hub_name(name: str | None, kind: Literal["model", "dataset"] = "model") -> s
     return name if Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind)).is_dir() else None
 
 
-def _license(source: str | None) -> dict[str, str]:
+def _license(source: str | None) -> dict[str, Any]:
     """What the card of the base says about its license, if there is one."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
