@@ -68,7 +68,7 @@ def open_folder(name: str) -> Folder:
         raise CheckpointError(f"{name!r} is a file. Give the folder that holds config.json or adapter_config.json")
     adapter, model = (path / "adapter_config.json").exists(), (path / "config.json").exists()
     if not adapter and not model:
-        partial = path.with_name(path.name + ".partial")
+        partial = path.parent / f"{path.name}.partial"
         hint = f" An unfinished run lies in {str(partial)!r}: give its command again" if partial.exists() else ""
         raise CheckpointError(
             f"{name!r} has neither config.json nor adapter_config.json: it is not a model folder.{hint}"

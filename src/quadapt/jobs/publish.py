@@ -35,8 +35,8 @@ def publishes(job: Callable[[Config, UI], dict[str, Any]]) -> Callable[[Config, 
 def _check(repository: str) -> None:
     """Raise ConfigError if nothing could be uploaded: no token, a wrong one, a name that is none, no network."""
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HFValidationError, HTTPError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)
@@ -63,7 +63,7 @@ def _pushed(repository: str, files: list[Path], *, private: bool, ui: UI) -> str
         ConfigError: It did not work. What was written is there, and the message says how to upload it by hand.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     first = files[0]
     folder, names = (first, None) if first.is_dir() else (first.parent, [file.name for file in files])
