@@ -105,7 +105,7 @@ def read_beside(
 
 
 def joined(tables: Sequence[Table]) -> Table:
-    """Several tables as one."""
+    """Several tables put together as one."""
     if len(tables) == 1:
         return tables[0]
     bad = BadRows(tables[0].bad.most)
