@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -9,7 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quadapt.data import read
 from quadapt.errors import ConfigError, DataError
-from quadapt.evaluate import context_limit, evaluating, exact_match, generate_samples, perplexity
+from quadapt.evaluate import (
+    context_limit,
+    evaluating,
+    exact_match,
+    generate_samples,
+    joined_perplexity,
+    perplexity,
+)
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -105,6 +113,46 @@ def test_perplexity_of_completions(model, tokenizer, rows, context, stride):
     assert result.tokens == len(losses) == 5 + 3 + 1 + 3
     assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert (result.documents, result.left_out) == (3, 1)
+
+
+def gptq_numpy(scores, ids, context):
+    """GPTQ's `llama_eval` in NumPy: `scores(window)` are logits `[context, vocabulary]`; the mean of windows' means."""
+    means = []
+    for at in range(len(ids) // context):
+        window = ids[at * context : (at + 1) * context]
+        logits = scores(window)[:-1]
+        logs = (
+            logits
+            - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+            - logits.max(1, keepdims=True)
+        )
+        means.append(-logs[np.arange(context - 1), window[1:]].mean())
+    return float(np.exp(np.mean(means)))
+
+
+@pytest.mark.parametrize(("context", "windows"), [(7, 11), (2, 40), (20, 4), (64, 1)])
+def test_perplexity_by_the_protocol_of_gptq(model, tokenizer, rows, context, windows):
+    """Blank lines count as lines, BOS stands at the very beginning alone, and what is left over is not counted."""
+    result = joined_perplexity(model, tokenizer, rows(*TEXTS), context=context, batch=2)
+    reference = model.double().eval()
+
+    def scores(window):
+        with torch.no_grad():
+            return reference(input_ids=torch.from_numpy(window)[None]).logits[0].numpy()
+
+    ids = [1, *(tokenizer.convert_tokens_to_ids(letter) for letter in "\n\n".join(TEXTS))]
+    assert len(ids) // context == windows
+    assert result.perplexity == pytest.approx(gptq_numpy(scores, np.array(ids), context), rel=1e-5)
+    assert (result.tokens, result.context) == (windows * (context - 1), context)
+
+
+def test_the_protocol_of_gptq_needs_texts_that_fill_a_window(model, tokenizer, rows):
+    with pytest.raises(DataError, match="has 4 tokens, less than one window of 8"):
+        joined_perplexity(model, tokenizer, rows("abc"), context=8)
+    with pytest.raises(DataError, match="protocol gptq is for texts"):
+        joined_perplexity(model, tokenizer, rows(("a", "b")), context=8)
+    with pytest.raises(ConfigError, match="the first token of a window"):
+        joined_perplexity(model, tokenizer, rows("abc"), context=1)
 
 
 def test_overlap_helps_a_model_that_looks_back(tokenizer, rows):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quadapt.errors import QuadaptError
-from quadapt.hf.plug import plug_into_peft, plug_into_transformers
+from quadapt.hf.plug import plug_into_lm_eval, plug_into_peft, plug_into_transformers
 from quadapt.hooks import when_imported
 
 if TYPE_CHECKING:
@@ -56,3 +56,4 @@ def _version() -> str:
 
 when_imported("transformers.modeling_utils", plug_into_transformers)
 when_imported("peft", plug_into_peft)
+when_imported("lm_eval.models", plug_into_lm_eval)

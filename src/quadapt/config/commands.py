@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from quadapt.config.fields import Columns, Machine, Settings, Target
 from quadapt.config.values import Location, Sources
@@ -53,8 +54,24 @@ class EvalConfig(Columns, Machine):
     model: Annotated[Location, Flag(positional=True, reads=True)]
     """Folder, hub name or GGUF file: anything that quadapt has written, or a dense model."""
 
-    data: Annotated[Sources, Field(min_length=1), Flag((), "Data", reads=True)]
-    """Data to measure on, of the kinds that tune takes."""
+    tasks: Annotated[tuple[str, ...], Flag((), "Tasks of the harness (lm_eval)")] = ()
+    """Measure by these tasks of EleutherAI's harness instead of --data: mmlu, arc_challenge, piqa, winogrande,
+    hellaswag, boolq, openbookqa, social_iqa, gsm8k, and all others that it has; comma-separated. Needs
+    quadapt[eval]."""
+
+    task_files: Annotated[Location | None, Flag((), "Tasks of the harness (lm_eval)", reads=True)] = None
+    """Folder with the files of the tasks, where there is no network: MMLU's CSV files, the JSON of LLM-Adapters,
+    GSM8K's JSONL. Default: data of the hub."""
+
+    few_shot: Annotated[Whole | None, Flag(("--num-fewshot",), "Tasks of the harness (lm_eval)")] = None
+    """Examples that stand before each question. Default: what the task says (none for most)."""
+
+    data: Annotated[Sources, Field(validate_default=True), Flag((), "Data", reads=True)] = ()
+    """Data to measure on, of the kinds that tune takes; or give --tasks."""
+
+    protocol: Annotated[Literal["documents", "gptq"], Flag((), "Data")] = "documents"
+    """How perplexity is measured. documents: each text by itself. gptq: as in GPTQ and the papers after it, all texts
+    joined by two newlines, in windows of 2048 tokens (--context) that know nothing of each other."""
 
     base: Annotated[Location | None, Flag(reads=True)] = None
     """The folder of an adapter's base, if it has moved since the adapter was made."""
@@ -69,10 +86,10 @@ class EvalConfig(Columns, Machine):
     """Tokens from one window to the next. Default: the context (windows do not overlap)."""
 
     limit: Annotated[Count | None, Flag((), "Data")] = None
-    """Use only the first so many rows."""
+    """Use only the first so many rows, or questions of each task."""
 
     max_new_tokens: Annotated[Count, Flag((), "Data")] = 32
-    """The most tokens that an answer may have, on prompt/completion data."""
+    """The most tokens that an answer may have, on prompt/completion data; in tasks, the default is the task's."""
 
     prompt_form: Annotated[Literal["auto", "prompt", "alpaca", "chat"], Flag((), "Data")] = "auto"
     """How prompts are put. prompt: as they are. alpaca: in Stanford Alpaca's template. chat: through the tokenizer's
@@ -92,6 +109,21 @@ class EvalConfig(Columns, Machine):
 
     overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
     """Replace the output if it exists."""
+
+    @field_validator("data")
+    @classmethod
+    def _something_to_do(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "tasks" not in info.data:  # said already
+            return value
+        tasks = info.data["tasks"]
+        if not value and not tasks:
+            raise PydanticCustomError("missing", "neither data nor tasks")
+        if value and tasks:
+            raise ValueError("tasks are given too, which bring their own data. Measure the two one after the other")
+        for name in ("task_files", "few_shot"):
+            if value and info.data.get(name) is not None:
+                raise ValueError(f"{name}={info.data[name]!r} belongs to tasks, which are not given. Leave it out")
+        return value
 
 
 class InspectConfig(Settings):

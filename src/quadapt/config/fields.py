@@ -63,7 +63,9 @@ class Settings(BaseModel):
         """A setting by its name: those that come from the pieces of a method are not known to type checkers."""
         return getattr(self, name)
 
-    @field_validator("target_modules", "skip", "train_also", "text_column", "labels", mode="before", check_fields=False)
+    @field_validator(
+        "target_modules", "skip", "train_also", "text_column", "labels", "tasks", mode="before", check_fields=False
+    )
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         """`a,b` and repeated flags are the same."""

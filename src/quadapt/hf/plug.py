@@ -1,8 +1,8 @@
 """What is put around functions of PEFT and transformers, once each of them has been imported: one list of it all.
 
-Neither has a registry for what is done here. Each entry names the function of ours that is called with the original one
-and its arguments; it is imported at its first call. So any module of ours can be the first that a process imports, also
-those that import PEFT, whose import gets here.
+Neither has a registry for what is done here; lm_eval, the third, has one. Each entry names the function of ours that is
+called with the original one and its arguments; it is imported at its first call. So any module of ours can be the first
+that a process imports, also those that import PEFT, whose import gets here.
 """
 
 from __future__ import annotations
@@ -52,3 +52,10 @@ def plug_into_transformers() -> None:
     wrap(peft, "get_model_conversion_mapping", "quadapt.hf.expert_adapters:mapping_for_adapters")
     wrap(modeling_utils, "remove_tied_weights_from_state_dict", "quadapt.hf.stored_form:without_ties")
     wrap(modeling_utils, "revert_weight_conversion", "quadapt.hf.stored_form:revert")
+
+
+def plug_into_lm_eval() -> None:
+    """Make the harness of EleutherAI know the model `quadapt`, which is loaded as `quadapt.load` does."""
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register("quadapt", target="quadapt.harness.lm:QuadaptLM")

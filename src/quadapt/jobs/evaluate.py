@@ -11,6 +11,7 @@ from quadapt.hf.context import MOST_CONTEXT, positions_of
 from quadapt.hf.folder import open_folder
 from quadapt.hf.loading import load
 from quadapt.hf.workspace import check_disk, check_output, write_json
+from quadapt.jobs.benchmarks import by_tasks
 from quadapt.jobs.identity import inputs_of
 from quadapt.jobs.source import device_of
 from quadapt.jobs.tasking import kind_in, noted_task, reading_of
@@ -27,6 +28,16 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
     if config.output:
         check_output(Path(config.output), overwrite=config.overwrite, inputs=inputs_of(config), folder=False)
         check_disk(Path(config.output).parent, 0)
+    result = by_tasks(config, ui) if config.tasks else _on_rows(config, ui)
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        sweep(Path(config.output).parent)
+        write_json(Path(config.output), result, overwrite=config.overwrite)
+    return result
+
+
+def _on_rows(config: EvalConfig, ui: UI) -> dict[str, Any]:
+    """The figures of the model's own task on rows of data."""
     note = {} if config.model.endswith(".gguf") else open_folder(config.model).note
     code = config.trust_remote_code
     task = noted_task(note, kind_in(config.model, config.base, trust_remote_code=code))
@@ -47,6 +58,7 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         batch_size=config.batch_size,
         length=config.context or task.length(positions_of(model), MOST_CONTEXT),
         stride=config.stride,
+        protocol=config.protocol,
         max_new_tokens=config.max_new_tokens,
         samples=config.samples,
         prompt_form=config.prompt_form,
@@ -56,9 +68,4 @@ def evaluate(config: EvalConfig, ui: UI) -> dict[str, Any]:
         show=ui.show,
     )
     about = {"kind": "quadapt eval", "model": config.model, "data": rows.source}
-    result: dict[str, Any] = {**about, **task.measure(model, tokenizer, rows, asking)}
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        sweep(Path(config.output).parent)
-        write_json(Path(config.output), result, overwrite=config.overwrite)
-    return result
+    return {**about, **task.measure(model, tokenizer, rows, asking)}

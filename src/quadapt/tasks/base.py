@@ -79,6 +79,9 @@ class Asking:
     stride: int | None = None
     """Tokens from one window of a text to the next; None for no overlap."""
 
+    protocol: str = "documents"
+    """How perplexity is measured: of each document by itself, or as in GPTQ, of all of them joined."""
+
     max_new_tokens: int = 32
     """The most tokens that an answer may have."""
 

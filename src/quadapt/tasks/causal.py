@@ -22,6 +22,7 @@ from quadapt.data import (
     read_held_out,
     split_rows,
 )
+from quadapt.errors import ConfigError
 from quadapt.hf.vocabulary import embedding_rows
 from quadapt.tasks.base import TASKS, Asking, Collate, Measured, Reading, Task
 
@@ -63,21 +64,18 @@ class CausalLM(Task):
 
     def measure(self, model: Any, prepare: Any, data: Rows, asking: Asking) -> Measured:
         """Perplexity of what bears loss, and of prompts how many are answered exactly right; some samples."""
-        from quadapt.evaluate import exact_match, generate_samples, perplexity
+        from quadapt.evaluate import exact_match, generate_samples, joined_perplexity, perplexity
 
         form, word = _form(asking, data)
         if word:
             asking.show(word)
         rows, questions = asked(data, form, prepare, asking.system)
-        found = perplexity(
-            model,
-            prepare,
-            rows,
-            context=asking.length,
-            stride=asking.stride,
-            batch=asking.batch_size,
-            progress=asking.progress("perplexity"),
-        )
+        _check_protocol(asking)
+        how = {"context": asking.length, "batch": asking.batch_size, "progress": asking.progress("perplexity")}
+        if asking.protocol == "gptq":
+            found = joined_perplexity(model, prepare, rows, **how)
+        else:
+            found = perplexity(model, prepare, rows, stride=asking.stride, **how)
         result: Measured = {"perplexity": asdict(found)}
         asking.show(
             f"perplexity {found.perplexity:.4f} (loss {found.loss:.4f} nats per token, {found.tokens:,} tokens "
@@ -108,6 +106,11 @@ class CausalLM(Task):
             ]
             show_samples(asking, [(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)])
         return result
+
+
+def _check_protocol(asking: Asking) -> None:
+    if asking.protocol == "gptq" and asking.stride is not None:
+        raise ConfigError(f"stride={asking.stride}: the windows of protocol gptq do not overlap. Leave it out")
 
 
 def show_samples(asking: Asking, samples: Sequence[tuple[str, str, str | None]]) -> None:
