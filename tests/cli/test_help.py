@@ -15,7 +15,7 @@ from typer import rich_utils
 import quadapt
 from quadapt.cli import COMMANDS
 from quadapt.cli.commands import settings_of
-from quadapt.config import ExportConfig, Flag, Settings, TuneConfig, checked, fields, grid, tune
+from quadapt.config import EvalConfig, ExportConfig, Flag, Settings, TuneConfig, checked, fields, grid, tune
 from quadapt.errors import ConfigError
 from quadapt.methods import Recipe, Run
 from quadapt.methods.first import FIRSTS
@@ -115,6 +115,8 @@ def test_every_setting_has_a_default_that_is_allowed(command: str) -> None:
     }
     if kind is ExportConfig:  # which needs an output for all formats but "?"
         needed["output"] = "x"
+    if kind is EvalConfig:  # which needs data or tasks
+        needed["data"] = "x"
     defaults = {name: field.default for name, field in kind.model_fields.items() if name not in needed}
     defaults = {name: value for name, value in defaults.items() if value != ""}  # a name that is made of the others
     defaults.pop("method", None)  # which is a part of that name, if it is given

@@ -56,8 +56,8 @@ class EvalConfig(Columns, Machine):
 
     tasks: Annotated[tuple[str, ...], Flag((), "Tasks of the harness (lm_eval)")] = ()
     """Measure by these tasks of EleutherAI's harness instead of --data: mmlu, arc_challenge, piqa, winogrande,
-    hellaswag, boolq, openbookqa, social_iqa, gsm8k, and all others that it has; comma-separated. Needs
-    quadapt[eval]."""
+    hellaswag, boolq, openbookqa, social_iqa, gsm8k, and all others that it has; comma-separated. Needs the
+    extra eval."""
 
     task_files: Annotated[Location | None, Flag((), "Tasks of the harness (lm_eval)", reads=True)] = None
     """Folder with the files of the tasks, where there is no network: MMLU's CSV files, the JSON of LLM-Adapters,

@@ -155,7 +155,7 @@ def figures(results: Mapping[str, Any], names: Sequence[str], depth: int = 0) ->
                     task=name,
                     depth=depth,
                     questions=_questions(results, name),
-                    shots=results["n-shot"].get(name),
+                    shots=_shots(results, name),
                     metric=metric if filter_ == "none" else f"{metric} ({filter_})",
                     value=float(value),
                     stderr=float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
@@ -163,6 +163,11 @@ def figures(results: Mapping[str, Any], names: Sequence[str], depth: int = 0) ->
             )
         found += figures(results, list(inside), depth + 1)
     return found
+
+
+def _shots(results: Mapping[str, Any], name: str) -> int | None:
+    inside = {_shots(results, each) for each in results["group_subtasks"].get(name, ())}
+    return results["n-shot"].get(name) if not inside else inside.pop() if len(inside) == 1 else None
 
 
 def _questions(results: Mapping[str, Any], name: str) -> int:

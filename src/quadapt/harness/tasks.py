@@ -151,11 +151,10 @@ def _said(used: Mapping[str, TaskFiles]) -> list[str]:
         leaf for leaf, files in used.items() if files.same and Path(files.questions).stem.split("_")[-1] != "test"
     ]
     if instead:
-        file = Path(used[instead[0]].questions).name
-        more = f" (and so for {len(instead) - 1} more tasks)" if len(instead) > 1 else ""
+        more = f" and {len(instead) - 1} more tasks" if len(instead) > 1 else ""
         notes.append(
-            f"{instead[0]}: {file} is all there is, so its rows are asked, and are the examples as well (never of "
-            f"themselves){more}. These are not the questions that published figures are of"
+            f"{instead[0]}{more}: {Path(used[instead[0]].questions).name} is all there is, so its rows are asked, and "
+            "are the examples as well (never of themselves). These are not the questions that published figures are of"
         )
     return notes
 
