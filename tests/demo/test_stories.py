@@ -172,6 +172,12 @@ def test_the_parts_share_no_story():
         assert one[0] == other[0] or not first & second
 
 
+@pytest.mark.parametrize("tell", [stories, narratives])
+def test_a_part_that_there_is_not_is_refused_rather_than_searched(tell):
+    with pytest.raises(ValueError, match="train or held_out"):
+        next(tell(1, 1, "test"))
+
+
 def test_rows_and_files(tmp_path):
     told = list(stories(5, 20))
     assert len(list(rows(told))) == 20

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Split = Literal["train", "held_out"]
 FactKind = Literal["person", "object", "holder", "origin"]
@@ -265,7 +265,11 @@ def stories(seed: int, n: int, split: Split = "train") -> Iterator[Story]:
 
     Yields:
         The stories, always the same for the same arguments.
+
+    Raises:
+        ValueError: There is no such part.
     """
+    _check_split(split)
     rng = random.Random(f"stories {split} {seed}")
     while n > 0:
         text, _, facts = _tell(rng, rng.randint(4, 8))
@@ -287,13 +291,23 @@ def narratives(seed: int, n: int, split: Split = "train", longest: int = 8) -> I
 
     Yields:
         The narratives, always the same for the same arguments.
+
+    Raises:
+        ValueError: There is no such part.
     """
+    _check_split(split)
     rng = random.Random(f"narratives {split} {seed}")
     while n > 0:
         text, marked, _ = _tell(rng, rng.randint(2, longest))
         if split_of(text) == split:
             n -= 1
             yield _unmark(marked)
+
+
+def _check_split(split: str) -> None:
+    """No story belongs to a part that there is not, and the search for one would not end."""
+    if split not in get_args(Split):
+        raise ValueError(f"split={split!r} is no part of the stories. Use {' or '.join(get_args(Split))}")
 
 
 def rows(told: Iterable[Story], each: int = 1) -> Iterator[dict[str, str]]:
