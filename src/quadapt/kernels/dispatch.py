@@ -6,6 +6,7 @@ the CPU, `*cuda.py` (Triton) CUDA devices. All have the same signatures.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -30,7 +31,11 @@ def set_for(device: torch.device) -> str:
 
 def kernels_for(device: torch.device, family: str = "") -> ModuleType:
     """The kernels of a family ("", "fake", "entropy") for `device`: numba and Triton are imported at the first call."""
-    chosen = set_for(device)
+    return _module(family, set_for(device))
+
+
+@cache
+def _module(family: str, chosen: str) -> ModuleType:
     return import_module(f"quadapt.kernels.{family}_{chosen}" if family else f"quadapt.kernels.{chosen}")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from quadapt.kernels.compiled import jit
 from quadapt.kernels.dispatch import codes_of_lane
 from quadapt.kernels.fake_cpu import _convert, _copy
-from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, pointer
+from quadapt.kernels.lanes import _HAS_FP16, BF16, FP16, FP32, LANES, pointer
 from quadapt.kernels.product_lanes import multiply_row
 from quadapt.kernels.reference import check_codes
 from quadapt.kernels.threads import over_rows
@@ -32,6 +32,9 @@ from quadapt.kernels.threads import over_rows
 _DTYPES = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _HALVES, _SINGLES, _DOUBLE, _ZEROS, _IMPLIED = range(5)
 """How scales or offsets are held: float16, float32, doubly quantized, as zero-points, not at all."""
+
+_SIZES = {_HALVES: 2, _SINGLES: 4} if _HAS_FP16 else {_SINGLES: 4}
+"""Bytes of a number of the kinds that the inner loop reads where they are stored."""
 
 _u8, _f32 = pointer(types.uint8), pointer(types.float32)
 
@@ -92,10 +95,18 @@ def _shifts(kind, zeros, half, row, rows, groups, scales, offsets):
 
 
 @cache
-def _rows_of(bits: int, lookup: int, lanes: int, count: int) -> Any:
-    """The loop over rows for one width, kind of levels, length of groups (in lanes) and number of tokens."""
+def _rows_of(bits: int, lookup: int, lanes: int, count: int, scale_kind: int, offset_kind: int) -> Any:
+    """The loop over rows for one width, kind of levels, length of groups (in lanes), number of tokens, and storages.
+
+    Floats are read where they are stored, which for a short row saves a fifth of the time. What is held otherwise is
+    made into floats row by row; so is what belongs to the last codes of a row, if these are not a whole vector.
+    """
     step = 2 * bits * codes_of_lane(bits)
     half = np.float32(0 if lookup else 2 ** (bits - 1))
+    sizes = _SIZES if bits <= 4 else {}  # wider codes have fewer groups in a vector
+    scale_size, offset_size = sizes.get(scale_kind, 0), sizes.get(offset_kind, 0)
+    follow = offset_kind in (_IMPLIED, _ZEROS)
+    whole_scale, whole_offset = scale_size or 4, offset_size or 4
 
     @jit
     def multiply(packed, row_bytes, rows, groups, scales, offsets, table, inputs, sums, target, first, last):
@@ -106,17 +117,24 @@ def _rows_of(bits: int, lookup: int, lanes: int, count: int) -> Any:
         offset, spare = scale + 4 * room.shape[1], scale + 8 * room.shape[1]
         for row in range(first, last):
             source, y = packed + row * row_bytes, target + 4 * count * row
-            _values(scales[0], scales[1], scales[2], scales[3], scales[4], row, rows, groups, scale, spare)
-            if offsets[0] == _IMPLIED or offsets[0] == _ZEROS:
-                _shifts(offsets[0], offsets[1], half, row, rows, groups, scale, offset)
-            else:
-                _values(offsets[0], offsets[1], offsets[2], offsets[3], offsets[4], row, rows, groups, offset, spare)
-            multiply_row(bits, lookup, lanes, count, source, 0, whole, scale, offset, table, inputs, sums, y)
+            if not scale_size or follow or whole < vectors:
+                _values(scale_kind, scales[0], scales[1], scales[2], scales[3], row, rows, groups, scale, spare)
+            if follow:
+                _shifts(offset_kind, offsets[0], half, row, rows, groups, scale, offset)
+            elif not offset_size or whole < vectors:
+                _values(offset_kind, offsets[0], offsets[1], offsets[2], offsets[3], row, rows, groups, offset, spare)
+            s = scales[0] + row * groups * scale_size if scale_size else scale
+            o = offsets[0] + row * groups * offset_size if offset_size else offset
+            multiply_row(
+                bits, lookup, lanes, count, source, 0, whole, s, whole_scale, o, whole_offset, table, inputs, sums, y
+            )
             if whole < vectors:  # the last codes are copied: a whole vector would read past them
                 left, end = numba.carray(_u8(source + whole * step), (step,)), codes.ctypes.data
                 for j in range(row_bytes - whole * step):
                     codes[j] = left[j]
-                multiply_row(bits, lookup, lanes, count, end, whole, vectors, scale, offset, table, inputs, sums, y)
+                multiply_row(
+                    bits, lookup, lanes, count, end, whole, vectors, scale, 4, offset, 4, table, inputs, sums, y
+                )
         return room.size  # so that it lives until here: the loop knows its address alone
 
     return multiply
@@ -141,11 +159,12 @@ def product(
     held = [*_held(scales), *_held(offsets)]
     table = _table(bits) if levels is None else _filled(levels)
     count = 1 if tokens == 1 else 2 if tokens == 2 else 4
-    loop = _rows_of(bits, int(levels is not None), 0 if groups == 1 else group_size // codes, count)
-    arranged = torch.zeros(vectors * count * (codes + 1) * LANES)
+    lanes = 0 if groups == 1 else group_size // codes
+    loop = _rows_of(bits, int(levels is not None), lanes, count, held[0], held[3])
+    arranged = torch.empty(vectors * count * (codes + 1) * LANES)
     inputs, sums = arranged.data_ptr(), arranged.data_ptr() + 4 * vectors * count * codes * LANES
     y = torch.zeros(-(-tokens // count), rows, count)
-    known = (packed.data_ptr(), row_bytes, rows, groups, held[0], held[2], table.data_ptr(), inputs, sums)
+    known = (packed.data_ptr(), row_bytes, rows, groups, held[1], held[4], table.data_ptr(), inputs, sums)
     for chunk in range(len(y)):
         first = chunk * count
         some, begin = min(count, tokens - first), x.data_ptr() + first * columns * x.itemsize
@@ -155,20 +174,20 @@ def product(
     return found.to(x.dtype)
 
 
-def _held(tensors: Sequence[Tensor]) -> tuple[tuple[int, int, int, int, float], list[Tensor]]:
-    """How scales or offsets are held, and where: kind, values, second-level constants, their table, their mean.
+def _held(tensors: Sequence[Tensor]) -> tuple[int, tuple[int, int, int, float], list[Tensor]]:
+    """How scales or offsets are held, and where: values, second-level constants, their table, their mean.
 
     The tensors beside it are those that the addresses are of.
     """
     if not tensors:
-        return (_IMPLIED, 0, 0, 0, 0.0), []
+        return _IMPLIED, (0, 0, 0, 0.0), []
     narrow = (torch.uint8, torch.float16, torch.float32)
     kept = [each.contiguous() if each.dtype in narrow else each.float().contiguous() for each in tensors]
     values = kept[0].data_ptr()
     if len(kept) == 4:
-        return (_DOUBLE, values, kept[1].data_ptr(), kept[3].data_ptr(), kept[2].item()), kept
+        return _DOUBLE, (values, kept[1].data_ptr(), kept[3].data_ptr(), kept[2].item()), kept
     kind = {torch.uint8: _ZEROS, torch.float16: _HALVES}.get(kept[0].dtype, _SINGLES)
-    return (kind, values, 0, 0, 0.0), kept
+    return kind, (values, 0, 0, 0.0), kept
 
 
 @cache

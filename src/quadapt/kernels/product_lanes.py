@@ -107,34 +107,42 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(fused, [a, b, c])
 
 
-def _spread(builder: Any, values: Any, vector: Any, lanes: int) -> Any:
-    """The values of the groups of one vector, each repeated over its `lanes` lanes.
+def _spread(builder: Any, values: Any, vector: Any, lanes: int, size: int) -> Any:
+    """The values of the groups of one vector, each repeated over its `lanes` lanes, as floats.
 
-    `values` is the address of a row's values, `vector` the number of the vector in the row; 0 lanes stand for a single
-    group. Most groups are a whole number of vectors, or a vector one of groups; for others the lanes are filled singly.
+    `values` is the address of a row's values, of 4 bytes each or 2, `vector` the number of the vector in the row; 0
+    lanes stand for a single group. Most groups are a whole number of vectors, or a vector one of groups; for others the
+    lanes are filled singly.
     """
     if not lanes:
-        return _splat(builder, _load(builder, values, _F32))
+        return _splat(builder, _float(builder, values, size))
     if lanes % LANES == 0:
         at = builder.udiv(vector, ir.Constant(_I64, lanes // LANES))
-        return _splat(builder, _load(builder, _after(builder, values, at, 4), _F32))
+        return _splat(builder, _float(builder, _after(builder, values, at, size), size))
     if LANES % lanes:
         first = builder.mul(vector, ir.Constant(_I64, LANES))
         groups = [
             builder.udiv(builder.add(first, ir.Constant(_I64, lane)), ir.Constant(_I64, lanes)) for lane in range(LANES)
         ]
-        return _gathered(builder, values, groups)
+        return _gathered(builder, values, groups, size)
     count = LANES // lanes
-    found = _load(builder, _after(builder, values, vector, 4 * count), _vector(_F32, count))
+    found = _float(builder, _after(builder, values, vector, size * count), size, count)
     order = ir.Constant(_vector(_I32), [lane // lanes for lane in range(LANES)])
     return builder.shuffle_vector(found, ir.Constant(found.type, ir.Undefined), order)
 
 
-def _gathered(builder: Any, values: Any, places: list[Any]) -> Any:
+def _float(builder: Any, address: Any, size: int, count: int = 0) -> Any:
+    """A float32 at an address, or a vector of `count` of them; of 2 bytes they are float16 there."""
+    kind = ir.HalfType() if size == 2 else _F32
+    value = _load(builder, address, _vector(kind, count) if count else kind)
+    return value if size == 4 else builder.fpext(value, _vector(_F32, count) if count else _F32)
+
+
+def _gathered(builder: Any, values: Any, places: list[Any], size: int = 4) -> Any:
     """`<16 x float>` from 16 places of an array of floats, one by one."""
     found = ir.Constant(_vector(_F32), ir.Undefined)
     for lane, place in enumerate(places):
-        value = _load(builder, _after(builder, values, place, 4), _F32)
+        value = _float(builder, _after(builder, values, place, size), size)
         found = builder.insert_element(found, value, ir.Constant(_I32, lane))
     return found
 
@@ -164,7 +172,9 @@ def multiply_row(
     begin: Any,
     end: Any,
     scales: Any,
+    scale_size: Any,
     offsets: Any,
+    offset_size: Any,
     table: Any,
     inputs: Any,
     sums: Any,
@@ -172,30 +182,36 @@ def multiply_row(
 ) -> Any:
     """Add the product of a run of one row with `tokens` tokens to `tokens` floats at `target`.
 
-    The first four are literals. `source` is the address of the codes of vector `begin` of the row, and `end` the vector
-    after the last. `scales` and `offsets` are float32, one for each group of the row; `lanes` says how many lanes a
-    group has (0: one group). `inputs` is float32 `[vectors, tokens, codes of a lane, 16]`, `sums` float32 `[vectors,
-    tokens, 16]`, the sum of each lane's inputs.
+    The first four and the sizes are literals. `source` is the address of the codes of vector `begin` of the row, and
+    `end` the vector after the last. `scales` and `offsets` are numbers of so many bytes (4: float32, 2: float16), one
+    for each group of the row; `lanes` says how many lanes a group has (0: one group). `inputs` is float32 `[vectors,
+    tokens, codes of a lane, 16]`, `sums` float32 `[vectors, tokens, 16]`, the sum of each lane's inputs.
     """
-    signature = types.void(bits, lookup, lanes, tokens, *(types.intp,) * 9)
+    addresses = (types.intp,) * 4
+    known = (bits, lookup, lanes, tokens)
+    signature = types.void(*known, *addresses, scale_size, types.intp, offset_size, *addresses)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         width, by_table, spread, count = (each.literal_value for each in signature.args[:4])
-        source, begin, end, scales, offsets, table, inputs, sums, target = args[4:]
+        source, begin, end, scales, _, offsets, _, table, inputs, sums, target = args[4:]
+        sizes = [signature.args[at].literal_value for at in (8, 10)]
         codes, zero = codes_of_lane(width), _all(_F32, 0)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(count)]
         with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
             vector = builder.add(begin, loop.index)
             words = _words(builder, _after(builder, source, loop.index, 2 * width * codes), width)
-            first = _after(builder, inputs, vector, 4 * LANES * codes * count)
             dots = [zero] * count
+            first = _after(builder, inputs, vector, 4 * LANES * codes * count)
             for k in range(codes):
                 level = _level(builder, words, k, width, bool(by_table), table)
                 for t in range(count):
                     place = ir.Constant(_I64, 4 * LANES * (codes * t + k))
                     value = _load(builder, builder.add(first, place), _vector(_F32))
                     dots[t] = _multiply_add(builder, level, value, dots[t])
-            scale, offset = (_spread(builder, each, vector, spread) for each in (scales, offsets))
+            scale, offset = (
+                _spread(builder, each, vector, spread, size)
+                for each, size in zip((scales, offsets), sizes, strict=True)
+            )
             ones = _after(builder, sums, vector, 4 * LANES * count)
             for t in range(count):
                 one = _load(builder, builder.add(ones, ir.Constant(_I64, 4 * LANES * t)), _vector(_F32))
@@ -205,16 +221,5 @@ def multiply_row(
             place = builder.inttoptr(builder.add(target, ir.Constant(_I64, 4 * t)), _F32.as_pointer())
             builder.store(builder.fadd(builder.load(place), _sum(builder, builder.load(totals[t]))), place)
         return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic
-def half_at(typingctx: Any, address: Any) -> Any:
-    """The float16 at an address, as a float32; only where the processor can convert it (`lanes._HAS_FP16`)."""
-    signature = types.float32(types.intp)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(_load(builder, args[0], ir.HalfType()), _F32)
 
     return signature, codegen

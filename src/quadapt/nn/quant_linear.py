@@ -58,7 +58,7 @@ class QuantLinear(nn.Linear):
     @property
     def quant_weight(self) -> QuantWeight:
         """The weight, as its layout and tensors (shared with the parameters)."""
-        return QuantWeight(self.layout, {name: self.get_parameter(name) for name in self.layout.shapes})
+        return QuantWeight(self.layout, {name: self._parameters[name] for name in self.layout.shapes})  # type: ignore[misc]
 
     @quant_weight.setter
     def quant_weight(self, weight: QuantWeight) -> None:

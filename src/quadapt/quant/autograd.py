@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import few, pool, product
-from quadapt.quant.products import add_product, operand_dtype
+from quadapt.quant.products import add_product, operand_dtype, product_dtype
 from quadapt.quant.weight import Layout, QuantWeight
 
 
@@ -49,7 +49,7 @@ class Move(Protocol):
 
 
 class QuantMatmul(torch.autograd.Function):
-    """`x @ W.T` for `x [..., in]`, with `W` dequantized on the fly to the dtype of `x`.
+    """`x @ W.T` for `x [..., in]`, with `W` dequantized on the fly to the dtype of `x`, or of the product.
 
     Gradients reach `x` and, through `move`, the trained parameters. Codes and scales are fixed.
     """
@@ -62,7 +62,8 @@ class QuantMatmul(torch.autograd.Function):
         kept = move.keep(layout, _pooled(x, layout), params, needed) if move is not None and any(needed) else ()
         ctx.layout, ctx.move, ctx.kept = layout, move, len(kept)
         ctx.save_for_backward(*tensors, *kept)
-        return torch.nn.functional.linear(x, _dense(weight, move, params, x.dtype))
+        wide = product_dtype(x)
+        return torch.nn.functional.linear(x.to(wide), _dense(weight, move, params, wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -72,7 +73,8 @@ class QuantMatmul(torch.autograd.Function):
         needed = ctx.needs_input_grad[3 + len(layout.shapes) :]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = weight.layer_order(dy @ _dense(weight, move, params, dy.dtype))
+            wide = product_dtype(dy)
+            dx = weight.layer_order((dy.to(wide) @ _dense(weight, move, params, wide)).to(dy.dtype))
         moved: tuple[Tensor | None, ...] = (None,) * len(params)
         if kept:
             moved = move.gradients(layout, params, dy.reshape(-1, layout.out), kept, needed)

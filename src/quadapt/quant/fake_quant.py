@@ -27,7 +27,7 @@ from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import few, pack, product, unpack
 from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
-from quadapt.quant.products import add_product, large_operand_dtype
+from quadapt.quant.products import add_product, large_operand_dtype, product_dtype
 
 _TILE = {"cpu": 1 << 20}
 """Weights whose gradient exists at once (4 MB on a CPU, else 64 MB): enough for a product to run at full speed."""
@@ -120,9 +120,10 @@ class FakeQuantMatmul(torch.autograd.Function):
         base, scales, offsets, A, B = tensors
         trains = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if trains else None, *tensors)
-        dense = fake_quantize(*_operands(how, scaling, base, scales, offsets, A, B), x.dtype)
+        wide = product_dtype(x)
+        dense = fake_quantize(*_operands(how, scaling, base, scales, offsets, A, B), wide)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.nn.functional.linear(x, dense)
+            return torch.nn.functional.linear(x.to(wide), dense).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +132,8 @@ class FakeQuantMatmul(torch.autograd.Function):
         operands = _operands(ctx.how, ctx.scaling, base, scales, offsets, A, B)
         with torch.autocast(dy.device.type, enabled=False):  # backward may run inside of it
             if x is None:
-                return dy @ fake_quantize(*operands, dy.dtype), *(None,) * 7
+                wide = product_dtype(dy)
+                return (dy.to(wide) @ fake_quantize(*operands, wide)).to(dy.dtype), *(None,) * 7
             rows = x.reshape(-1, x.shape[-1])
             needs_x, _, _, needs_base, _, _, needs_A, needs_B = ctx.needs_input_grad
             wanted = Gradients(

@@ -139,9 +139,9 @@ class QuantWeight:
     the row."""
 
     def __post_init__(self) -> None:
-        want = self.layout.shapes
-        have = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        if want != have:
+        want, tensors = self.layout.shapes, self.tensors
+        if tensors.keys() != want.keys() or any(tensors[name].shape != shape for name, shape in want.items()):
+            have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ShapeError(f"tensors {have} do not fit {self.layout.format.name}: expected {want}")
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -47,12 +48,12 @@ class Storage:
     @property
     def of_scales(self) -> ValueStorage:
         """The storage that holds the scales."""
-        return STORAGES[self.scales]
+        return _held_by(self.scales)
 
     @property
     def of_offsets(self) -> ValueStorage:
         """The storage that holds the offsets."""
-        return STORAGES[self.offsets]
+        return _held_by(self.offsets)
 
     def check(self, format: Format) -> None:
         """Raise ConfigError unless this storage can hold what `format` allows."""
@@ -149,6 +150,11 @@ def scales_meant(name: str, bits: int) -> ValueStorage:
 def _trains_itself(storage: ValueStorage) -> bool:
     """Whether numbers that train stay in a storage which is not one of plain floats."""
     return not storage.is_float and storage.trained == storage.name
+
+
+@cache
+def _held_by(name: str) -> ValueStorage:
+    return STORAGES[name]
 
 
 def _known(name: object, role: str) -> bool:
