@@ -44,6 +44,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "eval": ("EvalConfig", "quadapt.jobs.evaluate:evaluate", "Measure a model on held-out data."),
     "export": ("ExportConfig", "quadapt.jobs.export:export", "Write a model in a format that others serve."),
     "inspect": ("InspectConfig", "quadapt.jobs.inspect:inspect", "Say what a folder holds."),
+    "doctor": (
+        "DoctorConfig",
+        "quadapt.jobs.doctor:doctor",
+        "Say what is installed, what this machine has, and whether the kernels are right on it.",
+    ),
     "chat": ("ChatConfig", "quadapt.jobs.chat:chat", "Talk to a model in the terminal."),
     "serve": (
         "ServeConfig",

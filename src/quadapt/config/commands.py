@@ -139,6 +139,13 @@ class InspectConfig(Settings):
     """List every quantized layer as well."""
 
 
+class DoctorConfig(Settings):
+    """Say what is installed, what this machine has, and whether quadapt's kernels are right on it."""
+
+    kernels: Annotated[bool, Flag()] = True
+    """Run a kernel of each kind and compare it with plain torch; without, only versions and devices are listed."""
+
+
 class ChatConfig(Machine):
     """Talk to a model in the terminal."""
 
