@@ -32,7 +32,9 @@ def summaries(runs: dict[str, Any]) -> dict[tuple[int, str], tuple[float, list[d
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and half the range, with spaces at which no line breaks."""
+    """Mean, and half the range, with spaces at which no line breaks; a single value as it is."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{sum(values) / len(values):.3f}\u00a0±\u00a0{(max(values) - min(values)) / 2:.3f}"
 
 

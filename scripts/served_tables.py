@@ -36,7 +36,7 @@ def roundtrip_table(found: dict[str, Any]) -> str:
         rates.setdefault(tuple(key), {}).setdefault(rate, []).append(run)
     rows = []
     for (format, method), tried in rates.items():
-        rate, runs = max(tried.items(), key=lambda item: len(item[1]))
+        rate, runs = min(tried.items(), key=lambda item: (-len(item[1]), item[1][0]["choose"]))
         losses = [[run[part] for run in runs] for part in ("before", "merged", "reloaded")]
         verdicts = ", ".join(sorted({run["verdict"] for run in runs}))
         rows.append((format, method, rate, f"{losses[0][0]:.4f}", *map(spread, losses[1:]), verdicts))
