@@ -44,11 +44,17 @@ def doctor(config: DoctorConfig, ui: UI) -> dict[str, Any]:
     ui.show(f"quadapt {version('quadapt')}, Python {platform.python_version()}, {platform.platform()}")
     needed = [(row["package"], row["version"]) for row in packages if not row["for"]]
     ui.show(", ".join(f"{name} {found}" for name, found in needed))
-    rows = [(row["package"], row["version"] or "missing", row["for"], row["install"]) for row in packages if row["for"]]
-    ui.table("optional packages", ("package", "version", "what it is for", "to install it"), rows)
-    columns = ("device", "memory, GB", "free, GB", "kernels", "bfloat16 is multiplied in")
-    rows = [(row["name"], row["memory"] / 1e9, row["free"] / 1e9, row["kernels"], row["products"]) for row in devices]
-    ui.table("devices", columns, rows)
+    optional = [row for row in packages if row["for"]]
+    ui.table(
+        "optional packages",
+        ("package", "version", "what it is for", "to install it"),
+        [(row["package"], row["version"] or "missing", row["for"], row["install"]) for row in optional],
+    )
+    ui.table(
+        "devices",
+        ("device", "memory, GB", "free, GB", "kernels", "bfloat16 is multiplied in"),
+        [(row["name"], row["memory"] / 1e9, row["free"] / 1e9, row["kernels"], row["products"]) for row in devices],
+    )
     result: dict[str, Any] = {"packages": packages, "devices": devices}
     if config.kernels:
         result["kernels"] = [row for device in devices for row in _checked(device["device"], ui)]
