@@ -387,8 +387,8 @@ def test_a_dequantized_model_computes_the_same(kind: str, bias: bool, quantized_
     assert torch.equal(logits(load(tmp_path)), want)
 
 
-def test_a_dequantized_bfloat16_model_stays_bfloat16(quantized_llama: Make) -> None:
-    model = quantized_llama(Format(bits=4)).to(torch.bfloat16)
+def test_a_dequantized_bfloat16_model_stays_bfloat16(saved: Path) -> None:
+    model = load(saved, dtype=torch.bfloat16)
     want = {name: layer.quant_weight.dequantize(torch.bfloat16) for name, layer in quantized_layers(model).items()}
     state = model.dequantize().state_dict()
     assert all(tensor.dtype == torch.bfloat16 for tensor in state.values())
