@@ -13,7 +13,11 @@ from quadapt.exporters.formats import EXPORTERS
 
 pytestmark = pytest.mark.usefixtures("shelf", "here")
 
-GRAPHS = ("onnx",) if find_spec("onnxscript") else ()
+GRAPHS = tuple(
+    name
+    for name, needed in {"onnx": ("onnxscript",), "openvino": ("onnxscript", "openvino")}.items()
+    if all(map(find_spec, needed))
+)
 """Formats that are refused where a library is not installed."""
 
 WHOLE = ("awq", "compressed-tensors", "gptq", "hqq", "torchao", *GRAPHS)
@@ -22,7 +26,7 @@ WHOLE = ("awq", "compressed-tensors", "gptq", "hqq", "torchao", *GRAPHS)
 ALL = {"gguf", "hf", "mlx"}
 """Formats that hold integers with any offsets, in float32."""
 
-NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8", "onnx"), "no")
+NO = dict.fromkeys(("bitsandbytes", *WHOLE, "lora", "mlx", "nf8", "onnx", "openvino"), "no")
 ROUNDED = dict.fromkeys(("hf", "hqq", "torchao", *GRAPHS), "changed")
 
 HOLDS = {

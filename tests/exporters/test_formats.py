@@ -55,8 +55,11 @@ MODELS: dict[str, tuple[Format, Storage | None]] = {
     ),
 }
 
-INTEGERS, ZEROS = ("compressed-tensors", "awq", "bitsandbytes", "gptq"), ("hqq", "onnx", "torchao")
+INTEGERS, ZEROS = ("compressed-tensors", "awq", "bitsandbytes", "gptq"), ("hqq", "onnx", "openvino", "torchao")
 """Formats without offsets of floats, and those that round them."""
+
+GRAPHS = {"onnx": ("onnxscript",), "openvino": ("onnxscript", "openvino")}
+"""Formats that are a graph, and what writes them."""
 
 
 def from_hf(folder: Path) -> Any:
@@ -102,7 +105,7 @@ def asked(exporter: Exporter, model: Any, tokenizer: Any, adapter: Any = None) -
 def test_a_format_does_as_it_says(
     name: str, kind: str, options: dict[str, str], tokenizer: Any, tmp_path: Path
 ) -> None:
-    if name == "onnx":
+    if name in GRAPHS:
         pytest.skip("has no weights that are read without running it: see test_onnx_models.py")
     exporter = EXPORTERS[name].made(**options)
     model = quantized(tiny(), *MODELS[kind])
@@ -161,8 +164,8 @@ def test_an_adapter_goes_out_as_stock_lora_or_in_8_bits(tokenizer: Any, tmp_path
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
     """One that merges exactly stays exact, one that does not is refused, added up, or written beside."""
-    if name == "onnx":
-        pytest.importorskip("onnxscript", reason="needs onnxscript (pip install 'quadapt[onnx]')")
+    for needed in GRAPHS.get(name, ()):
+        pytest.importorskip(needed, reason=f"needs {needed} (pip install 'quadapt[{name}]')")
     exporter = EXPORTERS[name].made(**({"dtype": "float32"} if "dtype" in EXPORTERS[name].options() else {}))
     model = with_adapter(quantized(tiny()), Pooled())
     said = {
@@ -194,10 +197,7 @@ def test_what_a_format_does_with_an_adapter(name: str, tokenizer: Any) -> None:
         },
     }[name]
     reasons = {
-        "compressed-tensors": ("offsets that compressed-tensors cannot hold", "cannot merge into codes"),
-        "awq": ("offsets that awq cannot hold", "cannot merge into codes"),
-        "bitsandbytes": ("levels that bitsandbytes cannot hold", "cannot merge into codes"),
-        "gptq": ("offsets that gptq cannot hold", "cannot merge into codes"),
+        **dict.fromkeys(INTEGERS, (f"s that {name} cannot hold", "cannot merge into codes")),
         **dict.fromkeys(ZEROS, ("each is rounded once, so that weights differ", "cannot merge into codes")),
         "mlx": ("", "cannot merge into codes"),
         "nf8": ("takes no bits at all", ""),

@@ -99,7 +99,7 @@ class ONNXWriter(Writer):
             graph.set_submodule(name, _Product(weights[name].layout, parts, getattr(layer, "bias", None)))
         path = Path(folder)
         with new_folder(path) as partial:
-            _write(graph, partial / FILE)
+            self.write_graph(graph, partial)
             set_ends(model, tokenizer)
             _save_config(model, partial)
             tokenizer.save_pretrained(partial)
@@ -110,8 +110,12 @@ class ONNXWriter(Writer):
             bytes=size_of(path),
             tensors=tuple(rows),
             bits_per_weight=8 * sum(row.nbytes for row in rows) / max(count, 1),
-            notes=tuple(rounded_besides(dict(tensors_of(model)), torch.float32)),
+            notes=(*rounded_besides(dict(tensors_of(model)), torch.float32), *self.notes(model)),
         )
+
+    def write_graph(self, graph: Any, folder: Path) -> None:
+        """Write the files of a model whose quantized layers are operators already."""
+        _write(graph, folder / FILE)
 
 
 class _Product(nn.Module):
