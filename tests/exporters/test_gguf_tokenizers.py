@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from export_models import quantized, tiny, trained
 from hard_text import HARD, MARKS, mixed
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -170,6 +171,25 @@ def test_byte_fallback_is_not_believed_without_bytes(fallback: bool, tmp_path: P
     assert again(text).input_ids == without(tokenizer, fallback=False)(text).input_ids  # line ends are not dropped
     with LlamaCpp(tmp_path / "model.gguf") as llama, pytest.raises(ExportError, match="/tokenize failed"):
         llama.tokenize(text)
+
+
+def test_tokens_for_bytes_keep_llama_cpp_from_failing(tmp_path: Path) -> None:
+    """They stand for the unknown token, and are as probable as it: by so much all others are less so."""
+    model, tokenizer = trained("babyllama105-hf")
+    report = export_gguf(model, tokenizer, tmp_path / "model.gguf", unknown="bytes")
+    assert any("256 tokens for bytes were added" in note for note in report.notes)
+    assert not any("request fails" in note for note in report.notes)
+    ids = tokenizer("The fox's tail was red. She said").input_ids
+    with LlamaCpp(tmp_path / "model.gguf") as llama:
+        assert llama.tokenize("The fox's tail was red. She said") == ids
+        strange = llama.tokenize("The 海\n")
+        assert [each for each in strange if each >= 105] == [105 + byte for byte in (0xE6, 0xB5, 0xB7, 0x0A)]
+        assert len(llama.complete(strange, 3)) == 3
+        (theirs,) = llama.token_logprobs(ids)[-1:]
+    with torch.no_grad():
+        ours = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    ours -= torch.log1p(256 * ours[0].exp())
+    assert max(abs(theirs[token] - float(ours[token])) for token in range(105)) < 1e-3
 
 
 def test_merges_that_llama_cpp_does_not_need_are_said(tmp_path: Path) -> None:

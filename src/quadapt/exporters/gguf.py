@@ -7,8 +7,9 @@ goes out dense and is listed. The file is written tensor by tensor, so that memo
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -25,7 +26,7 @@ from quadapt.exporters.gguf_metadata import family_of, namer, text_config, write
 from quadapt.exporters.gguf_notes import gguf_notes
 from quadapt.exporters.gguf_offsets import lacks_offsets, offsets_file, write_offsets
 from quadapt.exporters.gguf_rope import rope_factors
-from quadapt.exporters.gguf_tokenizer import write_tokenizer
+from quadapt.exporters.gguf_tokenizer import bytes_to_add, write_tokenizer
 from quadapt.exporters.report import ExportReport, TensorRow, bits_per_weight, size_of
 from quadapt.exporters.tensors import refuse_adapters, shape_of, tensors_of
 from quadapt.importers.gguf_family import Family
@@ -38,7 +39,7 @@ Ends = Literal["float", "q8_0", "q6_k"]
 """What embedding and head are held in: floats, or a type of blocks."""
 
 
-def export_gguf(
+def export_gguf(  # noqa: PLR0913 - each option of the format is one
     model: nn.Module,
     tokenizer: Any,
     path: str | Path,
@@ -46,6 +47,7 @@ def export_gguf(
     dense: Literal["f32", "f16"] = "f32",
     gguf_type: Choice = "auto",
     embeddings: Ends = "float",
+    unknown: Literal["fail", "bytes"] = "fail",
     name: str = "",
     progress: Progress = iter,
 ) -> ExportReport:
@@ -60,6 +62,8 @@ def export_gguf(
             fast one whose products are fast, which keeps codes and may round scales and offsets.
         embeddings: The type of embedding and head where they are not on the values of one already: float leaves them
             as they are, q8_0 and q6_k round them, and the report says how far.
+        unknown: What llama.cpp makes of characters that a tokenizer without bytes does not know: fail, or tokens for
+            bytes that are added to the file, and stand for the unknown one.
         name: The model's name in the file; by default that of the file.
         progress: Wraps the names of the tensors to write, to show how far the work is.
 
@@ -72,11 +76,14 @@ def export_gguf(
         raise ExportError(f"dense={dense!r} is unknown. Use f32 or f16")
     refuse_adapters(model)
     path, family = Path(path), family_of(linear_form(model))
-    entries, beside = _entries(model, dense.upper(), gguf_type, embeddings), list[TensorRow]()
+    added, stand_in = (bytes_to_add(tokenizer) if unknown == "bytes" else None) or ([], 0)
+    more_rows = functools.partial(_repeated, row=stand_in, count=len(added))
+    entries, beside = _entries(model, dense.upper(), gguf_type, embeddings, more_rows), list[TensorRow]()
     with new_file(path) as partial:
         writer = gguf.GGUFWriter(partial, family.arch)
         try:
-            notes = write_metadata(writer, model, name or path.stem) + write_tokenizer(writer, tokenizer, model)
+            notes = write_metadata(writer, model, name or path.stem, added=len(added))
+            notes += write_tokenizer(writer, tokenizer, model, added)
             writer.add_file_type(_file_type(entries))
             write_tensors(writer, entries, progress)
         finally:
@@ -96,7 +103,14 @@ def export_gguf(
     )
 
 
-def _entries(model: nn.Module, dense: str, choice: Choice, embeddings: Ends) -> list[Entry | Stack]:
+def _repeated(source: Tensor, *, row: int, count: int) -> Tensor:
+    """An embedding or a head with one of its rows several times more at the end."""
+    return torch.cat((source, source[row].expand(count, -1))) if count else source
+
+
+def _entries(
+    model: nn.Module, dense: str, choice: Choice, embeddings: Ends, more_rows: Callable[[Tensor], Tensor]
+) -> list[Entry | Stack]:
     config = text_config(model)
     family = family_of(model)
     name_of = namer(family, config.num_hidden_layers)
@@ -111,6 +125,8 @@ def _entries(model: nn.Module, dense: str, choice: Choice, embeddings: Ends) -> 
             source = source.float() + 1
         if isinstance(source, Tensor) and source.ndim == 2 and len(source) == 1:
             source = source[0]  # the gate of a shared expert is a vector in a file
+        if name in of_ends and isinstance(source, Tensor):
+            source = more_rows(source)
         order = family.order(name, config, shape_of(source)[0])
         entry = entry_of(name_of(name), source, dense, order, choice)
         if name in of_ends and isinstance(source, Tensor):

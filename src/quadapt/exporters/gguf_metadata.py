@@ -67,13 +67,14 @@ def namer(family: Family, blocks: int) -> Callable[[str], str]:
     return name_of
 
 
-def write_metadata(writer: GGUFWriter, model: nn.Module, name: str) -> list[str]:
-    """Describe a model of a known family; returns notes."""
+def write_metadata(writer: GGUFWriter, model: nn.Module, name: str, *, added: int = 0) -> list[str]:
+    """Describe a model of a known family, with a number of tokens `added` to it; returns notes."""
     import gguf
 
     config = text_config(model)
     family = FAMILIES[type(model).__name__]
     said = {key: of(config) if callable(of) else getattr(config, of) for key, of in family.metadata.items()}
+    said["vocab_size"] += added
     longest = said["context_length"]
     window = longest if family.windows else getattr(config, "sliding_window", None) or longest
     said["context_length"] = min(longest, window)

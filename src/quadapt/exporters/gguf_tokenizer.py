@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quadapt.errors import ExportError
-from quadapt.exporters.gguf_vocabulary import read_vocabulary
+from quadapt.exporters.gguf_vocabulary import lacking_bytes, read_vocabulary, with_bytes
 from quadapt.hf.ending import turn_end
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ _KNOWN_ENDS = {
 """Tokens that llama.cpp takes for the end of a text by their name."""
 
 
-def write_tokenizer(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]:
-    """Describe the (fast) tokenizer of a model; returns notes.
+def write_tokenizer(writer: GGUFWriter, tokenizer: Any, model: Any, added: Sequence[str] = ()) -> list[str]:
+    """Describe the (fast) tokenizer of a model, with tokens for bytes `added` to it; returns notes.
 
     Raises:
         ExportError: llama.cpp has no tokenizer that is known to do the same.
@@ -32,6 +33,9 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, model: Any) -> list[str]
         )
     rows = model.config.get_text_config().vocab_size
     vocabulary = read_vocabulary(json.loads(tokenizer.backend_tokenizer.to_str()), rows)
+    if added:
+        vocabulary = with_bytes(vocabulary, added)
+        writer.add_array("tokenizer.ggml.suppress_tokens", list(range(rows, rows + len(added))))  # never answers
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -103,3 +107,8 @@ def _added(tokenizer: Any) -> tuple[bool, bool]:
             "bos and eos alone. Simplify the post_processor of tokenizer.json"
         )
     return bool(before), bool(after)
+
+
+def bytes_to_add(tokenizer: Any) -> tuple[list[str], int] | None:
+    """The tokens for bytes that a (fast) tokenizer lacks, and the unknown token that they stand for; None if none."""
+    return lacking_bytes(json.loads(tokenizer.backend_tokenizer.to_str())) if tokenizer.is_fast else None

@@ -106,6 +106,35 @@ def _bpe(data: dict[str, Any], size: int) -> Vocabulary:
     return Vocabulary(model="llama", tokens=tokens, types=types, scores=scores, space_prefix=prefix, notes=notes)
 
 
+def lacking_bytes(data: dict[str, Any]) -> tuple[list[str], int] | None:
+    """The tokens for bytes that a sentencepiece-style BPE tokenizer lacks, and its unknown token.
+
+    None if it lacks none, if it is of another kind, or if it has no unknown token.
+    """
+    model = data["model"]
+    by_bytes = any(kind == "ByteLevel" for kind, _ in steps_of(data["pre_tokenizer"], "pretokenizers"))
+    lacks = sorted(_BYTES - set(model["vocab"])) if model["type"] == "BPE" and not by_bytes else []
+    return (lacks, model["vocab"][model["unk_token"]]) if lacks and model["unk_token"] in model["vocab"] else None
+
+
+def with_bytes(found: Vocabulary, lacks: Sequence[str]) -> Vocabulary:
+    """A vocabulary with tokens for bytes after all others, which stand for the unknown one."""
+    from gguf import TokenType
+
+    notes = [note for note in found.notes if "has no bytes" not in note]
+    notes.append(
+        f"{len(lacks)} tokens for bytes were added, whose rows are those of the unknown token: what the tokenizer does "
+        "not know is several of them in llama.cpp, where it is one unknown token in transformers"
+    )
+    return replace(
+        found,
+        tokens=[*found.tokens, *lacks],
+        types=[*found.types, *[TokenType.BYTE] * len(lacks)],
+        scores=[*found.scores, *[min(found.scores) - 1] * len(lacks)],
+        notes=notes,
+    )
+
+
 def _without_bytes(data: dict[str, Any], names: Mapping[int, str]) -> str:
     """What is said of a tokenizer that does not write in bytes what it does not know."""
     if set(names.values()) >= _BYTES:
@@ -113,7 +142,7 @@ def _without_bytes(data: dict[str, Any], names: Mapping[int, str]) -> str:
     said = " (though it says byte_fallback)" if data["model"]["byte_fallback"] else ""
     return (
         f"the tokenizer has no bytes{said}: what it does not know becomes its unknown token, and in llama.cpp an "
-        "error, with which the request fails"
+        "error, with which the request fails (--unknown bytes adds tokens for bytes)"
     )
 
 

@@ -40,6 +40,10 @@ class GGUF(Exporter):
     """Type of embedding and head. float: as they are, in blocks if they were rounded to such values before training.
     q8_0 and q6_k: rounded now, and the report says how far."""
 
+    unknown: Literal["fail", "bytes"] = "fail"
+    """What llama.cpp makes of characters that a tokenizer without bytes does not know. fail: an error. bytes: tokens
+    for bytes, which are added to the file and stand for the unknown one."""
+
     def instead(self, layout: Layout) -> tuple[str, bool]:
         return f"dense {self.dense.upper()}", self.dense == "f32"
 
@@ -97,6 +101,7 @@ class GGUF(Exporter):
             dense=self.dense,
             gguf_type=self.gguf_type,
             embeddings=self.embeddings,
+            unknown=self.unknown,
             progress=progress,
         )
 
