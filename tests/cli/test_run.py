@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,41 @@ def test_overwriting_starts_over_once_and_then_goes_on(job: Path, monkeypatch: p
         assert done(give("run", "job.yaml", code=130).err) == {"tune": True, "merge": True, "eval": True}
     assert done(give("run", "job.yaml", code=0).err) == {"tune": False, "merge": False, "eval": True, "export": True}
     assert digests(job) == before
+
+
+def test_settings_are_replaced_on_the_command_line(away: Path) -> None:
+    changes = [
+        "--set",
+        "tune.max_steps=2",
+        "--set",
+        "output=other",
+        "--set",
+        "eval.data=story.txt",
+        "--set",
+        "merge={}",
+    ]
+    said = give("run", write({"output": "job", "tune": TUNE}), *changes, "--json", code=0)
+    assert done(said.err) == {"tune": True, "merge": True, "eval": True}
+    assert said.json["eval"]["data"] == "story.txt"
+    assert json.loads((away / "other" / ".tune.json").read_text())["job"]["settings"]["max_steps"] == 2
+    assert not (away / "job").exists()
+    assert (away / "other" / "merged").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("tune.max_steps", "must be a setting and its value, such as tune.max_steps=5"),
+        ("tune.a.b=1", "must be a setting and its value"),
+        ("tune.max_stepz=1", "job.yaml: tune.max_stepz is not a setting. Did you mean max_steps?"),
+        ("tune.max_steps=[", "the value is not YAML"),
+        ("tunes.max_steps=1", "tunes is not a setting. Did you mean tune?"),
+    ],
+)
+def test_what_cannot_be_replaced_is_said(change: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"output": str(tmp_path / "job"), "tune": TUNE}))
+    assert words in give("run", file, "--set", change, code=2).error
 
 
 def test_stages_that_are_not_listed_are_left_out(away: Path) -> None:

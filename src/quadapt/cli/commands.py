@@ -256,6 +256,10 @@ for _name, (_, _, _words) in COMMANDS.items():
 @app.command("run")
 def _run(
     job: Annotated[str, typer.Argument(help="YAML file with the sections tune, and if wanted merge, eval and export.")],
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a setting of the file: tune.max_steps=5. May be given several times."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -263,7 +267,7 @@ def _run(
     from quadapt.config import read_job
     from quadapt.jobs.run import run
 
-    guarded(lambda ui: run(read_job(job), job, ui), as_json=json, debug=debug)
+    guarded(lambda ui: run(read_job(job, set or ()), job, ui), as_json=json, debug=debug)
 
 
 def _version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 10_000, 20
 own limit."""
 
 
-def read_job(path: str) -> RunConfig:
+def read_job(path: str, changes: Sequence[str] = ()) -> RunConfig:
     """Read a job file and check all of its settings.
+
+    Args:
+        path: The file.
+        changes: Settings that replace those of the file: `tune.max_steps=5`, with a value as YAML has it.
 
     Raises:
         ConfigError: It is missing, not YAML, too large, or has a wrong setting (named with its section).
@@ -46,8 +51,33 @@ def read_job(path: str) -> RunConfig:
         raise ConfigError(f"{path}: is not YAML ({reason})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no settings. It needs at least output and tune")
+    values = _changed(values, changes)
     stages: dict[str, Any] = {name: {} for name in ("merge", "eval", "export") if values.get(name, ...) is None}
     return checked(RunConfig, {**values, **stages}, f"{path}: ")
+
+
+def _changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """The settings of a job with some of them replaced; sections that are not there begin with them."""
+    values = dict(values)
+    for each in changes:
+        name, equals, text = each.partition("=")
+        section, dot, setting = name.strip().rpartition(".")
+        if not equals or not setting or bool(dot) != bool(section) or "." in section:
+            raise ConfigError(
+                f"--set {each!r}: must be a setting and its value, such as tune.max_steps=5 or output=job"
+            )
+        try:
+            value = _loaded(text, f"--set {name}")
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"--set {each!r}: the value is not YAML. Put it in quotes") from None
+        before = values.get(section) or {}
+        if not section:
+            values[setting] = value
+        elif isinstance(before, dict):  # else the section itself is wrong, which is said below
+            values[section] = {**before, setting: value}
+    return values
 
 
 _TOO_DEEP = f"is nested more than {MOST_DEPTH} levels deep. A job has sections, and settings in them"
