@@ -71,7 +71,11 @@ class CausalLM(Task):
             asking.show(word)
         rows, questions = asked(data, form, prepare, asking.system)
         _check_protocol(asking)
-        how = {"context": asking.length, "batch": asking.batch_size, "progress": asking.progress("perplexity")}
+        how: dict[str, Any] = {
+            "context": asking.length,
+            "batch": asking.batch_size,
+            "progress": asking.progress("perplexity"),
+        }
         if asking.protocol == "gptq":
             found = joined_perplexity(model, prepare, rows, **how)
         else:
