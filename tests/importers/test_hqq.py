@@ -69,7 +69,10 @@ def layer() -> dict[str, Tensor]:
         ({"group_size": torch.tensor(96)}, "rows of 128 inputs and groups of 96, so that groups cross rows"),
         ({"group_size": torch.tensor(32)}, "W_q: is uint8 16 x 64, where uint8 32 x 32 belongs"),
         ({"shape": torch.tensor([128, 16])}, r"shape: is \[128, 16\], and the model has 16 x 128"),
-        ({"scale": torch.ones(32, 1)}, "scale: is float32 32 x 1, where float16 or bfloat16 32 x 1 belongs"),
+        (
+            {"scale": torch.ones(32, 1).double()},
+            "scale: is float64 32 x 1, where float16 or bfloat16 or float32 32 x 1",
+        ),
         ({"nbits": torch.ones(2)}, "nbits: has 2 numbers, where one belongs"),
     ],
 )
