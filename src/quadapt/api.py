@@ -229,8 +229,9 @@ def export(
         format: gguf; hf (dense); lora (a standard adapter); nf8 (an adapter in 8 bits, for quadapt alone: load it with
             `quadapt.load(output, base=..)`); gptq, awq, bitsandbytes and compressed-tensors (codes
             as they are); or one that another package has registered.
-        options: The format's options: `dense` (gguf: f32 or f16), `dtype` (hf and formats of codes: bfloat16, float16
-            or float32), `checkpoint_format` (gptq: gptq_v2 or gptq).
+        options: The format's options: `dense` (gguf: f32 or f16), `gguf_type` (auto or fast), `embeddings` (of
+            gguf: float, q8_0 or q6_k), `unknown` (gguf: fail or bytes), `dtype` (hf and formats of codes: bfloat16,
+            float16 or float32), `checkpoint_format` (gptq: gptq_v2 or gptq).
 
     Raises:
         ConfigError: There is no such format, or it has no such option.
