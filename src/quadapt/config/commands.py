@@ -140,7 +140,7 @@ class InspectConfig(Settings):
 
 
 class DoctorConfig(Settings):
-    """Say what is installed, what this machine has, and whether quadapt's kernels are right on it."""
+    """Say what is installed, what this machine has, and whether the kernels are right on it."""
 
     kernels: Annotated[bool, Flag()] = True
     """Run a kernel of each kind and compare it with plain torch; without, only versions and devices are listed."""

@@ -98,6 +98,18 @@ def why_not_zeros(weight: QuantWeight) -> str:
     return "it has a scale of zero with an offset, which zero-points cannot say. Use --format gguf or mlx"
 
 
+def why_not_in_steps(weight: QuantWeight, floats: torch.dtype) -> str:
+    """Why a format with scales of `floats`, and zero-points, whole ones or floats, cannot hold the numbers of a weight.
+
+    An empty string if it can.
+    """
+    if weight.format.zero != "float":
+        return integers.why_not(weight, floats)
+    if not torch.equal(weight.scales.to(floats).float(), weight.scales):
+        return f"its scales are not exact in {str(floats).removeprefix('torch.')}. Use --dtype float32"
+    return why_not_zeros(weight)
+
+
 def refuse_linear_form(model: Any, reader: str) -> None:
     """Raise ExportError if a model has matrices that are no linear layers in transformers, which a reader expects."""
     stacks = next(stacks_of(model), None)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quadapt.errors import ExportError
-from quadapt.exporters import affine, integers
+from quadapt.exporters import affine
 from quadapt.exporters.codes import DType, Writer
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -71,12 +71,7 @@ class HQQWriter(Writer):
         self.weights = weights
 
     def why_not(self, weight: QuantWeight) -> str:
-        why = why_not_layout(weight.layout)
-        if why or weight.format.zero != "float":
-            return why or integers.why_not(weight, self.floats)
-        if not torch.equal(weight.scales.to(self.floats).float(), weight.scales):
-            return f"its scales are not exact in {self.dtype}. Use --dtype float32"
-        return affine.why_not_zeros(weight)
+        return why_not_layout(weight.layout) or affine.why_not_in_steps(weight, self.floats)
 
     def check_model(self, model: Any) -> None:
         affine.refuse_linear_form(model, "hqq")

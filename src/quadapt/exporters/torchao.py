@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ExportError
-from quadapt.exporters import affine, integers
+from quadapt.exporters import affine
 from quadapt.exporters.codes import Writer
 from quadapt.exporters.tensors import Stored
 from quadapt.model.quantize import quantized_layers
@@ -39,12 +39,7 @@ class TorchAOWriter(Writer):
     name: ClassVar[str] = "torchao"
 
     def why_not(self, weight: QuantWeight) -> str:
-        why = why_not_layout(weight.layout)
-        if why or weight.format.zero != "float":
-            return why or integers.why_not(weight, self.floats)
-        if not torch.equal(weight.scales.to(self.floats).float(), weight.scales):
-            return f"its scales are not exact in {self.dtype}. Use --dtype float32"
-        return affine.why_not_zeros(weight)
+        return why_not_layout(weight.layout) or affine.why_not_in_steps(weight, self.floats)
 
     def why_not_together(self, layouts: Mapping[str, Layout]) -> str:
         first: dict[int, str] = {}

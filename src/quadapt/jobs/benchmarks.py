@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quadapt.config import EvalConfig
 from quadapt.errors import ConfigError, require
-from quadapt.hf.loading import load
-from quadapt.jobs.source import device_of
+from quadapt.jobs.source import load_as_asked
 from quadapt.jobs.tasking import kind_in
 from quadapt.report.ui import UI
 
@@ -36,14 +35,7 @@ def by_tasks(config: EvalConfig, ui: UI) -> dict[str, Any]:
             "it on rows of its own task with --data"
         )
     chosen = ready(config.tasks, config.task_files, config.few_shot)  # what is missing is said before a model is loaded
-    model, tokenizer = load(
-        config.model,
-        dtype=config.dtype,
-        device=device_of(config),
-        base=config.base,
-        any_base=config.any_base,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, tokenizer = load_as_asked(config)
     how = How(
         batch_size=config.batch_size,
         limit=config.limit,

@@ -13,23 +13,15 @@ from quadapt.errors import DataError
 from quadapt.hf.context import context_of
 from quadapt.hf.folder import open_folder
 from quadapt.hf.kinds import kind_of_model
-from quadapt.hf.loading import load
 from quadapt.hf.reading import generating
 from quadapt.hf.vocabulary import embedding_rows
-from quadapt.jobs.source import check_writes, device_of
+from quadapt.jobs.source import check_writes, load_as_asked
 from quadapt.report.ui import UI
 
 
 def chat(config: ChatConfig, ui: UI) -> dict[str, Any]:
     """Run the command: answer one prompt, or keep asking until the input ends."""
-    model, tokenizer = load(
-        config.model,
-        dtype=config.dtype,
-        device=device_of(config),
-        base=config.base,
-        any_base=config.any_base,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, tokenizer = load_as_asked(config)
     check_writes(kind_of_model(model), config.model, "chat")
     form = form_of_folder(config, tokenizer)
     torch.manual_seed(config.seed)

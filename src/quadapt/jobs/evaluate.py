@@ -9,11 +9,10 @@ from quadapt.config import EvalConfig
 from quadapt.files import sweep
 from quadapt.hf.context import MOST_CONTEXT, positions_of
 from quadapt.hf.folder import open_folder
-from quadapt.hf.loading import load
 from quadapt.hf.workspace import check_disk, check_output, write_json
 from quadapt.jobs.benchmarks import by_tasks
 from quadapt.jobs.identity import inputs_of
-from quadapt.jobs.source import device_of
+from quadapt.jobs.source import load_as_asked
 from quadapt.jobs.tasking import kind_in, noted_task, reading_of
 from quadapt.report.ui import UI
 from quadapt.tasks import Asking
@@ -46,14 +45,7 @@ def _on_rows(config: EvalConfig, ui: UI) -> dict[str, Any]:
         ui.say(word)
     if config.limit is not None:
         rows = rows.select(range(min(config.limit, len(rows))))
-    model, tokenizer = load(
-        config.model,
-        dtype=config.dtype,
-        device=device_of(config),
-        base=config.base,
-        any_base=config.any_base,
-        trust_remote_code=code,
-    )
+    model, tokenizer = load_as_asked(config)
     asking = Asking(
         batch_size=config.batch_size,
         length=config.context or task.length(positions_of(model), MOST_CONTEXT),

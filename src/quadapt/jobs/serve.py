@@ -23,11 +23,11 @@ from quadapt.exporters.llama_cpp import Serving
 from quadapt.exporters.llama_cpp import serve as start_llama_cpp
 from quadapt.hf.folder import Folder, find_base, near, open_folder
 from quadapt.hf.imported import one_file
-from quadapt.hf.loading import load, over_any_base
+from quadapt.hf.loading import over_any_base
 from quadapt.hf.reading import reading
 from quadapt.jobs.export import asked, loaded, show, write
 from quadapt.jobs.listening import check_port
-from quadapt.jobs.source import check_writes, device_of
+from quadapt.jobs.source import check_writes, device_of, load_as_asked
 from quadapt.jobs.tasking import kind_in
 from quadapt.model.quantize import bits_of, quantized_layers
 from quadapt.report.ui import UI
@@ -205,14 +205,7 @@ def _by_transformers(config: ServeConfig, ui: UI) -> Callable[[], None]:
     if config.context is not None:
         raise ConfigError(f"context={config.context} is llama.cpp's, and transformers serves here. Leave it out")
     is_file = (one_file(Path(config.model)) or Path(config.model)).suffix == ".gguf"
-    model, processor = load(
-        config.model,
-        dtype=config.dtype,
-        device=device_of(config),
-        base=config.base,
-        any_base=config.any_base,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, processor = load_as_asked(config)
     tokenizer = getattr(processor, "tokenizer", processor)
     form = _form(config, None if is_file else open_folder(config.model), tokenizer)
     template = form.jinja(tokenizer)

@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 import quadapt
-from quadapt.config import Machine, TuneConfig, Walk
+from quadapt.config import ChatConfig, EvalConfig, Machine, ServeConfig, TuneConfig, Walk
 from quadapt.errors import CheckpointError, ConfigError, ResourceError
 from quadapt.hf.folder import Folder, open_folder
 from quadapt.hf.kinds import Kind
+from quadapt.hf.loading import load
 from quadapt.importers import IMPORTERS
+
+Asked = ChatConfig | EvalConfig | ServeConfig
+"""Settings that name a model to load: a folder, an adapter with its base, a file."""
 
 
 class Place(NamedTuple):
@@ -39,6 +43,18 @@ def device_of(config: Machine) -> str:
             "the CPU here. Leave it out, or name a GPU (--device cuda)"
         )
     return device
+
+
+def load_as_asked(config: Asked) -> tuple[Any, Any]:
+    """The model that a command was given, and its tokenizer or processor, on the device and in the dtype asked for."""
+    return load(
+        config.model,
+        dtype=config.dtype,
+        device=device_of(config),
+        base=config.base,
+        any_base=config.any_base,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _device_of(config: Machine) -> str:

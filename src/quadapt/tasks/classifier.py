@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from quadapt.data.tables import Table
-from quadapt.errors import DataError
 from quadapt.hf.head import Head
 from quadapt.hf.kinds import Kind
 from quadapt.tasks import metrics
 from quadapt.tasks.base import Asking, Losses, Measured, Reading
 from quadapt.tasks.examples import ByExamples, answered
 from quadapt.tasks.labels import Labels, head_for, told
+from quadapt.tasks.written import mean_loss
 
 
 class Classifier(ByExamples):
@@ -39,13 +39,7 @@ class Classifier(ByExamples):
             losses.append(of_labels(given, wanted))
             logits.append(given.float())
             targets.append(wanted)
-        summed, counted = torch.cat(losses).sum(0).tolist()
-        loss = summed / counted
-        if not np.isfinite(loss):
-            raise DataError(
-                f"{found.report.source}: the model's loss is {loss}. Its weights are damaged, or too large for its "
-                "dtype; try --dtype float32"
-            )
+        loss, _ = mean_loss(losses, found.report.source)
         figures = figures_of(labels, torch.cat(logits).numpy(), torch.cat(targets).numpy())
         words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         asking.show(f"{words}, loss {loss:.4f} ({len(found.data):,} examples)")

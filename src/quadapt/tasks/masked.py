@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from quadapt.errors import DataError
 from quadapt.tasks.base import TASKS, Asking, Collate, Losses, Measured, Reading
 from quadapt.tasks.examples import ByExamples, answered, encoded, padding, taken
 from quadapt.tasks.labels import cross_entropy
+from quadapt.tasks.written import mean_loss, perplexity_of
 
 
 @TASKS.register("masked-lm")
@@ -82,14 +82,11 @@ class MaskedLM(ByExamples):
         for logits, labels in batches:
             losses.append(cross_entropy(logits, labels))
             right += int(((logits.argmax(-1) == labels) & (labels != NO_LOSS)).sum())
-        total, counted = torch.cat(losses).sum(0).tolist()
-        loss = total / counted
-        if not math.isfinite(loss):
-            raise DataError(f"{data.source}: the model's loss is {loss}. Its weights are damaged; try --dtype float32")
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        loss, counted = mean_loss(losses, data.source)
+        perplexity = perplexity_of(loss)
         asking.show(
             f"accuracy {right / counted:.4f}, perplexity {perplexity:.4f} (loss {loss:.4f} nats per hidden token, "
-            f"{int(counted):,} counted)"
+            f"{counted:,} counted)"
         )
         figures = {"accuracy": right / counted, "perplexity": perplexity}
-        return {"loss": loss, "examples": len(found.data), "hidden": int(counted), "metrics": figures}
+        return {"loss": loss, "examples": len(found.data), "hidden": counted, "metrics": figures}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,9 +12,9 @@ from datasets import Dataset
 from quadapt.data import Encoded, Rows, form_of, read, read_held_out
 from quadapt.errors import DataError
 from quadapt.tasks.base import TASKS, Asking, Collate, Losses, Measured, Reading
-from quadapt.tasks.causal import show_samples
 from quadapt.tasks.examples import ByExamples, answered, encoded, padding, taken
 from quadapt.tasks.labels import cross_entropy
+from quadapt.tasks.written import exact_match, perplexity
 
 
 @TASKS.register("seq2seq")
@@ -69,31 +68,12 @@ class Seq2Seq(ByExamples):
         found = self.encode(data, prepare, model.config, length=asking.length, reading=Reading())
         collate = self.collator(prepare, model)
         batches = answered(model, found, collate, asking.batch_size, asking.progress("perplexity"))
-        total, tokens = torch.cat([cross_entropy(logits, labels) for logits, labels in batches]).sum(0).tolist()
-        loss = total / tokens
-        if not math.isfinite(loss):
-            raise DataError(
-                f"{data.source}: the model's loss is {loss}. Its weights are damaged, or too large for its dtype; try "
-                "--dtype float32"
-            )
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        asking.show(f"perplexity {perplexity:.4f} (loss {loss:.4f} nats per token, {int(tokens):,} tokens counted)")
+        losses = [cross_entropy(logits, labels) for logits, labels in batches]
+        counted = perplexity(losses, len(found.data), data.source, asking)
         prompts, wanted = list(data.data["prompt"]), list(data.data["completion"])
-        answers = _written(model, prepare, prompts, asking)
-        correct = sum(answer.strip() == right.strip() for answer, right in zip(answers, wanted, strict=True))
-        asking.show(f"exact match {correct / len(answers):.1%} ({correct} of {len(answers)})")
-        shown = list(zip(prompts, answers, wanted, strict=True))[: asking.samples]
-        show_samples(asking, shown)
-        samples = [{"prompt": prompt, "answer": answer, "expected": right} for prompt, answer, right in shown]
-        return {
-            "perplexity": {"loss": loss, "perplexity": perplexity, "tokens": int(tokens), "documents": len(found.data)},
-            "exact_match": {
-                "accuracy": correct / len(answers),
-                "count": len(answers),
-                "correct": correct,
-                "samples": samples,
-            },
-        }
+        said = _written(model, prepare, prompts, asking)
+        answers = list(zip(prompts, said, wanted, strict=True))
+        return {"perplexity": counted, "exact_match": exact_match(answers, asking)}
 
 
 def _ended(prepare: Any, texts: Sequence[str], end: int | None) -> list[list[int]]:

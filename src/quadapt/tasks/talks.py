@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +28,10 @@ from quadapt.data.tables import Cells, Table
 from quadapt.data.turns import Template
 from quadapt.errors import DataError
 from quadapt.tasks.base import TASKS, Asking, Collate, Measured, Reading
-from quadapt.tasks.causal import show_samples
 from quadapt.tasks.examples import ByExamples, answered, encoded, taken
 from quadapt.tasks.labels import cross_entropy
 from quadapt.tasks.pictures import joined, opened, picture_of, read_beside
+from quadapt.tasks.written import exact_match, perplexity
 
 COLUMNS = ("images", "image", "pictures", "picture", "img")
 """The names under which the pictures of a row are looked for."""
@@ -89,27 +88,10 @@ class ImageTextToText(ByExamples):
         batches = answered(
             model, found, self.collator(prepare, model), asking.batch_size, asking.progress("perplexity")
         )
-        sums = [cross_entropy(logits[:, :-1], labels[:, 1:]) for logits, labels in batches]
-        total, tokens = torch.cat(sums).sum(0).tolist()
-        loss = total / tokens
-        if not math.isfinite(loss):
-            raise DataError(
-                f"{data.source}: the model's loss is {loss}. Its weights are damaged, or too large for its dtype; try "
-                "--dtype float32"
-            )
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        asking.show(f"perplexity {perplexity:.4f} (loss {loss:.4f} nats per token, {int(tokens):,} tokens counted)")
+        losses = [cross_entropy(logits[:, :-1], labels[:, 1:]) for logits, labels in batches]
+        counted = perplexity(losses, len(found.data), data.source, asking)
         answers = _answers(model, Processor(prepare), found.data, asking)
-        correct = sum(said.strip() == right.strip() for _, said, right in answers)
-        asking.show(f"exact match {correct / len(answers):.1%} ({correct} of {len(answers)})")
-        shown = answers[: asking.samples]
-        show_samples(asking, shown)
-        samples = [{"prompt": prompt, "answer": said, "expected": right} for prompt, said, right in shown]
-        counted = {"accuracy": correct / len(answers), "count": len(answers), "correct": correct, "samples": samples}
-        return {
-            "perplexity": {"loss": loss, "perplexity": perplexity, "tokens": int(tokens), "documents": len(found.data)},
-            "exact_match": counted,
-        }
+        return {"perplexity": counted, "exact_match": exact_match(answers, asking)}
 
 
 @dataclass(frozen=True)
