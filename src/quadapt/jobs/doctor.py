@@ -23,6 +23,8 @@ SERVES = {
     "eval": "runs the tasks of lm-eval",
     "images": "opens pictures",
     "mlx": "runs MLX folders",
+    "onnx": "writes, and runs, models for ONNX Runtime",
+    "openvino": "writes, and runs, models for OpenVINO",
     "serve": "serves models over HTTP",
     "torchao": "reads and writes torchao folders",
 }
