@@ -185,6 +185,7 @@ def experts(found: dict[str, Any]) -> str:
 
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step-in-full": ("step", step_in_full),
+    "step-float32-in-full": ("step-float32", step_in_full),
     "block_ap": ("block_ap", block_ap),
     **{
         made.__name__: (made.__name__, made)
