@@ -75,7 +75,7 @@ def test_an_interrupted_job_goes_on(away: Path, monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quadapt.jobs.evaluate.load", stop)
+        patch.setattr("quadapt.jobs.evaluate.load_as_asked", stop)
         give("run", write(JOB), code=130)
     assert done(give("run", "job.yaml", code=0).err) == {"tune": False, "merge": False, "eval": True, "export": True}
     assert (away / "job" / "eval.json").exists()
@@ -107,7 +107,7 @@ def test_overwriting_starts_over_once_and_then_goes_on(job: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quadapt.jobs.evaluate.load", stop)
+        patch.setattr("quadapt.jobs.evaluate.load_as_asked", stop)
         assert done(give("run", "job.yaml", code=130).err) == {"tune": True, "merge": True, "eval": True}
     assert done(give("run", "job.yaml", code=0).err) == {"tune": False, "merge": False, "eval": True, "export": True}
     assert digests(job) == before

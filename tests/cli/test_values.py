@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 import quadapt
 from quadapt.cli import COMMANDS
 from quadapt.cli.commands import settings_of
-from quadapt.config import ExportConfig, Settings, TuneConfig, checked, read_job
+from quadapt.config import EvalConfig, ExportConfig, Settings, TuneConfig, checked, read_job
 from quadapt.config.values import Location, allowed, types_in
 from quadapt.errors import CheckpointError, ConfigError
 
@@ -65,6 +65,14 @@ def test_what_is_out_of_range_is_refused_with_what_is_allowed(
     assert not (tmp_path / "out").exists()
 
 
+def needed_by(kind: type[Settings], name: str = "") -> dict[str, Any]:
+    """What a command needs, whatever else is given, or beside the setting of that name."""
+    found = {each: NEEDED[each] for each, about in kind.model_fields.items() if about.is_required()}
+    if kind is EvalConfig:  # data, or tasks, which may have files
+        found |= {"tasks": ("piqa",)} if name == "task_files" else {"data": NEEDED["data"]}
+    return found
+
+
 NEEDED_FOR_TUNE = {name: NEEDED[name] for name in ("model", "data", "output")}
 
 
@@ -84,7 +92,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("kind", "name", "field"), FIELDS)
 def test_no_field_takes_what_cannot_be_meant(kind: type[Settings], name: str, field: FieldInfo) -> None:
-    needed = {each: NEEDED[each] for each, about in kind.model_fields.items() if about.is_required()}
+    needed = needed_by(kind)
     bad: list[Any] = [float("nan"), float("inf"), -(2**70), 2**70, "\0", "\ud800", {"a": 1}, [[1]], b"x", object()]
     for value in bad if bool in types_in(field.annotation) else [*bad, True]:
         if isinstance(value, int) and value > 1 and float in types_in(field.annotation):
@@ -117,6 +125,7 @@ PLAIN_TEXT = (
     "host",
     "name",
     "push_to_hub",
+    "tasks",
 )
 """Settings that are text, and neither a path nor a choice."""
 
@@ -124,10 +133,10 @@ PLAIN_TEXT = (
 @pytest.mark.parametrize("kind", [settings_of(command) for command in COMMANDS])
 def test_the_home_folder_is_found_in_every_path(kind: type[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
-    needed = {each: NEEDED[each] for each, about in kind.model_fields.items() if about.is_required()}
-    if kind is ExportConfig:  # which needs an output for all formats but "?"
-        needed["output"] = NEEDED["output"]
     for name, field in kind.model_fields.items():
+        needed = needed_by(kind, name)
+        if kind is ExportConfig:  # which needs an output for all formats but "?"
+            needed["output"] = NEEDED["output"]
         if str in types_in(field.annotation) and name not in PLAIN_TEXT:
             assert getattr(kind.model_validate({**needed, name: "~/x"}), name) in ("/home/ada/x", ("/home/ada/x",))
             with pytest.raises(ConfigError, match=f"{name}='~nobody-of-that-name/x': names the home folder"):

@@ -16,6 +16,7 @@ from quadapt.nn.quant_linear import QuantLinear
 from quadapt.quant import autograd
 from quadapt.quant.autograd import offset_gradient, quant_matmul
 from quadapt.quant.format import Format
+from quadapt.quant.products import product_dtype
 from quadapt.quant.storage import Storage
 from quadapt.quant.weight import Layout, QuantWeight
 
@@ -305,7 +306,8 @@ def test_the_product_has_the_dtype_of_its_inputs(dtype: torch.dtype, quant_weigh
     x = torch.randn(3, 80, dtype=dtype, requires_grad=True)
     y = quant_matmul(x, weight)
     assert y.dtype == dtype
-    assert torch.equal(y, torch.nn.functional.linear(x, weight.dequantize(dtype)))
+    wide = product_dtype(x)
+    assert torch.equal(y, torch.nn.functional.linear(x.to(wide), weight.dequantize(wide)).to(dtype))
     y.sum().backward()
     assert x.grad.dtype == dtype
 
@@ -339,8 +341,9 @@ def test_under_autocast_the_layer_computes_in_autocasts_dtype(bias: bool, quant_
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, layer(x.bfloat16()))
     assert x.grad.dtype == torch.float32
-    dense = layer.quant_weight.dequantize(torch.bfloat16)
-    assert torch.equal(x.grad, (torch.ones(3, 24).bfloat16() @ dense).float())
+    wide = product_dtype(y)
+    dense = layer.quant_weight.dequantize(wide)
+    assert torch.equal(x.grad, (torch.ones(3, 24).to(wide) @ dense).bfloat16().float())
 
 
 def test_an_empty_batch_goes_through(quant_weight: Make) -> None:

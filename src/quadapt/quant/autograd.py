@@ -63,7 +63,9 @@ class QuantMatmul(torch.autograd.Function):
         ctx.layout, ctx.move, ctx.kept = layout, move, len(kept)
         ctx.save_for_backward(*tensors, *kept)
         wide = product_dtype(x)
-        return torch.nn.functional.linear(x.to(wide), _dense(weight, move, params, wide)).to(x.dtype)
+        dense = _dense(weight, move, params, wide)
+        with torch.autocast(x.device.type, enabled=False):  # it would round float32 again
+            return torch.nn.functional.linear(x.to(wide), dense).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -74,7 +76,9 @@ class QuantMatmul(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             wide = product_dtype(dy)
-            dx = weight.layer_order((dy.to(wide) @ _dense(weight, move, params, wide)).to(dy.dtype))
+            dense = _dense(weight, move, params, wide)
+            with torch.autocast(dy.device.type, enabled=False):  # backward may run inside of it
+                dx = weight.layer_order((dy.to(wide) @ dense).to(dy.dtype))
         moved: tuple[Tensor | None, ...] = (None,) * len(params)
         if kept:
             moved = move.gradients(layout, params, dy.reshape(-1, layout.out), kept, needed)
