@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 
 from quadapt.hf.peft_layer import adapted_layers, lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.model.layer import Quantization
-from quadapt.model.quantize import quantize_model
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
 from quadapt.nn.adapters import Adapter
 from quadapt.quant.format import Format
 from quadapt.quant.rounding import Nearest
 from quadapt.quant.storage import Storage
+from quadapt.quant.weight import QuantWeight
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 """Real models and texts, in a folder beside the repository; tests that need them skip where it is absent."""
@@ -127,3 +129,31 @@ def story(tokenizer: Any, length: int) -> list[int]:
 def logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """Logits after each token, float32 `[length, vocabulary]`."""
     return model(torch.tensor([ids])).logits[0].float()
+
+
+def steps(found: Tensor, weight: QuantWeight) -> float:
+    """How far a matrix is from a weight, in steps of its grid."""
+    width = weight.format.width(weight.layout.columns)
+    scales = weight.scales.repeat_interleave(width, 1)[:, : weight.layout.columns]
+    return float(((found.double() - weight.dequantize()) / scales).abs().max())
+
+
+def check_in_steps(found: Mapping[str, Tensor], again: Any, model: Any) -> None:
+    """Assert that a format with zero-points holds a model: as its own reader has it, and as ours does.
+
+    Args:
+        found: What the reader of the format makes of each quantized matrix.
+        again: The model that quadapt loads from the folder.
+        model: The model that was written.
+    """
+    layers = quantized_layers(model)
+    assert set(found) == set(layers)
+    for name, layer in layers.items():
+        weight, second = layer.quant_weight, again.get_submodule(name).quant_weight
+        if weight.format.zero == "float":
+            assert steps(found[name], weight) < 2.0 ** (weight.format.bits - 22), name
+        else:
+            assert torch.equal(found[name], weight.dequantize()), name
+        assert torch.equal(second.codes(), weight.codes())
+        assert torch.equal(second.scales, weight.scales)
+        assert torch.equal(second.offsets, weight.offsets)

@@ -34,7 +34,6 @@ _PLACES = {
         "ConvertConfig",
         "DemoConfig",
         "DoctorConfig",
-        "DoctorConfig",
         "EvalConfig",
         "InspectConfig",
         "MergeConfig",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from quadapt.harness.tasks import Ready
 
@@ -105,21 +106,20 @@ def measure(model: Any, tokenizer: Any, tasks: Ready, how: How, tick: Any = None
     from quadapt.harness.lm import QuadaptLM
 
     lm = QuadaptLM(model, tokenizer=tokenizer, batch_size=how.batch_size, max_length=how.context, tick=tick)
-    evaluator.get_git_commit_hash = lambda: (
-        None
-    )  # of the working folder, whatever that is; outside of git, it complains
-    found = evaluator.simple_evaluate(
-        model=lm,
-        tasks=tasks.tasks,
-        num_fewshot=tasks.few_shot,
-        batch_size=how.batch_size,
-        limit=how.limit,
-        log_samples=False,
-        system_instruction=how.system,
-        apply_chat_template=how.chat,
-        gen_kwargs=None if how.max_new_tokens is None else {"max_gen_toks": how.max_new_tokens},
-        task_manager=tasks.manager,
-    )
+    # The harness asks git about the working folder, whatever that is; outside of a checkout git complains.
+    with mock.patch.object(evaluator, "get_git_commit_hash", return_value=None):
+        found = evaluator.simple_evaluate(
+            model=lm,
+            tasks=tasks.tasks,
+            num_fewshot=tasks.few_shot,
+            batch_size=how.batch_size,
+            limit=how.limit,
+            log_samples=False,
+            system_instruction=how.system,
+            apply_chat_template=how.chat,
+            gen_kwargs=None if how.max_new_tokens is None else {"max_gen_toks": how.max_new_tokens},
+            task_manager=tasks.manager,
+        )
     results = dict(json.loads(json.dumps(found, default=handle_non_serializable)))
     notes = list(tasks.notes)
     if lm.cut:
