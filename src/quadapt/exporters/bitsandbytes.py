@@ -18,7 +18,7 @@ from torch import Tensor
 from quadapt.exporters.codes import Writer
 from quadapt.kernels import pack, unpack
 from quadapt.quant.format import Format
-from quadapt.quant.storage import dynamic_map
+from quadapt.quant.storage import DOUBLE, dynamic_map
 from quadapt.quant.weight import Layout, QuantWeight
 from quadapt.quant.words import FP4_CODES, swapped
 
@@ -80,7 +80,7 @@ class BitsAndBytesWriter(Writer):
             "shape": [layout.out, layout.columns],
         }
         found = {"weight": _bytes(weight).view(-1, 1), "weight.quant_map": _levels(weight.format)}
-        if layout.storage.scales == "double":
+        if layout.storage.of_scales is DOUBLE:
             codes, absmax, mean = (weight.tensors[f"scales{suffix}"] for suffix in ("", "_absmax", "_mean"))
             found["weight.absmax"] = codes.flatten()
             found["weight.nested_absmax"] = absmax.contiguous().view(torch.float32).flatten()
@@ -100,7 +100,7 @@ class BitsAndBytesWriter(Writer):
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": _kind(weights[0].format),
-            "bnb_4bit_use_double_quant": any(weight.layout.storage.scales == "double" for weight in weights),
+            "bnb_4bit_use_double_quant": any(weight.layout.storage.of_scales is DOUBLE for weight in weights),
             "bnb_4bit_compute_dtype": self.dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(plain),

@@ -12,12 +12,13 @@ Each way to hold numbers is a :class:`ValueStorage` in a file of its own, known 
 from __future__ import annotations
 
 from quadapt.quant.storage.base import STORAGES, ValueStorage, register
-from quadapt.quant.storage.double import dynamic_map
+from quadapt.quant.storage.double import DOUBLE, dynamic_map
 from quadapt.quant.storage.floats import FLOATS
 from quadapt.quant.storage.linear import LINEAR, Linear
 from quadapt.quant.storage.pair import Storage, scales_meant
 
 __all__ = [
+    "DOUBLE",
     "FLOATS",
     "LINEAR",
     "STORAGES",
