@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 import quadapt
 from benchmarks.measure import in_turn, ratio, store, table
-from benchmarks.peers import bitsandbytes
+from benchmarks.peers import Int4Pack, bitsandbytes
 from benchmarks.step import CONFIG, STOCK, dense
 from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.llama_cpp import LlamaCpp
@@ -35,22 +35,6 @@ PREFILLS = (128, 512)
 GROUP = 32
 
 
-class Int4Pack(nn.Module):
-    """A linear layer on torch's own 4-bit product for the CPU, from the same codes, scales and offsets."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        weight, middle = layer.quant_weight, 8
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes().int(), 1)
-        scales, offsets = weight.scales, weight.offsets
-        self.constants = torch.stack([scales.T, (offsets + middle * scales).T], -1).bfloat16().contiguous()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product, in bfloat16."""
-        rows = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self.packed, GROUP, self.constants)
-        return rows.view(*x.shape[:-1], -1)
-
-
 def quantized(**settings: Any) -> Any:
     """The model, quantized to nearest, without an adapter."""
     return quadapt.prepare(dense(), rounding="nearest", rank=8, **settings).unload()
@@ -61,7 +45,8 @@ def int4pack() -> nn.Module:
     model = quantized(method="qa-lora", bits=4)
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "quant_weight"):
-            model.set_submodule(name, Int4Pack(layer))
+            weight = layer.quant_weight
+            model.set_submodule(name, Int4Pack(weight.codes(), weight.scales, weight.offsets, GROUP))
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -77,7 +78,9 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = None
     git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = os.environ.get("COMMIT") or subprocess.run(  # where the sources are a copy and no clone
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     dirty = subprocess.run(
         [*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True, check=False
     ).stdout.strip()

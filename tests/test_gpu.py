@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton, which has no wheel for this platform")
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import speed, steps
+from benchmarks.gpu import checking, full, sections, speed, steps
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.rows import ROWS, Row, shown
 
@@ -82,7 +82,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "BLOCKS", {**speed.BLOCKS, **small, "num_hidden_layers": 1, "vocab_size": 64})
     monkeypatch.setattr(speed, "RANK", 4)
 
-    def elapsed(work: Callable[[], object], times: int) -> float:
+    def elapsed(work: Callable[[], object], times: int = 1) -> float:
         begun = time.perf_counter()
         for _ in range(min(times, 1)):
             work()
@@ -91,7 +91,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     def graph(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         return work, work()
 
-    monkeypatch.setattr(speed, "_elapsed", elapsed)
+    monkeypatch.setattr(speed, "elapsed", elapsed)
     monkeypatch.setattr(speed, "graph", graph)
     monkeypatch.setattr(speed, "find_spec", lambda _: None)
     monkeypatch.setattr(speed, "few", lambda *_: True)
@@ -101,7 +101,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a pretended card")
     monkeypatch.setattr(gpu, "card", lambda: {"name": "a pretended card", "driver": None, "cuda": None})
-    monkeypatch.setattr(gpu, "checks", lambda _: (gpu.Counter(kernels=1), []))
+    monkeypatch.setattr(checking, "checks", lambda *_: (checking.Counter(kernels=1), []))
 
 
 @pytest.mark.usefixtures("pretended")
@@ -109,11 +109,50 @@ def test_on_a_card_every_row_is_measured(tmp_path: Path, capsys: pytest.CaptureF
     gpu.on_card(tmp_path / "gpu.json")
     found = json.loads((tmp_path / "gpu.json").read_text())
     without = {key for key in ROWS if not isinstance(found["rows"].get(key), float)}
-    assert without == {"bnb_qlora", "bnb_qa_lora", "memory_qlora", "memory_qa_lora"}
+    peers = {"bnb_qlora", "bnb_qa_lora", "memory_qlora", "memory_qa_lora", "decode_bnb", "decode_int4pack"}
+    assert without == peers | {key for key in ROWS if key.startswith("full_")}
     assert found["rows"]["bnb_qlora"] == "bitsandbytes is not installed"
     assert set(found["rows"]) <= set(ROWS)
     assert found["checks"] == {"run": 1, "failed": []}
     assert "a pretended card" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("pretended")
+def test_sections_of_a_full_model_are_added_to_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(full, "SHAPE", {**speed.BLOCKS, "num_hidden_layers": 2})
+    monkeypatch.setattr(full, "CALIBRATION", (2, 2, 64))
+    card = gpu.card()
+    (tmp_path / "gpu.json").write_text(
+        json.dumps({"card": card, "rows": {"copy": 4.0, "full_bnb_step": 1e9, "full_bnb_peak": 1.0}})
+    )
+    gpu.on_card(tmp_path / "gpu.json", ["full-qlora", "full-l4q", "full-qa-lora"])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert rows["copy"] == 4.0
+    assert {key for key in ROWS if key.startswith("full_")} <= set(rows)
+    assert 0 < rows["full_qa_lora_of_bnb"] < 1
+    gpu.on_card(tmp_path / "gpu.json", ["ceilings"])
+    monkeypatch.setattr(gpu, "card", lambda: {"name": "another"})
+    gpu.on_card(tmp_path / "gpu.json", ["ceilings"])  # nothing of one card stands beside what another did
+    assert set(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == {"copy", "matmul"}
+    with pytest.raises(SystemExit, match=r"ceiling: no such section\. There are ceilings, "):
+        gpu.on_card(tmp_path / "gpu.json", ["ceiling"])
+
+
+def test_checks_are_shared_out_over_processes() -> None:
+    cpu, done = torch.device("cpu"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checking, "_shared", lambda _, tasks, __: done.append(tasks) or [None] * len(tasks))
+        counts, failed = checking.checks(cpu, processes=3)
+    ((tasks),) = done
+    assert (counts["kernels"], counts["steps"], failed) == (
+        sum(kind == "kernels" for kind, _ in tasks),
+        len(steps.named(cpu)),
+        [],
+    )
+    some = [task for task in tasks if task[0] == "kernels"][::150]
+    assert list(checking._shared(cpu, [*some, ("steps", ("step", "no method"))], 2))[:-1] == [None] * len(some)
 
 
 @pytest.mark.usefixtures("pretended")
@@ -123,7 +162,7 @@ def test_a_section_that_fails_is_told_and_the_others_are_measured(
     def fails() -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(speed, "SECTIONS", {"first": fails, "second": lambda: {"copy": 4.0}})
+    monkeypatch.setattr(sections, "SECTIONS", {"first": fails, "second": lambda: {"copy": 4.0}})
     with pytest.raises(SystemExit, match="1 failed"):
         gpu.on_card(tmp_path / "gpu.json")
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -139,7 +178,7 @@ def test_no_section_begins_after_the_deadline(
     gpu.on_card(tmp_path / "gpu.json")
     assert list(tmp_path.iterdir()) == []  # what an earlier run measured is kept
     said = capsys.readouterr().out
-    assert all(f"{name}: not begun, out of time" in said for name in speed.SECTIONS)
+    assert all(f"{name}: not begun, out of time" in said for name in sections.by_default())
 
 
 def test_rows_say_what_is_asked_and_whether_it_is_met() -> None:

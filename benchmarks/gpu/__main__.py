@@ -14,20 +14,18 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from importlib.util import find_spec
-from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 NEEDED = ("torch", "triton", "transformers", "peft", "numba", "scipy")
 """Packages that must be there; the others that quadapt uses need not be."""
 
 DEADLINE = 420.0
 """Seconds after which no further section begins: all is to fit in eight minutes."""
+
+MOST_PROCESSES = 14
+"""Processes that share the checks on a card, each of which compiles on one core."""
 
 
 def main() -> None:
@@ -36,6 +34,13 @@ def main() -> None:
     parser.add_argument("--compile", type=int, metavar="CAPABILITY", help="only compile, for an absent card (80, 90)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="with --compile: each Nth case")
     parser.add_argument("--output", type=Path, help="the JSON file (default: benchmarks/results/gpu.json)")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        metavar="NAME",
+        help="on a card: only these, added to what the file has of the same card. Default: the checks and all "
+        "sections but those of a model of full size, which take several minutes more",
+    )
     chosen = parser.parse_args()
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -45,7 +50,7 @@ def main() -> None:
     if chosen.compile:
         compile_for(chosen.compile, chosen.every)
     elif torch.cuda.is_available():
-        on_card(chosen.output)
+        on_card(chosen.output, chosen.sections)
     else:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         warnings.simplefilter("ignore")  # of libraries: what is said here is one line
@@ -65,6 +70,8 @@ def interpreted() -> None:
     """All checks through the interpreter, on the CPU."""
     import torch
 
+    from benchmarks.gpu.checking import checks
+
     counts, failed = checks(torch.device("cpu"))
     for line in failed:
         print(line)
@@ -74,65 +81,56 @@ def interpreted() -> None:
     print(f"No GPU here: {done} agree with the CPU; nothing was timed.")
 
 
-def checks(device: torch.device) -> tuple[Counter[str], list[str]]:
-    """Run every check: how many there were, and what failed."""
-    from benchmarks.gpu.cases import cases
-    from benchmarks.gpu.steps import CHECKS, named
-
-    counts, failed = Counter[str](), list[str]()
-    # What takes time on a card is compiling: of the larger matrices, which have many programs, every third case.
-    larger = islice(cases(67, 1100, 64), 0, None, 3) if device.type == "cuda" else ()
-    for case in chain(cases(5, 76, 32), larger):
-        counts["kernels"] += 1
-        try:
-            case.check(device)
-        except Exception as error:  # each is reported, and all are run
-            failed.append(f"{case.kernel}, {case.name}: {_told(error)}")
-    for check, name in named(device):
-        counts["steps"] += 1
-        try:
-            CHECKS[check](name, device)
-        except Exception as error:
-            failed.append(f"{check}, {name}: {_told(error)}")
-    return counts, failed
-
-
-def _told(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if isinstance(error, AssertionError) else repr(error)[:300]
-
-
-def on_card(output: Path | None) -> None:
+def on_card(output: Path | None, wanted: list[str] | None = None) -> None:
     """Checks and times; a table, and JSON."""
     import torch
 
-    from benchmarks.gpu.rows import shown
-    from benchmarks.gpu.speed import sections
+    from benchmarks.gpu.checking import checks
+    from benchmarks.gpu.rows import ratios, shown
+    from benchmarks.gpu.sections import SECTIONS, by_default, sections
     from benchmarks.measure import RESULTS, environment, table
 
+    unknown = sorted({*(wanted or ())} - SECTIONS.keys())
+    if unknown:
+        sys.exit(f"make gpu: {', '.join(unknown)}: no such section. There are {', '.join(SECTIONS)}")
     begun = time.monotonic()
-    counts, failed = checks(torch.device("cuda"))
-    print(f"{sum(counts.values()) - len(failed)} of {sum(counts.values())} checks agree with the CPU", flush=True)
-    for line in failed:
-        print(f"  {line}", flush=True)
-    path, rows = output or RESULTS / "gpu.json", dict[str, Any]()
+    path = output or RESULTS / "gpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, section in sections():
+    found = _kept(path, card()) if wanted else {"rows": {}}
+    if wanted is None:
+        counts, failed = checks(torch.device("cuda"), min(MOST_PROCESSES, os.cpu_count() or 1))
+        total = sum(counts.values())
+        print(f"{total - len(failed)} of {total} checks agree with the CPU; {_since(begun)}", flush=True)
+        for line in failed:
+            print(f"  {line}", flush=True)
+        found["checks"] = {"run": total, "failed": failed}
+    failed = found.setdefault("checks", {"run": 0, "failed": []})["failed"]
+    for name, section in sections(wanted or by_default()):
         if time.monotonic() - begun > DEADLINE:
             print(f"{name}: not begun, out of time", flush=True)
             continue
         try:
-            rows |= section()
+            found["rows"] |= section()
         except Exception:  # the other sections are measured all the same
             failed.append(f"{name}: {traceback.format_exc().strip().splitlines()[-1]}")
             traceback.print_exc()
-        seconds = time.monotonic() - begun
-        print(f"{name}: {seconds:.0f} s", flush=True)
-        about = {"environment": environment(), "card": card(), "seconds": seconds}
-        run = {"run": sum(counts.values()), "failed": failed}
-        path.write_text(json.dumps({**about, "checks": run, "rows": rows}, indent=1) + "\n")  # so far
-    table(f"{torch.cuda.get_device_name()}", ("what", "measured", "asked", ""), list(shown(rows)))
+        print(f"{name}: {_since(begun)}", flush=True)
+        found["rows"] |= ratios(found["rows"])
+        found |= {"environment": environment(), "card": card(), "seconds": time.monotonic() - begun}
+        path.write_text(json.dumps(found, indent=1) + "\n")  # so far
+    table(f"{torch.cuda.get_device_name()}", ("what", "measured", "asked", ""), list(shown(found["rows"])))
     if failed:
         sys.exit(f"{len(failed)} failed, see above")
+
+
+def _kept(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run on the same kind of card has found."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("card") == about else {"rows": {}}
+
+
+def _since(begun: float) -> str:
+    return f"{time.monotonic() - begun:.0f} s"
 
 
 def card() -> dict[str, Any]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import adopt
 from quadapt.methods import method_named
 from quadapt.model.layer import Quantization
-from quadapt.model.quantize import quantize_model
+from quadapt.model.quantize import quantize_model, quantized_layers
 from quadapt.model.select import select
+from quadapt.quant.gptq import GPTQ
 
 
 def llama(device: torch.device, dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
@@ -41,19 +42,29 @@ def llama(device: torch.device, dtype: torch.dtype = torch.float32, **sizes: int
         torch.set_default_dtype(before)
 
 
-def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None) -> nn.Module:
-    """A method's adapter over a model, whose layers are rounded to nearest on the device where they are."""
+def quantized(model: nn.Module, method: str, *, bits: int | None = None, batches: Sequence[Tensor] = ()) -> nn.Module:
+    """A method's base in place of the model's matrices, on the device where they are; calibrated if there are batches.
+
+    A method whose base is dense gets the model as it is.
+    """
     chosen = method_named(method)
     if bits is not None:
         chosen = chosen.with_format(replace(chosen.format, bits=bits))
-    selection = select(model)
-    names = list(selection.chosen)
     if chosen.adapter.base != "float":
-        format, storage, rounding = chosen.base()
-        plan = Quantization(format=format, storage=storage, rounding=rounding.without_data())
-        quantize_model(model, selection.chosen, plan)
+        selection, (format, storage, rounding) = select(model), chosen.base()
+        rounding = GPTQ() if batches else rounding.without_data()
+        plan = Quantization(format=format, storage=storage, rounding=rounding)
+        quantize_model(model, selection.chosen, plan, batches=batches)
         adopt(model, left=selection.left, made={"method": method})
-    config = lora_config(chosen.adapter, rank=rank, alpha=rank, target_modules=names)
+    return model
+
+
+def adapted(model: nn.Module, method: str, *, rank: int, bits: int | None = None) -> nn.Module:
+    """A method's adapter over a model, whose layers are rounded to nearest unless they are quantized."""
+    names = list(quantized_layers(model)) or list(select(model).chosen)
+    if not quantized_layers(model):
+        quantized(model, method, bits=bits)
+    config = lora_config(method_named(method).adapter, rank=rank, alpha=rank, target_modules=names)
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 

@@ -22,20 +22,29 @@ class Row:
     at_least: bool = False
     """Whether the limit is the smallest number that will do, instead of the largest."""
 
+    within: float | None = None
+    """How far from one the number may be; None where a limit is asked, or nothing."""
+
     def met(self, value: float) -> bool | None:
         """Whether a number will do; None where nothing is asked."""
+        if self.within is not None:
+            return abs(value - 1) <= self.within
         if self.limit is None:
             return None
         return value >= self.limit if self.at_least else value <= self.limit
 
     def asked(self) -> str:
         """The limit in words."""
+        if self.within is not None:
+            return f"{1 - self.within:g} to {1 + self.within:g}"
         if self.limit is None:
             return ""
         return f"at {'least' if self.at_least else 'most'} {self.limit:g}"
 
 
 BNB = "of PEFT + bitsandbytes nf4"
+FULL = "Llama-2-7B's shape, 32 layers"
+STEP = "4 x 1024 tokens, gradient checkpointing, AdamW"
 MATRIX = "4096 x 11008"
 
 ROWS: dict[str, Row] = {
@@ -63,13 +72,43 @@ ROWS: dict[str, Row] = {
     "decode_bf16": Row("decoding, one token through 8 Llama-2-7B blocks, bf16, CUDA graph", "tokens/s"),
     "decode_int4": Row("decoding int4, fused product, CUDA graph", "times bf16", 2.5, True),
     "decode_nf4": Row("decoding nf4, doubly quantized scales, likewise", "times bf16"),
+    "decode_int4pack": Row("decoding torch's int4 product, which torchao takes, likewise", "times bf16"),
+    "decode_bnb": Row("decoding bitsandbytes nf4, likewise", "times bf16"),
     **{
         f"product_{tokens}": Row(
             f"fused product of {tokens} token{'s' * (tokens > 1)} with int4 4096 x 4096", "of dequantize + product", 1.0
         )
         for tokens in (1, 2, 4, 8, 16)
     },
+    "full_nearest": Row(f"{FULL}: quantized to nf4 by nearest on the card", "s"),
+    "full_gptq": Row(f"{FULL}: quantized to int4 by GPTQ, 128 x 2048 tokens", "s", 600),
+    "full_gptq_peak": Row("peak memory of that", "GB"),
+    "full_gptq_estimate": Row("peak memory of that", "of the dry run's estimate", within=0.1),
+    **{
+        f"full_{key}": row
+        for method, name in (("qa_lora", "QA-LoRA int4"), ("qlora", "QLoRA nf4"), ("l4q", "L4Q int4"))
+        for key, row in {
+            f"{method}_step": Row(f"{FULL}: step of {name}, {STEP}", "s"),
+            f"{method}_peak": Row("peak memory of that", "GB"),
+            f"{method}_estimate": Row("peak memory of that", "of the dry run's estimate", within=0.1),
+            f"{method}_of_bnb": Row("time of that step", BNB, None if method == "l4q" else 0.85),
+            f"{method}_memory_of_bnb": Row("peak memory of that", BNB, None if method == "l4q" else 1.0),
+        }.items()
+    },
+    "full_bnb_step": Row(f"{FULL}: step of PEFT + bitsandbytes nf4, {STEP}", "s"),
+    "full_bnb_peak": Row("peak memory of that", "GB"),
 }
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, float]:
+    """What the steps of a model of full size take, of what they take with bitsandbytes, as far as both are measured."""
+    found = {}
+    for method in ("qa_lora", "qlora", "l4q"):
+        for what, name in (("step", "of_bnb"), ("peak", "memory_of_bnb")):
+            mine, theirs = rows.get(f"full_{method}_{what}"), rows.get(f"full_bnb_{what}")
+            if mine and theirs:
+                found[f"full_{method}_{name}"] = mine / theirs
+    return found
 
 
 def shown(rows: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -83,5 +122,5 @@ def shown(rows: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             found.append((row.what, f"{value:.3g} {row.unit}", row.asked(), verdict))
         else:
             why = f": {value}" if value else ""
-            found.append((row.what, f"not measured{why}", f"{row.asked()} {row.unit}" if row.limit else "", ""))
+            found.append((row.what, f"not measured{why}", f"{row.asked()} {row.unit}" if row.asked() else "", ""))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.models import adapted, llama, stock
 from benchmarks.gpu.steps import graph
-from benchmarks.peers import bitsandbytes
+from benchmarks.peers import Int4Pack, bitsandbytes
 from quadapt.budget import candidates, measure
 from quadapt.kernels import few
 from quadapt.methods import method_named
@@ -56,16 +56,17 @@ def seconds(works: dict[str, Callable[[], object]], rounds: int = 7, least: floa
     for name, work in works.items():
         for _ in range(3):
             work()
-        took = _elapsed(work, 1)
+        took = elapsed(work, 1)
         repeats[name] = max(1, round(least / took))
     found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            found[name].append(_elapsed(work, repeats[name]) / repeats[name])
+            found[name].append(elapsed(work, repeats[name]) / repeats[name])
     return found
 
 
-def _elapsed(work: Callable[[], object], times: int) -> float:
+def elapsed(work: Callable[[], object], times: int = 1) -> float:
+    """Seconds that the card takes for so many calls, launches included."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()  # type: ignore[no-untyped-call]
@@ -177,22 +178,42 @@ def quantizing() -> Measured:
     found: Measured = {}
     for name, (work, unit) in works.items():
         work()
-        found[name] = unit * statistics.median(_elapsed(work, 1) for _ in range(3))
+        found[name] = unit * statistics.median(elapsed(work, 1) for _ in range(3))
     return found
 
 
 def tokens() -> Measured:
     """One token through the blocks, recorded as a graph."""
+    builds: dict[str, Callable[[], Any]] = {
+        "bf16": dense,
+        "int4": lambda: adapted(dense(), "gptq-lora", rank=RANK).unload(),  # type: ignore[operator]
+        "nf4": lambda: adapted(dense(), "qlora", rank=RANK).unload(),  # type: ignore[operator]
+    }
+    if CARD.type == "cuda":
+        builds["int4pack"] = int4pack
+    if find_spec("bitsandbytes"):
+        builds["bnb"] = lambda: bitsandbytes(dense(), stock(RANK), "cuda").unload()  # type: ignore[operator]
     replays: dict[str, Callable[[], object]] = {}
     kept = []  # a graph holds addresses, not tensors
-    for name, method in (("bf16", None), ("int4", "gptq-lora"), ("nf4", "qlora")):
-        model: Any = dense() if method is None else adapted(dense(), method, rank=RANK).unload()  # type: ignore[operator]
+    for name, build in builds.items():
+        model = build()
         kept.append(model)
         with torch.no_grad():
             replays[name], _ = graph(_token(model.model))
     times = seconds(replays)
-    found: Measured = {f"decode_{name}": of(times, "bf16", name) for name in ("int4", "nf4")}
+    found: Measured = {f"decode_{name}": of(times, "bf16", name) for name in builds if name != "bf16"}
     return {**found, "decode_bf16": 1 / statistics.median(times["bf16"])}
+
+
+def int4pack() -> nn.Module:
+    """The blocks with torch's own int4 product in all layers, of random codes."""
+    model = dense()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            codes = torch.randint(0, 16, (layer.out_features, layer.in_features), device=CARD, dtype=torch.uint8)
+            scales = 0.01 * torch.rand(layer.out_features, layer.in_features // INT4.group_size, device=CARD)
+            model.set_submodule(name, Int4Pack(codes, scales, torch.randn_like(scales), INT4.group_size))
+    return model
 
 
 def _token(model: Any) -> Callable[[], Tensor]:
@@ -223,20 +244,3 @@ def products() -> Measured:
         times = seconds({"fused": fused, "plain": plain})
         found[f"product_{count}"] = of(times, "fused", "plain")
     return found
-
-
-SECTIONS: dict[str, Callable[[], Measured]] = {
-    "ceilings": ceilings,
-    "dequantize": decoding_weights,
-    "products": products,
-    "quantizing": quantizing,
-    "decoding": tokens,
-    "steps": steps,
-}
-
-
-def sections() -> Iterator[tuple[str, Callable[[], Measured]]]:
-    """Sections in turn, the card's memory given back between them."""
-    for name, section in SECTIONS.items():
-        torch.cuda.empty_cache()
-        yield name, section

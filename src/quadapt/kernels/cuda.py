@@ -41,6 +41,9 @@ _CHUNK = 256
 _WIDEST = 512
 """Most columns that GPTQ's inner loop holds in registers."""
 
+_HELD = 1024
+"""Weights of a program of that loop."""
+
 
 @triton.jit
 def _dequantize(
@@ -337,7 +340,7 @@ def compensate(
         return reference.compensate(weight, upper, scales, offsets, levels, bits)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     size = power(columns)
-    tile = max(1, 1024 // size)
+    tile = max(1, _HELD // size)
     scales = scales.float().contiguous()
     launch(
         _compensate,

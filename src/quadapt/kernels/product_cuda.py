@@ -39,6 +39,11 @@ _WORDS = 128
 """Words of a row that a program takes at once: one for each thread."""
 
 
+def _tile(rows: int, tokens: int) -> int:
+    """How many rows a program has: they share its inputs, and each takes registers for each token."""
+    return max(1, min(8 if rows >= 4096 else 4, 32 // tokens))
+
+
 @triton.jit
 def _product(
     x,
@@ -125,7 +130,7 @@ def product(
     words, wide = words_of(packed, bits)
     y = x.new_empty(tokens, rows)
     size = power(tokens)
-    tile = max(1, min(8 if rows >= 4096 else 4, 32 // size))
+    tile = _tile(rows, size)
     unit = next((each[3] for each in (scales, offsets) if len(each) == 4), scales[0])
     launch(
         _product,
