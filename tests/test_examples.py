@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import runpy
 import sys
@@ -159,6 +160,67 @@ def test_vision_language_on_text(tmp_path: Path) -> None:
     said, _ = run("vision_language_on_text", "vl", "story.txt", "out", cwd=tmp_path)
     assert "exact: logits bit-equal" in said
     assert "the vision tower is as it was: True" in said
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the embedded model in 4 bits (`q4`), pairs of answers, and answers that are marked."""
+    folder = tmp_path_factory.mktemp("answers")
+    model = ROOT / "src" / "quadapt" / "demo" / "model"
+    quadapt_command("quantize", model, "--rounding", "nearest", "--output", folder / "q4")
+    pairs = [{"prompt": f"The fox had {at}.", "chosen": " She swam.", "rejected": " It rained."} for at in range(16)]
+    marked = [
+        {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good}
+        for pair in pairs
+        for good in (True, False)
+    ]
+    for name, rows in (("pairs", pairs), ("marked", marked)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def _merged_by(name: str, data: str, folder: Path) -> str:
+    """What an example prints that trains over `q4`; the model that it has merged into is another one, and whole."""
+    said, _ = run(name, "q4", data, name, cwd=folder)
+    assert "exact: logits bit-equal" in said
+    trained, before = (quadapt.load(folder / each)[0] for each in (name, "q4"))
+    if type(trained) is type(before):
+        assert not torch.equal(logits(trained), logits(before))
+    return said
+
+
+def test_train_by_sft(answers: Path) -> None:
+    _merged_by("train_by_sft", "marked.jsonl", answers)
+
+
+def test_train_by_dpo(answers: Path) -> None:
+    said = _merged_by("train_by_dpo", "pairs.jsonl", answers)
+    steps = [(float(loss), float(margin)) for loss, margin in re.findall(r"loss ([\d.]+), margin (-?[\d.]+)", said)]
+    assert steps[0] == (pytest.approx(math.log(2), abs=1e-4), 0)  # before the first step model and reference are equal
+    assert steps[-1][0] < steps[0][0]
+    assert steps[-1][1] > 0
+
+
+@pytest.mark.deep
+def test_train_by_kto(answers: Path) -> None:
+    _merged_by("train_by_kto", "marked.jsonl", answers)
+
+
+@pytest.mark.deep
+def test_train_by_orpo(answers: Path) -> None:
+    _merged_by("train_by_orpo", "pairs.jsonl", answers)
+
+
+def test_train_reward_model(answers: Path) -> None:
+    said = _merged_by("train_reward_model", "pairs.jsonl", answers)
+    scores = dict(re.findall(r"^(chosen|rejected): (-?[\d.]+)$", said, re.MULTILINE))
+    assert float(scores["chosen"]) > float(scores["rejected"])
+
+
+@pytest.mark.deep
+def test_train_by_grpo(answers: Path) -> None:
+    _merged_by("train_by_grpo", "pairs.jsonl", answers)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -56,7 +56,7 @@ def modules() -> list[str]:
     return sorted(name for name in names if not name.endswith(".__main__") and name not in LACKING)
 
 
-KNOWN = {"quadapt.hf.identity", "quadapt.hf.tuner", "quadapt.hf.peft_layer", "quadapt.cli"}
+KNOWN = {"quadapt.hf.identity", "quadapt.hf.adapter_config", "quadapt.hf.tuner", "quadapt.hf.peft_layer", "quadapt.cli"}
 """Modules that could not be imported first once, or that everything begins with."""
 
 

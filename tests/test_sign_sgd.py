@@ -159,7 +159,7 @@ def test_an_optimizer_that_cannot_do_it_is_refused(trainer: Callable[..., Any], 
 def test_no_other_values_than_ternary_ones_are_begun_with(tiny_llama: Callable[..., Any]) -> None:
     from peft import get_peft_model
 
-    from quadapt.hf.identity import lora_config
+    from quadapt.hf.adapter_config import lora_config
     from quadapt.methods import lota_qaf
 
     base = quadapt.prepare(tiny_llama(), method="lota-qaf", rounding="nearest", rank=4).unload()

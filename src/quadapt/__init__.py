@@ -13,12 +13,13 @@ from quadapt.hooks import when_imported
 
 if TYPE_CHECKING:
     from quadapt.api import export, load, merge, prepare
+    from quadapt.hf.adapter_config import AdapterConfig
     from quadapt.hf.config import QuadaptConfig
     from quadapt.hf.identity import any_base
 
     __version__: str
 
-__all__ = ["QuadaptConfig", "QuadaptError", "any_base", "export", "load", "merge", "prepare"]
+__all__ = ["AdapterConfig", "QuadaptConfig", "QuadaptError", "any_base", "export", "load", "merge", "prepare"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> Any:
         from quadapt import api
 
         return getattr(api, name)
+    if name == "AdapterConfig":
+        from quadapt.hf.adapter_config import AdapterConfig
+
+        return AdapterConfig
     if name == "QuadaptConfig":
         from quadapt.hf.config import QuadaptConfig
 

@@ -14,7 +14,7 @@ from peft import IA3Config, LoraConfig, MissConfig, PeftConfig, PeftModel, VeraC
 
 import quadapt
 from quadapt.errors import CheckpointError, ConfigError
-from quadapt.hf.identity import QuadaptLoraConfig, identity_of
+from quadapt.hf.adapter_config import AdapterConfig, identity_of
 from quadapt.hf.peft_layer import lora_config
 from quadapt.hf.quantizer import base_config
 from quadapt.methods import METHODS, method_named
@@ -43,7 +43,7 @@ def test_stock_lora_trained_over_codes_names_its_base(task: str | None, base: An
     get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
     assert type(config) is LoraConfig  # the caller's own is not touched
     found = PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(found, QuadaptLoraConfig)
+    assert isinstance(found, AdapterConfig)
     assert identity_of(found) == {"kind": "lora", "base_fingerprint": base_config(base).fingerprint}
     PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     with pytest.raises(CheckpointError, match="another base"):

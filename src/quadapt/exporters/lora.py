@@ -234,7 +234,7 @@ def adapter_report(
 
 def _plain(model: Any, adapter_name: str, base: str) -> Any:
     """The adapter's config without anything of ours, as stock PEFT reads it."""
-    from quadapt.hf.identity import as_stock
+    from quadapt.hf.adapter_config import as_stock
 
     config = as_stock(model.peft_config[adapter_name])
     config.base_model_name_or_path = base or None

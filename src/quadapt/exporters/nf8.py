@@ -27,8 +27,8 @@ def export_nf8(model: nn.Module, folder: str | Path, *, adapter_name: str = "def
     Raises:
         ExportError: The folder is taken, or the model has no such adapter, or it is no low-rank branch.
     """
+    from quadapt.hf.adapter_config import KEY, identity_of
     from quadapt.hf.compressed import NF8_FILE, write_nf8
-    from quadapt.hf.identity import KEY, identity_of
     from quadapt.nn.adapters import LoRA
 
     layers, path = check_nf8(model, adapter_name), Path(folder)

@@ -109,7 +109,8 @@ def _config_in(folder: Any, **hub: Any) -> Any:
 
 def _check_given(model: nn.Module, adapter_name: str, folder: Any, given: Any) -> None:
     """What a folder's config says, against the adapter that is there already under the name it is loaded under."""
-    from quadapt.hf.identity import KEY, check_same_adapter, ours
+    from quadapt.hf.adapter_config import KEY
+    from quadapt.hf.identity import check_same_adapter, ours
 
     configs: Any = getattr(model, "peft_config", {})
     known = configs.get(adapter_name)
@@ -144,7 +145,8 @@ def load_into_peft_model(
 
 def check_swap(stock: Callable[..., Any], known: Any, given: Any) -> None:
     """Hot-swapping copies `lora_A` and `lora_B` alone, whatever else an adapter of ours has."""
-    from quadapt.hf.identity import KEY, check_same_adapter, identity_of, settings_of
+    from quadapt.hf.adapter_config import KEY, identity_of, settings_of
+    from quadapt.hf.identity import check_same_adapter
 
     stock(known, given)
     if not any(KEY in (each.auto_mapping or {}) for each in (known, given)):

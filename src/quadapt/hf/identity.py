@@ -1,51 +1,23 @@
-"""Which base an adapter belongs to, and which settings it has: what `adapter_config.json` says, and the checks of it.
-
-On disk an adapter of ours is of the type QUADAPT. PEFT without quadapt knows no such type and refuses it, where it
-would otherwise load part of it as plain LoRA, over whatever model it is given. In memory it is a LoRA (`peft_type` is
-LORA), so saving, loading, `load_adapter` and resuming are PEFT's own. Which adapter it is, with its settings and the
-fingerprint of its base, stands under `auto_mapping`, the one field that PEFT keeps without reading it; a digest over
-these, rank and alpha stands beside them, since another rank, alpha or pooling makes another model of the same tensors.
-"""
+"""Which base an adapter belongs to: what is checked before it goes over a model, and before it is merged into one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
+from peft import LoraConfig
 from torch import nn
 
 from quadapt.errors import CheckpointError, ConfigError
+from quadapt.hf.adapter_config import KEY, NAMELESS, AdapterConfig, identity_of, settings_of
 from quadapt.hf.quantizer import content_of, fingerprint_of
 from quadapt.model.quantize import quantized_layers
-from quadapt.nn.adapters import Adapter, adapter_from
+from quadapt.nn.adapters import adapter_from
 
 log = logging.getLogger("quadapt")
-
-KEY = "quadapt"
-"""The key of our entry in PEFT's `auto_mapping`."""
-
-TYPE = "QUADAPT"
-"""The `peft_type` that our adapters have on disk."""
-
-STOCK = "lora"
-"""Kind of an adapter whose config has no entry of ours: PEFT's own LoRA."""
-
-_BESIDE = ("base_fingerprint", "start", "digest")
-"""What our entry says besides the adapter's kind and settings."""
-
-_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-"""PEFT's settings that change what the same tensors compute."""
-
-_NAMELESS = (
-    "adapter_config.json: auto_mapping.quadapt.base_fingerprint is missing or empty, so nothing says which base the "
-    "adapter belongs to. Restore the file from its source"
-)
 
 _any_base: ContextVar[bool] = ContextVar("any_base", default=False)
 
@@ -64,128 +36,6 @@ def any_base() -> Iterator[None]:
         yield
     finally:
         _any_base.reset(token)
-
-
-class QuadaptLoraConfig(LoraConfig):
-    """PEFT's config for an adapter of ours, or for stock LoRA over codes: it is written with its identity."""
-
-    def __post_init__(self) -> None:
-        read = self.peft_type == TYPE  # only what is read from a file has this type; the line below makes it LORA
-        super().__post_init__()
-        if read:
-            self._check()
-
-    def _check(self) -> None:
-        mapping = {} if self.auto_mapping is None else self.auto_mapping
-        entry = (mapping.get(KEY) or {}) if isinstance(mapping, dict) else mapping
-        if not isinstance(entry, dict):
-            raise CheckpointError(
-                f"adapter_config.json: auto_mapping holds {entry!r:.80} where the adapter's settings belong. Restore "
-                "the file from its source"
-            )
-        if not entry.get("base_fingerprint"):
-            raise CheckpointError(_NAMELESS)
-        if entry.get("digest") != _digest(self):
-            raise CheckpointError(
-                "adapter_config.json: rank, alpha or the settings under auto_mapping.quadapt are not those that the "
-                "adapter was trained with: their digest differs. Restore the file from its source"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The dictionary that PEFT writes, with quadapt's type of adapter and the digest of the settings."""
-        entry = {**identity_of(self), "digest": _digest(self)}
-        return {**super().to_dict(), "peft_type": TYPE, "auto_mapping": {**(self.auto_mapping or {}), KEY: entry}}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does, but keep our entries beside those that it makes for models without a task type."""
-        self.auto_mapping = {**(self.auto_mapping or {}), **(kwargs.pop("auto_mapping_dict", None) or {})}
-        super().save_pretrained(save_directory, **kwargs)
-
-
-def lora_config(
-    adapter: Adapter,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: list[str] | str = "all-linear",
-    base_fingerprint: str = "",
-    start: str = "zero",
-    task: str | None = "CAUSAL_LM",
-) -> LoraConfig:
-    """A PEFT config for one of our adapters.
-
-    Args:
-        adapter: The adapter, which says what trains.
-        rank: The rank of the adapter.
-        alpha: The adapter is multiplied by `alpha / rank`.
-        dropout: The share of the adapter's inputs that is dropped in training.
-        target_modules: The layers that get adapters, as PEFT names them.
-        base_fingerprint: The fingerprint of the base, over which alone the adapter loads later. If empty, it is filled
-            in when the adapter is put over a base.
-        start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
-        task: PEFT's name of what the model does, which decides on PEFT's class of the model; None for its general one.
-    """
-    about = {
-        **adapter.identity(),
-        "base_fingerprint": base_fingerprint,
-        **({} if start == "zero" else {"start": start}),
-    }
-    return QuadaptLoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int, and takes any number
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        task_type=task,
-        auto_mapping={KEY: about},
-    )
-
-
-def adapter_of(config: LoraConfig) -> Adapter:
-    """The adapter that a PEFT config asks for: ours where it names one, else LoRA.
-
-    Raises:
-        ConfigError: It asks for a variant of LoRA that has no meaning over codes.
-    """
-    for option, advice in (
-        ("use_dora", "DoRA rescales the dense weight"),
-        ("use_qalora", "use quadapt's qa-lora, which merges"),
-        ("alora_invocation_tokens", "activated LoRA is not supported"),
-    ):
-        if getattr(config, option, None):
-            raise ConfigError(f"LoraConfig.{option}: {advice}. Leave it unset")
-    if config.init_lora_weights not in (True, False, "gaussian", "eva"):
-        raise ConfigError(
-            f"LoraConfig.init_lora_weights={config.init_lora_weights!r}: needs the dense weight, which a quantized "
-            "layer no longer has. Use True or 'gaussian'"
-        )
-    return adapter_from(settings_of(config))
-
-
-def identity_of(config: LoraConfig) -> dict[str, Any]:
-    """Our entry in a PEFT config; that of stock LoRA if there is none."""
-    entry = dict((config.auto_mapping or {}).get(KEY) or {"kind": STOCK})
-    entry.pop("digest", None)
-    return entry
-
-
-def settings_of(config: LoraConfig) -> dict[str, Any]:
-    """Kind and settings of the adapter that a PEFT config asks for."""
-    return {name: value for name, value in identity_of(config).items() if name not in _BESIDE}
-
-
-def as_stock(config: LoraConfig) -> LoraConfig:
-    """A copy of a config without anything of ours: that of an adapter which stock PEFT serves."""
-    stock = object.__new__(LoraConfig)
-    stock.__dict__.update(config.__dict__)
-    stock.auto_mapping = {name: entry for name, entry in (config.auto_mapping or {}).items() if name != KEY} or None
-    return stock
-
-
-def _digest(config: LoraConfig) -> str:
-    """SHA-256 over all settings that change what the adapter's tensors compute."""
-    about = {**identity_of(config), "peft": {name: getattr(config, name) for name in _SCALING}}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def ours(model: nn.Module, config: Any) -> bool:
@@ -209,18 +59,18 @@ def admit(model: nn.Module, config: Any) -> Any:
     Raises:
         CheckpointError: The adapter was trained over another base, or no longer says over which.
     """
-    if not ours(model, config) or type(config) not in (LoraConfig, QuadaptLoraConfig):
+    if not ours(model, config) or type(config) not in (LoraConfig, AdapterConfig):
         return config
     entry = (config.auto_mapping or {}).get(KEY)
     if entry is None and config.inference_mode:
         return config
     if entry is not None and type(config) is LoraConfig and not entry.get("base_fingerprint"):
-        raise CheckpointError(_NAMELESS)
+        raise CheckpointError(NAMELESS)
     found = fingerprint_of(model)
     wanted = identity_of(config).get("base_fingerprint")
     if wanted and found:
         check_same_base(str(wanted), found, dense=not quantized_layers(model))
-    named = object.__new__(QuadaptLoraConfig)
+    named = object.__new__(AdapterConfig)
     named.__dict__.update(config.__dict__)
     named.auto_mapping = {
         **(config.auto_mapping or {}),
@@ -290,6 +140,3 @@ def check_same_adapter(known: LoraConfig, given: LoraConfig) -> None:
 
 def _written(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[TYPE] = QuadaptLoraConfig  # type: ignore[index]  # a string where PEFT has an enum of them

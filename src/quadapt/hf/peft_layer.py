@@ -1,8 +1,8 @@
 """The one PEFT layer: every adapter of ours, and stock LoRA over codes.
 
 PEFT sees an ordinary LoRA adapter (`peft_type` is LORA), so saving, loading, `load_adapter` and resuming are its own.
-Which adapter of ours it is, and over which base, is said in its config: see `hf/identity.py`. PEFT gets to know this
-layer by `hf/plug.py`.
+Which adapter of ours it is, and over which base, is said in its config: see `hf/adapter_config.py`. PEFT gets to know
+this layer by `hf/plug.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
+from quadapt.hf.adapter_config import STOCK, identity_of
+from quadapt.hf.adapter_config import adapter_of as adapter_of
+from quadapt.hf.adapter_config import lora_config as lora_config
 from quadapt.hf.also import stored_bias
-from quadapt.hf.identity import STOCK, identity_of
-from quadapt.hf.identity import adapter_of as adapter_of
-from quadapt.hf.identity import lora_config as lora_config
 from quadapt.model.select import refuse_foreign
 from quadapt.nn.adapters import Adapter, Param, Source
 from quadapt.nn.adapters.base import Dropout, Part, same

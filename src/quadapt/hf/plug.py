@@ -17,7 +17,7 @@ def plug_into_peft() -> None:
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import hotswap, transformers_weight_conversion
 
-    import quadapt.hf.identity  # noqa: F401 - makes PEFT know our type of config
+    import quadapt.hf.adapter_config  # noqa: F401 - makes PEFT know our type of config
 
     wrap(LoraModel, "_create_new_module", "quadapt.hf.peft_layer:create")
     wrap(BaseTuner, "inject_adapter", "quadapt.hf.tuner:inject")

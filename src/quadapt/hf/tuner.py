@@ -16,8 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from quadapt.errors import ConfigError, locate
+from quadapt.hf.adapter_config import KEY, identity_of, settings_of
 from quadapt.hf.also import settle
-from quadapt.hf.identity import KEY, admit, identity_of, settings_of
+from quadapt.hf.identity import admit
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.quantizer import adopt, base_config, disown
 from quadapt.hf.trained import Part, changed_besides, merge_parts, parts_of, settle_ties

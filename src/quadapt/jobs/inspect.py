@@ -131,7 +131,7 @@ def _verify_adapter(folder: Folder, base: str, ui: UI) -> None:
     """Check an adapter: its settings against their own digest, all else against the digests, its base by its name."""
     from peft import LoraConfig, PeftConfig
 
-    from quadapt.hf.identity import identity_of
+    from quadapt.hf.adapter_config import identity_of
 
     about = reading(folder.name, PeftConfig.from_pretrained, folder.name)
     _verify(folder, None, ui)

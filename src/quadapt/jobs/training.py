@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from quadapt.config import TuneConfig
 from quadapt.data import Encoded
 from quadapt.errors import ConfigError
+from quadapt.hf.adapter_config import identity_of
 from quadapt.hf.also import settle
 from quadapt.hf.card import CARD, adapter_card
 from quadapt.hf.ending import set_ends
 from quadapt.hf.folder import Folder
-from quadapt.hf.identity import identity_of
 from quadapt.hf.loading import load_model, read_config
 from quadapt.hf.saving import write_note
 from quadapt.hf.start import GRIDS, START, read_grids, read_start, set_grids, set_start
