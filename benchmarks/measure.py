@@ -78,9 +78,8 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = None
     git = ["git", "-C", str(Path(__file__).parent)]
-    commit = os.environ.get("COMMIT") or subprocess.run(  # where the sources are a copy and no clone
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = os.environ.get("COMMIT") or head  # the sources may be a copy and no clone
     dirty = subprocess.run(
         [*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True, check=False
     ).stdout.strip()
