@@ -114,8 +114,10 @@ def test_what_makes_no_sense_is_refused_with_advice(arguments: tuple[str, ...], 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("levels", "name"), [("fp4", "fp4-g32"), ("nf-qlora", "nf4-qlora-g32")])
-def test_the_tables_of_bitsandbytes_can_be_asked_for(levels: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("levels", "name"), [("fp4", "fp4-g32"), ("nf-qlora", "nf4-qlora-g32"), ("iq4-nl", "iq4-nl-g32")]
+)
+def test_the_tables_of_others_can_be_asked_for(levels: str, name: str, tmp_path: Path) -> None:
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     grid = ("--quant-type", levels, "--group-size", "32", "--rounding", "nearest")
     quadapt("quantize", "dense", "--output", base, *grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -26,6 +27,7 @@ def weight(format: Format, columns: int = 128, storage: Storage | None = None) -
 HELD: list[tuple[str, int, Zero]] = [
     *(("Q4_0", bits, "none") for bits in (2, 3, 4)),
     *(("Q4_1", bits, "float") for bits in (2, 3, 4)),
+    ("IQ4_NL", 4, "none"),
     ("Q5_0", 5, "none"),
     ("Q5_1", 5, "float"),
     *(("Q8_0", bits, "none") for bits in (6, 8)),
@@ -46,19 +48,27 @@ def read(stored: QuantWeight) -> np.ndarray:
 @pytest.mark.parametrize(("block", "bits", "zero"), HELD)
 def test_blocks_are_the_weight_bit_for_bit(block: str, bits: int, zero: Zero, group_size: int) -> None:
     halves = Storage(scales="fp16", offsets="absent" if zero == "none" else "fp16")
-    stored = weight(Format(bits=bits, group_size=group_size, zero=zero), storage=halves)
+    levels = "iq4-nl" if block == "IQ4_NL" else "int"
+    stored = weight(Format(levels=levels, bits=bits, group_size=group_size, zero=zero), storage=halves)
     assert cannot_hold(stored) == cannot_hold_layout(stored.layout) == ""
     assert block_for(stored.format).name == block
     assert len(stored.codes().unique()) > 0.9 * 2**bits  # about all of them are tried
     np.testing.assert_array_equal(read(stored), stored.dequantize().numpy(), strict=True)
 
 
+BLOCK = re.compile(r"\| (Q|IQ)\d_(\d|NL) \|")
+"""A row of the page's table of blocks."""
+
+
 def test_the_page_about_exports_lists_the_blocks() -> None:
     page = (Path(__file__).parents[2] / "docs" / "guide" / "export.md").read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| Q") and "_K" not in line]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if BLOCK.match(line)]
     assert [(name, float(bits)) for name, _, bits in rows] == [(each.name, each.bits_per_weight) for each in BLOCKS]
     for (_, codes, _), block in zip(rows, BLOCKS, strict=True):
         widths = [bits for name, bits, _ in HELD if name == block.name]
+        if block.name == "IQ4_NL":
+            assert codes == "of levels `iq4-nl`, without offsets, of 4 bits"
+            continue
         assert codes.startswith("with offsets" if block.shifted else "symmetric")
         assert codes.endswith(f"of {' or '.join(', '.join(map(str, widths)).rsplit(', ', 1))} bits")
 
@@ -72,6 +82,8 @@ def test_blocks_are_made_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> N
 
 NOT_HELD = [
     (weight(Format(levels="nf", bits=4)), "not evenly spaced"),
+    (weight(Format(levels="nf", bits=4)), "--quant-type iq4-nl has those of IQ4_NL"),
+    (weight(Format(levels="iq4-nl", bits=4, zero="float")), "iq4-nl-shift-g32 has offsets, and IQ4_NL none"),
     (weight(Format(bits=8)), "8-bit codes with offsets fit no block (without offsets they do: --zero none)"),
     (weight(Format(bits=6, zero="integer")), "6-bit codes with offsets"),
     (weight(Format(bits=8, zero="none")), "scales (fp32)"),

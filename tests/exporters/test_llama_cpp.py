@@ -139,9 +139,12 @@ class Rounded(nn.Module):
         repeat = weight.format.width(weight.layout.columns) // 32
         self.signed = weight.format.zero == "none"
         middle = 2 ** (weight.format.bits - 1) if self.signed else 0
-        self.codes = (weight.codes().double() - middle).unflatten(1, (blocks, 32))
+        table = weight.format.table(weight.scales)
+        codes = weight.codes().double() - middle if table is None else table.double()[weight.codes().int()]
+        self.codes = codes.unflatten(1, (blocks, 32))
         self.scales = weight.scales.double().repeat_interleave(repeat, 1)[:, :blocks]
-        self.offsets = weight.offsets.double().repeat_interleave(repeat, 1)[:, :blocks]
+        if weight.offsets is not None:
+            self.offsets = weight.offsets.double().repeat_interleave(repeat, 1)[:, :blocks]
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = x.unflatten(-1, (-1, 32))
@@ -163,6 +166,7 @@ def last(model: nn.Module, prompts: list[list[int]]) -> Tensor:
 BLOCKS = {
     "Q4_0": Format(bits=4, group_size=32, zero="none"),
     "Q4_1": Format(bits=3, group_size=32),
+    "IQ4_NL": Format(levels="iq4-nl", bits=4, group_size=32),
     "Q5_0": Format(bits=5, group_size=32, zero="none"),
     "Q5_1": Format(bits=5, group_size=32),
     "Q8_0": Format(bits=6, group_size=32, zero="none"),

@@ -66,7 +66,8 @@ def test_other_lengths(bits: int, group_size: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "bits"), [("nf", 2), ("nf", 3), ("nf", 4), ("nf", 8), ("nf-sym", 2), ("fp4", 4), ("nf-qlora", 4)]
+    ("levels", "bits"),
+    [("nf", 2), ("nf", 3), ("nf", 4), ("nf", 8), ("nf-sym", 2), ("fp4", 4), ("nf-qlora", 4), ("iq4-nl", 4)],
 )
 def test_tables(levels: str, bits: int) -> None:
     weight = quantized(Format(bits=bits, levels=levels, group_size=64), 5, 352)

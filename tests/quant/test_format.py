@@ -58,6 +58,14 @@ def test_tables_of_bitsandbytes_are_its_own_in_order() -> None:
     assert normal_levels(4) != pytest.approx(nf_levels.NF4, abs=1e-8)  # which is why they have a name of their own
 
 
+def test_the_table_of_llama_cpp_is_its_own() -> None:
+    quants = pytest.importorskip("gguf.quants")
+    format = Format(levels="iq4-nl", bits=4)
+    assert format.table(torch.zeros(1)).tolist() == list(quants.IQ4_NL.kvalues)
+    assert format.ends == (-127, 113)
+    assert format.zero == "none"
+
+
 def test_zero_defaults_to_float_for_integers_and_to_none_for_quantiles() -> None:
     assert Format(bits=4).zero == "float"
     assert Format(levels="nf", bits=4).zero == "none"
@@ -77,6 +85,7 @@ def test_zero_defaults_to_float_for_integers_and_to_none_for_quantiles() -> None
         ({"levels": "fp"}, "levels='fp'"),
         ({"levels": "nf-sym", "bits": 4}, "Use levels='nf'"),
         ({"levels": "fp4", "bits": 3}, "levels='fp4' is defined for bits=4 alone, not bits=3"),
+        ({"levels": "iq4-nl", "bits": 3}, "levels='iq4-nl' is defined for bits=4 alone, not bits=3"),
         ({"levels": "nf-qlora", "bits": 2}, "levels='nf-qlora' is defined for bits=4 alone, not bits=2"),
         ({"group_size": 24}, "group_size=24"),
         ({"group_size": 8}, "group_size=8"),
@@ -99,13 +108,13 @@ def test_every_grid_has_a_name_of_its_own() -> None:
         *itertools.product(["int"], (2, 3, 4, 5, 6, 8), (16, 32, 256, -1), ("none", "integer", "float")),
         *itertools.product(["nf"], (2, 3, 4, 8), (16, 32, 256, -1), ("none", "float")),
         *itertools.product(["nf-sym"], (2,), (16, 32, 256, -1), ("none", "float")),
-        *itertools.product(["nf-qlora", "fp4"], (4,), (16, 32, 256, -1), ("none", "float")),
+        *itertools.product(["nf-qlora", "fp4", "iq4-nl"], (4,), (16, 32, 256, -1), ("none", "float")),
     ]
     for levels, bits, group, zero in grids:
         names.add(Format(levels=levels, bits=bits, group_size=group, zero=zero).name)
     assert len(names) == len(grids)
     assert {"int4-g32", "int8-sym-row", "int4-zp-g32", "nf4-g256", "nf2-sym-g16", "nf3-shift-g32"} <= names
-    assert {"nf4-qlora-g16", "nf4-qlora-shift-row", "fp4-g32", "fp4-shift-g256"} <= names
+    assert {"nf4-qlora-g16", "nf4-qlora-shift-row", "fp4-g32", "fp4-shift-g256", "iq4-nl-g32"} <= names
 
 
 @pytest.mark.parametrize(

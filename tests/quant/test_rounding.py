@@ -27,6 +27,8 @@ GRIDS = [
     ("nf-qlora", 4, "none"),
     ("fp4", 4, "none"),
     ("fp4", 4, "float"),
+    ("iq4-nl", 4, "none"),
+    ("iq4-nl", 4, "float"),
 ]
 FP32 = {"float": "fp32", "integer": "integer", "none": "absent"}
 
@@ -40,7 +42,7 @@ def levels_of(format: Format) -> Tensor:
     """The levels between which a weight may lie, in float64."""
     if format.levels == "int":
         return torch.arange(2.0**format.bits, dtype=torch.float64)
-    if format.levels in ("nf-qlora", "fp4"):
+    if format.levels in ("nf-qlora", "fp4", "iq4-nl"):
         return format.table(torch.zeros(1)).double()
     return torch.tensor(normal_levels(format.bits, symmetric=format.levels == "nf-sym"), dtype=torch.float64)
 
@@ -228,7 +230,7 @@ def test_a_group_of_zeros_stays_zero(levels: str, bits: int, zero: str) -> None:
     weight = torch.randn(4, 64)
     weight[1, :32] = 0
     rounded = Nearest()(weight, layout_of(Format(levels=levels, bits=bits, zero=zero, group_size=32), (4, 64)))
-    assert float(rounded.dequantize()[1, :32].abs().max()) <= (1e-5 if levels == "nf-sym" else 0.0)
+    assert float(rounded.dequantize()[1, :32].abs().max()) <= (1e-5 if levels in ("nf-sym", "iq4-nl") else 0.0)
 
 
 @pytest.mark.parametrize(("levels", "bits", "zero"), [grid for grid in GRIDS if grid[2] == "float"])
@@ -236,7 +238,8 @@ def test_a_group_of_zeros_stays_zero(levels: str, bits: int, zero: str) -> None:
 def test_a_constant_group_with_a_free_offset_is_kept(levels: str, bits: int, zero: str, value: float) -> None:
     weight = torch.full((2, 32), value)
     rounded = Nearest()(weight, layout_of(Format(levels=levels, bits=bits, zero=zero, group_size=32), (2, 32), "fp32"))
-    torch.testing.assert_close(rounded.dequantize(), weight, rtol=1e-6, atol=1e-6)
+    atol = 2e-6 if levels == "iq4-nl" else 1e-6  # whose level nearest to zero is 1, times the smallest scale
+    torch.testing.assert_close(rounded.dequantize(), weight, rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("zero", ["integer", "none"])

@@ -13,8 +13,11 @@ def grid(group: np.ndarray, bits: int, levels: list[float] | None, zero: str, st
     """
     low, high, top = group.min(), group.max(), 2**bits - 1
     if levels is not None:
-        middle = (low + high) / 2 if zero == "float" else 0.0
-        scale = max(high - middle, middle - low)
+        if zero == "float":  # the ends of the table lie on those of the group
+            scale = (high - low) / (levels[-1] - levels[0])
+            middle = (low + high) / 2 - scale * (levels[-1] + levels[0]) / 2
+        else:
+            scale, middle = max(high / levels[-1], low / levels[0]), 0.0
         return float(stored(scale if scale > 0 else 1)), float(stored(middle))
     if zero == "float":
         scale = (high - low) / top

@@ -3,7 +3,8 @@
 A block holds 32 weights of a row: a scale (float16), an offset (float16, if it has one), and the codes. It means
 `scale * code + offset`, computed in float32 and in this order: our own stored form. A block without an offset means
 `scale * (code - middle)`, which is symmetric integers in our stored form, exactly: their offset is the scale times a
-power of two. A wider group is the same scale and offset in several blocks, and codes may be narrower than a block's.
+power of two. IQ4_NL looks codes up in a table of 16 whole numbers, `scale * table[code]`: our levels `iq4-nl`. A wider
+group is the same scale and offset in several blocks, and codes may be narrower than a block's.
 
 Of codes of four and five bits, byte `j` of sixteen has the four low bits of weight `j` in its low half and those of
 weight `j + 16` in its high half. The fifth bits stand before them, as 32 bits in the order of the weights. Codes of
@@ -43,6 +44,9 @@ class Block:
     holds: str
     """What it is used for, in plain words, as the subject of "cost .. bits per weight"."""
 
+    levels: str = field(default="int", kw_only=True)
+    """The kind of levels that its codes stand for."""
+
     weights: int = field(default=BLOCK, kw_only=True)
     """How many weights of a row a block holds."""
 
@@ -62,6 +66,7 @@ class Block:
 
 BLOCKS = (
     Block("Q4_0", 4, shifted=False, holds="symmetric codes of 2, 3 and 4 bits all"),
+    Block("IQ4_NL", 4, shifted=False, holds="codes of iq4-nl", levels="iq4-nl"),
     Block("Q4_1", 4, shifted=True, holds="2-, 3- and 4-bit codes all"),
     Block("Q5_0", 5, shifted=False, holds="symmetric 5-bit codes"),
     Block("Q5_1", 5, shifted=True, holds="5-bit codes"),
@@ -73,8 +78,8 @@ BLOCKS = (
 def block_for(format: Format) -> Block | None:
     """The smallest block for codes of a format, with an offset if its codes have one; None if there is none."""
     shifted = format.zero != "none"
-    fitting = (block for block in BLOCKS if format.bits <= block.bits and block.shifted == shifted)
-    return next(fitting, None) if format.levels == "int" else None
+    alike = (block for block in BLOCKS if block.levels == format.levels and block.shifted == shifted)
+    return next((block for block in alike if format.bits <= block.bits), None)
 
 
 def cannot_hold(weight: QuantWeight) -> str:
@@ -106,6 +111,8 @@ def _objection(layout: Layout) -> str:
     """What keeps weights of a layout from any block, whatever their scales and offsets; empty if nothing does."""
     format = layout.format
     why = shape_objection(layout)
+    if not why and block_for(format) is None and format.levels != "int":
+        return f"{format.name} has offsets, and IQ4_NL none. Use --zero none"
     if not why and block_for(format) is None:
         return f"{format.bits}-bit codes with offsets fit no block (without offsets they do: --zero none)"
     return why
@@ -114,8 +121,8 @@ def _objection(layout: Layout) -> str:
 def shape_objection(layout: Layout) -> str:
     """What keeps codes from any block, whatever their width: levels, order and rows; empty if nothing does."""
     format, columns = layout.format, layout.columns
-    if format.levels != "int":
-        return f"the levels of {format.name} are not evenly spaced"
+    if format.levels not in {block.levels for block in BLOCKS}:
+        return f"the levels of {format.name} are not evenly spaced (--quant-type iq4-nl has those of IQ4_NL)"
     if layout.permuted:
         return "its inputs are permuted"
     if columns % BLOCK:

@@ -113,7 +113,8 @@ def _fast(weight: QuantWeight) -> Iterator[Held]:
     if shape_objection(weight.layout) or super_block_for(weight.layout) is not None:
         return
     quick = next((each for each in SUPER_BLOCKS if each.name == _QUICK.get(weight.format.bits)), None)
-    if quick is not None and weight.layout.storage.of_offsets.zero != "none":
+    whole = weight.format.levels == "int"
+    if whole and quick is not None and weight.layout.storage.of_offsets.zero != "none":
         found = forms.in_super_blocks(weight, quick.scales, quick.bits)
         if found is not None:
             form, words, distance = found

@@ -26,7 +26,7 @@ class QuadaptConfig(QuantizationConfigMixin):
     Args:
         bits: Wish: the width of a code in bits.
         group_size: Wish: how many inputs share a scale; -1 for whole rows.
-        levels: Wish: the kind of levels, int, nf, nf-sym, nf-qlora or fp4.
+        levels: Wish: the kind of levels, int, nf, nf-sym, nf-qlora, fp4 or iq4-nl.
         zero: Wish: what the offset may be: none, integer or float. By default it is float for int, and none for nf.
         scales: Wish: how scales are stored: fp16, fp32, double, linear8-256-fp32 and its like, or k-quant, which
             chooses the group size and the zero as well.

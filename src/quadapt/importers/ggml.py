@@ -1,11 +1,13 @@
 """GGML's blocks, read straight into codes, scales and offsets; the writing side is `exporters/ggml.py`.
 
-A plain block holds 32 weights of a row: a scale and perhaps an offset, both float16, and codes. A super-block
+A plain block holds 32 weights of a row: a scale and perhaps an offset, both float16, and codes (of IQ4_NL into a table
+of levels). A super-block
 (K-quants) holds 256 weights in groups of 16 or 32: one or two float16, a code of each group's scale and offset, and
 codes of weights. Both are our stored form, in the same order of operations, and so are the numbers that they mean.
 
 Where a scale is zero, so that all weights of a group are equal, the smallest scale and the code of that value stand for
-it: nothing here divides by a scale of zero, and the numbers stay what they were.
+it: nothing here divides by a scale of zero, and the numbers stay what they were. IQ4_NL has no level of zero, so there
+a scale of zero stays.
 
 Source: llama.cpp, `ggml/src/ggml-common.h` (the structs) and `ggml-quants.c` (`dequantize_row_q4_K` and its like).
 """
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from quadapt import kernels
 from quadapt.kernels.reference import rows_per_chunk
-from quadapt.quant.format import Format, Zero
+from quadapt.quant.format import Format, Levels, Zero
 from quadapt.quant.storage import Storage
 from quadapt.quant.storage.super_block import SUPER_BLOCK, SuperBlock
 from quadapt.quant.weight import Layout, QuantWeight
@@ -59,9 +61,12 @@ class Blocks:
     read: Callable[[Tensor], Read]
     """Takes blocks apart, uint8 `[rows, blocks, bytes]`."""
 
+    levels: Levels = "int"
+    """The kind of levels that codes stand for."""
+
     def layout(self, out: int, columns: int) -> Layout:
         """The layout of a matrix of such blocks."""
-        format = Format(bits=self.bits, group_size=self.group_size, zero=self.zero)
+        format = Format(levels=self.levels, bits=self.bits, group_size=self.group_size, zero=self.zero)
         return Layout(format=format, storage=Storage.floating(self.scales, self.zero), out=out, columns=columns)
 
     def weight(self, rows: Tensor, layout: Layout) -> QuantWeight:
@@ -79,7 +84,8 @@ class Blocks:
         empty = scales == middle if constant is None else (scales == middle) | (constant == 0)
         level = 0 if self.zero == "float" else 2 ** (self.bits - 1)
         codes = found["codes"].unflatten(-1, (scales.shape[-1], -1)).masked_fill(empty[..., None], level)
-        numbers = {**found, "scales": scales.masked_fill(empty, _LEAST if constant is None else middle + 1)}
+        smallest = 0.0 if self.levels == "iq4-nl" else _LEAST
+        numbers = {**found, "scales": scales.masked_fill(empty, smallest if constant is None else middle + 1)}
         if constant is not None:
             numbers["scales_constant"] = constant.masked_fill(constant == 0, _LEAST)
         tensors = {"weight": kernels.pack(codes.flatten(1).contiguous(), self.bits)}
@@ -188,6 +194,7 @@ def _q6_k(blocks: Tensor) -> Read:
 BLOCKS: dict[str, Blocks] = {
     "Q4_0": Blocks(4, "none", "fp16", 32, 32, 18, _q4_0),
     "Q4_1": Blocks(4, "float", "fp16", 32, 32, 20, _q4_1),
+    "IQ4_NL": Blocks(4, "none", "fp16", 32, 32, 18, _q4_0, "iq4-nl"),
     "Q5_0": Blocks(5, "none", "fp16", 32, 32, 22, _q5_0),
     "Q5_1": Blocks(5, "float", "fp16", 32, 32, 24, _q5_1),
     "Q8_0": Blocks(8, "none", "fp16", 32, 32, 34, _q8_0),

@@ -3,7 +3,8 @@
     W[o, i] = scales[o, g] * levels[codes[o, i]] + offsets[o, g],    g = perm[i] // group_size
 
 Integers have the levels 0, 1, .. 2**bits - 1. NormalFloat has quantiles of the normal distribution between -1 and 1.
-Two more tables are those of bitsandbytes, of 16 numbers each. Levels never descend: nearest codes need that.
+Two more tables are those of bitsandbytes, of 16 numbers each, and one is llama.cpp's, of 16 whole numbers. Levels never
+descend: nearest codes need that.
 
 A :class:`Format` names the levels, the group, and what the offsets may be; how the numbers are stored is decided in
 `quant/storage/`.
@@ -25,7 +26,7 @@ from quadapt.quant.constants import per_device
 from quadapt.setting import MOST, setting
 from quadapt.widths import check_width, listed
 
-Levels = Literal["int", "nf", "nf-sym", "nf-qlora", "fp4"]
+Levels = Literal["int", "nf", "nf-sym", "nf-qlora", "fp4", "iq4-nl"]
 Zero = Literal["none", "integer", "float"]
 
 WHOLE_ROW = -1
@@ -50,9 +51,13 @@ FP4 = (*(-value for value in reversed(_MAGNITUDES)), *_MAGNITUDES)
 """The levels of FP4 as bitsandbytes has them: a sign, two bits of exponent and one of mantissa. Zero is there twice,
 for either sign; to a weight of zero the lower one is nearest."""
 
-_TABLES = {"nf-qlora": QLORA, "fp4": FP4}
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The levels of llama.cpp's IQ4_NL (`kvalues_iq4nl`): whole numbers, denser about zero, and none of them zero. They are
+kept as they are there, so that a scale of float16 means the same there and here."""
 
-_ONLY = {"nf-sym": 2, "nf-qlora": 4, "fp4": 4}
+_TABLES: dict[str, tuple[float, ...]] = {"nf-qlora": QLORA, "fp4": FP4, "iq4-nl": IQ4_NL}
+
+_ONLY = {"nf-sym": 2, "nf-qlora": 4, "fp4": 4, "iq4-nl": 4}
 """The width of levels that have only one."""
 
 
@@ -62,10 +67,11 @@ class Format:
 
     levels: Levels = setting("--quant-type", panel="Quantization", default="int")
     """int: evenly spaced. nf: NormalFloat (nf2 is then {-1, 0, 0.34, 1}, as in LoftQ). nf-sym: symmetric nf2, as in
-    IR-QLoRA. nf-qlora and fp4: the very numbers of bitsandbytes' NF4 and FP4."""
+    IR-QLoRA. nf-qlora and fp4: the very numbers of bitsandbytes' NF4 and FP4. iq4-nl: those of llama.cpp's IQ4_NL."""
 
     bits: Annotated[int, Ge(2), Le(8)] = setting(panel="Quantization", default=4)
-    """Width of a code: 2, 3, 4, 5, 6 or 8 for integers; 2, 3, 4 or 8 for NormalFloat; 4 for nf-qlora and fp4."""
+    """Width of a code: 2, 3, 4, 5, 6 or 8 for integers; 2, 3, 4 or 8 for NormalFloat; 4 for nf-qlora, fp4 and iq4-nl.
+    """
 
     group_size: Annotated[int, Ge(-1), Le(MOST)] = setting(panel="Quantization", default=32)
     """Inputs of a row that share a scale: a multiple of 16 from 16 to 256, or -1 for the whole row."""
@@ -100,7 +106,7 @@ class Format:
     def name(self) -> str:
         """The short name that reports use: `int4-g32`, `nf2-sym-g64`, `int8-sym-row`."""
         levels, dash, more = self.levels.partition("-")
-        width = "" if levels == "fp4" else str(self.bits)
+        width = "" if levels in ("fp4", "iq4") else str(self.bits)
         of_integers = {"none": "-sym", "integer": "-zp", "float": ""}
         zero = (of_integers if self.levels == "int" else {"none": "", "float": "-shift"})[self.zero]
         row = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
@@ -117,6 +123,13 @@ class Format:
     def row_bytes(self, columns: int) -> int:
         """How many bytes a packed row of `columns` inputs takes."""
         return -(-columns * self.bits // 8)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest level: of a table its own, of integers those of their codes."""
+        if self.levels == "int":
+            return 0.0, float(2**self.bits - 1)
+        return (float(IQ4_NL[0]), float(IQ4_NL[-1])) if self.levels == "iq4-nl" else (-1.0, 1.0)
 
     def table(self, like: Tensor) -> Tensor | None:
         """The levels, float32 `[2**bits]` on the device of `like`; None for integers, whose levels are their codes."""

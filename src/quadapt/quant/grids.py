@@ -43,8 +43,7 @@ def spanning(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor 
     """The grid that spans `low` to `high`. A group without extent gets the smallest scale: nothing divides by zero."""
     bits, zero = layout.format.bits, layout.format.zero
     if layout.format.levels != "int":
-        middle = (high + low) / 2 if zero == "float" else torch.zeros_like(low)
-        return _positive(torch.maximum(high - middle, middle - low)), middle if zero == "float" else None
+        return _spanning_table(low, high, layout)
     if zero == "float":  # QA-LoRA's form: the offset is the smallest weight
         return _spanning_freely(low, high, layout)
     if zero == "integer":  # GPTQ's form: the range contains zero, and zero is a level
@@ -59,6 +58,16 @@ def spanning(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor 
     below, above = torch.where(turned, high, -low), torch.where(turned, -low, high)
     scales = _positive(torch.maximum(below / half, above / (half - 1)))
     return torch.where(turned, -scales, scales), None
+
+
+def _spanning_table(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Scales of a table of levels; and if they are free, offsets, which put its ends on those of the range."""
+    least, most = layout.format.ends
+    if layout.format.zero != "float":
+        return _positive(torch.maximum(high / most, low / least)), None
+    middle = (high + low) / 2
+    scales = torch.maximum(high - middle, middle - low) * (2 / (most - least))
+    return _positive(scales), middle - scales * ((most + least) / 2)
 
 
 def _spanning_freely(low: Tensor, high: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

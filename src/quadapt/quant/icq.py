@@ -72,6 +72,9 @@ def shifted_range(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     levels = format.table(weight)
     if levels is None:
         levels = torch.linspace(-1, 1, 2**format.bits, dtype=torch.float64, device=weight.device)
+    else:  # from -1 to 1, as the range that they are to span
+        least, most = format.ends
+        levels = (levels - (most + least) / 2) / ((most - least) / 2)
     tau, reach = entropy_shift(weight, midpoints(levels), fractions(), format.width(weight.shape[1]))
     return tau - reach, tau + reach
 
