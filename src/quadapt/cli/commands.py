@@ -43,6 +43,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "merge": ("MergeConfig", "quadapt.jobs.merge:merge", "Merge an adapter into its quantized base."),
     "eval": ("EvalConfig", "quadapt.jobs.evaluate:evaluate", "Measure a model on held-out data."),
     "export": ("ExportConfig", "quadapt.jobs.export:export", "Write a model in a format that others serve."),
+    "compare": (
+        "CompareConfig",
+        "quadapt.jobs.compare:compare",
+        "Tune a model by several methods at several widths, and show what each keeps, on a page for a browser.",
+    ),
+    "report": (
+        "ReportConfig",
+        "quadapt.jobs.report:report",
+        "Show what became of a run, or of a comparison, on a page for a browser.",
+    ),
     "inspect": ("InspectConfig", "quadapt.jobs.inspect:inspect", "Say what a folder holds."),
     "doctor": (
         "DoctorConfig",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RunConfig,
         ServeConfig,
     )
+    from quadapt.config.compare import CompareConfig, ReportConfig
     from quadapt.config.export import ExportConfig
     from quadapt.config.grid import Grid, PlanConfig, QuantizeConfig
     from quadapt.config.job import read_job
@@ -40,6 +41,7 @@ _PLACES = {
         "RunConfig",
         "ServeConfig",
     ),
+    "compare": ("CompareConfig", "ReportConfig"),
     "export": ("ExportConfig",),
     "grid": ("Grid", "PlanConfig", "QuantizeConfig"),
     "job": ("read_job",),
@@ -50,6 +52,7 @@ _PLACES = {
 __all__ = [
     "Adapting",
     "ChatConfig",
+    "CompareConfig",
     "ConvertConfig",
     "DemoConfig",
     "DoctorConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "PrepareConfig",
     "Published",
     "QuantizeConfig",
+    "ReportConfig",
     "RunConfig",
     "ServeConfig",
     "Settings",

@@ -22,9 +22,11 @@ SERVES = {
     "demo": "runs GGUF files; draws plans and the demo's figures",
     "eval": "runs the tasks of lm-eval",
     "images": "opens pictures",
+    "llama": "quantizes as llama.cpp does, for compare",
     "mlx": "runs MLX folders",
     "onnx": "writes, and runs, models for ONNX Runtime",
     "openvino": "writes, and runs, models for OpenVINO",
+    "report": "draws the page of compare and report",
     "serve": "serves models over HTTP",
     "torchao": "reads and writes torchao folders",
 }

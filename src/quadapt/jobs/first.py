@@ -127,7 +127,14 @@ def _trained(
         )
     held_out = "" if found.eval_loss is None else f", held-out loss {found.eval_loss:.4f}"
     ui.show(f"the dense model, {found.steps} steps in {found.seconds:.0f} s: loss {found.final_loss:.4f}{held_out}")
-    about = {"kind": chosen.name, **asdict(chosen), "steps": found.steps, "final_loss": found.final_loss}
+    about = {
+        "kind": chosen.name,
+        **asdict(chosen),
+        "steps": found.steps,
+        "final_loss": found.final_loss,
+        "seconds": found.seconds,
+        "losses": found.losses,
+    }
     merged: Any = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
     return merged, {**about, "eval_loss": found.eval_loss, "kept_step": found.kept_step}
 

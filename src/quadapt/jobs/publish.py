@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from quadapt.config import Published
 from quadapt.errors import ConfigError
 from quadapt.report.ui import UI
 
 Config = TypeVar("Config", bound=Published)
+More = ParamSpec("More")
 
 
-def publishes(job: Callable[[Config, UI], dict[str, Any]]) -> Callable[[Config, UI], dict[str, Any]]:
+def publishes(
+    job: Callable[Concatenate[Config, UI, More], dict[str, Any]],
+) -> Callable[Concatenate[Config, UI, More], dict[str, Any]]:
     """Let a command's output go to the hub if that is asked for: checked before its work, done after it.
 
     The result of the command then has `pushed_to_hub`, the address of what was uploaded.
     """
 
     @wraps(job)
-    def work(config: Config, ui: UI) -> dict[str, Any]:
+    def work(config: Config, ui: UI, /, *more: More.args, **named: More.kwargs) -> dict[str, Any]:
         if config.push_to_hub is None or getattr(config, "dry_run", False):
-            return job(config, ui)
+            return job(config, ui, *more, **named)
         _check(config.push_to_hub)
-        result = job(config, ui)
+        result = job(config, ui, *more, **named)
         address = _pushed(config.push_to_hub, config.written(), private=config.private, ui=ui)
         return {**result, "pushed_to_hub": address}
 

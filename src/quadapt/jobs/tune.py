@@ -24,6 +24,7 @@ from quadapt.jobs.identity import earlier_job, inputs_of, job_of
 from quadapt.jobs.publish import publishes
 from quadapt.jobs.quantize import Calibrating, calibration_for, quantize_into
 from quadapt.jobs.ready import check_length, check_reporter, disk_needs, look_over
+from quadapt.jobs.shared import Shared, bring, keep
 from quadapt.jobs.source import Place, device_of
 from quadapt.jobs.tasking import Lesson, reading_of, tuned_for, with_head
 from quadapt.jobs.training import Over, fit
@@ -35,8 +36,13 @@ MOST_LENGTH = 1024
 
 
 @publishes
-def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
+def tune(config: TuneConfig, ui: UI, shared: Shared | None = None) -> dict[str, Any]:
     """Run `quadapt tune` and return what training measured.
+
+    Args:
+        config: The settings.
+        ui: Where progress and the report are shown.
+        shared: What other runs have made before their adapters trained, if some of it can be taken over.
 
     Raises:
         QuadaptError: Input cannot be used, see the message.
@@ -44,7 +50,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     folder, earlier = open_folder(config.model), None
     if folder.kind == "adapter":
         config, earlier = going_on(config, folder)
-        folder = earlier.base
+        folder, shared = earlier.base, None
     config, task, rows = _settled(config, folder, earlier)
     _check_run(config)
     device, chosen = device_of(config), config.spec.method
@@ -61,8 +67,8 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
     check_output(output, overwrite=config.overwrite, inputs=[folder.name, *inputs_of(config)])
     holder = folder.name if earlier is None else holder_of(earlier.folder, folder.name)
     tokenizer = load_processor(holder, kind_of_model(found.model), trust_remote_code=config.trust_remote_code)
-    rows = rows or _rows(config, task)
-    lesson = _encoded(config, task, rows, tokenizer, found.model.config, seq_len, ui)
+    rows = rows or rows_of(config, task)
+    lesson = encoded(config, task, rows, tokenizer, found.model.config, seq_len, ui)
     own = task.read(config.calibration_data, reading_of(config)) if config.calibration_data else rows[0]
     calibration: Calibrating = (task, own)
     look_over(config, found, folder.name, lesson, ui)
@@ -88,6 +94,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
             return space.finished
         if space.resumed:
             ui.say(f"going on with {space.path}")
+        bring(shared, config, space.path)
         base, tuned, about = folder.path, None, dict[str, Any]()
         if stages is not None:
             name = TUNED if makes_base else "base"
@@ -95,6 +102,7 @@ def tune(config: TuneConfig, ui: UI) -> dict[str, Any]:
             base = tuned
         if makes_base:
             base = _make_base(space.path, config, ui, place, calibration, seq_len, tuned)
+        keep(shared, config, space.path)
         over = Over(folder=folder, base=base, run=run, earlier=earlier, tuned=tuned, first=about)
         summary = fit(config, space, over, lesson, ui)
         result = {"output": config.output, **summary}
@@ -120,7 +128,7 @@ def _settled(
     task = tuned_for(config, kind)
     if kind.name in task.kinds and not config.labels and config.problem == "auto":
         return config, task, None
-    rows = _rows(config, task)
+    rows = rows_of(config, task)
     return with_head(config, task, about, kind, folder, rows[0]), task, rows
 
 
@@ -202,7 +210,7 @@ def _check_run(config: TuneConfig) -> None:
     check_reporter(config.run.report_to)
 
 
-def _rows(config: TuneConfig, task: Task) -> tuple[Data, Data | None]:
+def rows_of(config: TuneConfig, task: Task) -> tuple[Data, Data | None]:
     """Rows to train on, and held-out ones."""
     reading = reading_of(config)
     rows = task.read(config.data, reading)
@@ -211,7 +219,7 @@ def _rows(config: TuneConfig, task: Task) -> tuple[Data, Data | None]:
     return task.split(rows, config.eval_split, config.run.seed) if config.eval_split else (rows, None)
 
 
-def _encoded(
+def encoded(
     config: TuneConfig,
     task: Task,
     rows: tuple[Data, Data | None],
