@@ -103,7 +103,7 @@ class TuneConfig(Target, Adapting, Columns, Walk):
         Field(
             description=f"{METHOD_WORDS} Default: recover; at 8 bits {EIGHT_BITS}, over a model that is "
             f"quantized already {OVER_CODES}, or {OVER_WHOLE} if its zero-points are whole numbers; for tasks other "
-            f"than causal-lm {OTHER_TASKS}."
+            f"than causal-lm, and for pairs of answers, {OTHER_TASKS}."
         ),
     ] = "recover"
 
@@ -201,7 +201,7 @@ class TuneConfig(Target, Adapting, Columns, Walk):
         Args:
             quantized: Whether the model is quantized already.
             whole: Whether it is to integers, and all its zero-points are whole numbers, or implied.
-            writes: Whether it goes on with a text.
+            writes: Whether it goes on with a text, and learns from texts, not from pairs of them.
 
         Raises:
             ConfigError: A setting does not go with it.
@@ -213,6 +213,12 @@ class TuneConfig(Target, Adapting, Columns, Walk):
             return self
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return checked(type(self), {**given, "method": method})
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the objective that is asked for is about pairs of answers."""
+        wanted = self.value("objective")
+        return (OBJECTIVES[wanted] if isinstance(wanted, str) else type(wanted)).pairs if wanted else False
 
     @cached_property
     def run(self) -> Run:

@@ -146,20 +146,20 @@ def encode(
     tally: Counter[str] = Counter()
     bad = rows.bad.copy()
     source = examples(rows, tokenizer, completion_only=completion_only, add_eos=add_eos, bad=bad)
-    found = _not_blank(source, tally)
+    found = not_blank(source, tally)
     if rows.kind == "text":
         sequences = list(_blocks(found, seq_len, tally))
     else:
         kept = list(_cut(found, seq_len, tally))
         lengths = [len(example.ids) for example in kept]
         bins = best_fit(lengths, seq_len) if packing else [[item] for item in range(len(kept))]
-        sequences = [_sequence([kept[item] for item in items], packed=packing) for items in bins]
+        sequences = [sequence_of([kept[item] for item in items], packed=packing) for items in bins]
     names = ["input_ids", "labels"] + ["position_ids"] * (packing and rows.kind != "text")
     data = Dataset.from_dict(
         {name: [columns[name] for columns in sequences] for name in names},
         features=Features(dict.fromkeys(names, List(Value("int32")))),
     )
-    return Encoded(data, _report(rows, tokenizer, sequences, tally, seq_len, packing, bad), form_of(rows, tokenizer))
+    return Encoded(data, report_of(rows, tokenizer, sequences, tally, seq_len, packing, bad), form_of(rows, tokenizer))
 
 
 def form_of(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
@@ -205,7 +205,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(sorted(items) for items in bins)
 
 
-def _not_blank(source: Iterable[Example], tally: Counter[str]) -> Iterator[Example]:
+def not_blank(source: Iterable[Example], tally: Counter[str]) -> Iterator[Example]:
+    """Those examples of which something bears loss; `tally` counts all of them, and those that do not."""
     for example in source:
         tally["examples"] += 1
         tally["apart"] += example.apart
@@ -221,7 +222,7 @@ def _blocks(source: Iterable[Example], seq_len: int, tally: Counter[str]) -> Ite
     for start in range(0, len(stream), seq_len):
         ids = stream[start : start + seq_len]
         if len(ids) > 1:
-            yield _sequence([Example(ids, np.ones(len(ids), dtype=bool))], packed=False)
+            yield sequence_of([Example(ids, np.ones(len(ids), dtype=bool))], packed=False)
         else:
             tally["tokens_lost"] += 1
 
@@ -237,7 +238,8 @@ def _cut(source: Iterable[Example], seq_len: int, tally: Counter[str]) -> Iterat
         yield Example(example.ids[:seq_len], example.loss[:seq_len])
 
 
-def _sequence(parts: Sequence[Example], *, packed: bool) -> Columns:
+def sequence_of(parts: Sequence[Example], *, packed: bool) -> Columns:
+    """A sequence of one example, or of several that are packed into it."""
     labels = [np.where(part.loss, part.ids, NO_LOSS).astype(np.int32) for part in parts]
     for each in labels:
         each[0] = NO_LOSS  # nothing predicts it; in a packed sequence, the example before it must not
@@ -250,7 +252,7 @@ def _sequence(parts: Sequence[Example], *, packed: bool) -> Columns:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def _report(
+def report_of(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     sequences: list[Columns],
@@ -259,6 +261,7 @@ def _report(
     packing: bool,
     bad: BadRows,
 ) -> DataReport:
+    """What became of rows: `tally` has what was counted on the way, `bad` the rows that could not be used."""
     unk = tokenizer.unk_token_id
     if unk in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         unk = None  # as in GPT-2, where it marks ends of texts and nothing else

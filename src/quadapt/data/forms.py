@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -17,6 +17,9 @@ from quadapt.data.source import listing
 from quadapt.errors import DataError
 
 RowsKind = Literal["text", "prompt-completion", "messages"]
+
+Side = Literal["chosen", "rejected"]
+"""One of the two answers of a row, of which people prefer the first."""
 
 Names = dict[str, tuple[str, ...]]
 """The names that a column may have, the likeliest first, by what the column means."""
@@ -75,6 +78,22 @@ class Layout:
             if meaning in self.form.required or cell is not None:
                 _named(check_text, cell, self.columns[meaning])
         return cells
+
+    def of_side(self, side: Side) -> Layout:
+        """The layout by which one of a row's two answers is read.
+
+        Raises:
+            DataError: Rows have no two answers.
+        """
+        if "rejected" not in self.form.required:
+            raise DataError(
+                f"has no two answers to compare, but {listing(self.columns.values())}. Rows of preferences have the "
+                "columns prompt, chosen and rejected"
+            )
+        if side == "chosen":
+            return self
+        swapped = {"chosen": self.columns["rejected"], "rejected": self.columns["chosen"]}
+        return replace(self, columns={**self.columns, **swapped})
 
     def row(self, cells: Row, kind: RowsKind) -> Row:
         """A row of a kind, from what `cells` gave."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 
 from quadapt.data.bad import BadRows
-from quadapt.data.forms import Layout, RowsKind, layout_of
+from quadapt.data.forms import Layout, RowsKind, Side, layout_of
 from quadapt.data.messages import Row, describe
 from quadapt.data.source import Source, file_rows, hub_rows, is_one, listing
 from quadapt.errors import ConfigError, DataError
@@ -67,7 +67,9 @@ class Rows:
         return list(json.loads(self.data[index]["messages"]))
 
 
-def read(sources: str | Sequence[str], *, split: str = "train", max_bad_rows: int | None = None) -> Rows:
+def read(
+    sources: str | Sequence[str], *, split: str = "train", max_bad_rows: int | None = None, side: Side | None = None
+) -> Rows:
     """Read data and find out what kind it is.
 
     Args:
@@ -78,19 +80,20 @@ def read(sources: str | Sequence[str], *, split: str = "train", max_bad_rows: in
             `datasets` (`train.jsonl`, `test.jsonl`, ..).
         max_bad_rows: Rows that cannot be used are skipped and counted, up to so many. Default: a thousandth of the
             rows, at least 10, and no more than there are good ones.
+        side: Of rows with two answers, which one to read; all rows must be such then. By default it is the chosen one.
 
     Raises:
         DataError: There is no such file or dataset, sources do not go together, or more rows cannot be used than may
             be skipped; the message has the row or line.
     """
     names = [sources] if isinstance(sources, str) else list(sources)
-    return _read([(name, split) for name in names], max_bad_rows)
+    return _read([(name, split) for name in names], max_bad_rows, side)
 
 
-def read_held_out(sources: str | Sequence[str], *, max_bad_rows: int | None = None) -> Rows:
-    """Read data to measure on: the split `test` of a folder or hub dataset, or all of a file."""
+def read_held_out(sources: str | Sequence[str], *, max_bad_rows: int | None = None, side: Side | None = None) -> Rows:
+    """Read data to measure on: the split `test` of a folder or hub dataset, or all of a file; see :func:`read`."""
     names = [sources] if isinstance(sources, str) else list(sources)
-    return _read([(name, "train" if is_one(Path(name).expanduser()) else "test") for name in names], max_bad_rows)
+    return _read([(name, "train" if is_one(Path(name).expanduser()) else "test") for name in names], max_bad_rows, side)
 
 
 def split_rows(rows: Rows, eval_fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -156,14 +159,14 @@ class _Part:
         return self.layout.form.kind
 
 
-def _read(sources: Sequence[tuple[str, str]], max_bad_rows: int | None) -> Rows:
+def _read(sources: Sequence[tuple[str, str]], max_bad_rows: int | None, side: Side | None) -> Rows:
     bad, notes = BadRows(max_bad_rows), []
     parts: list[_Part] = []
     for name, split in sources:
         files, said = _files(name, split)
         notes += said
         own = BadRows(max_bad_rows)
-        found = [_collect(file, rows, own) for file, rows in files]
+        found = [_collect(file, rows, own, side) for file, rows in files]
         if not any(part.rows for part in found):
             own.check(0)
             raise DataError(f"{name or 'the data'}: has no rows")
@@ -190,7 +193,7 @@ def _files(name: str, split: str) -> tuple[list[tuple[str, Source]], list[str]]:
     return file_rows(path, split)
 
 
-def _collect(name: str, rows: Source, bad: BadRows) -> _Part:
+def _collect(name: str, rows: Source, bad: BadRows, side: Side | None) -> _Part:
     part = _Part(name)
     for where, row in rows:
         try:
@@ -198,7 +201,7 @@ def _collect(name: str, rows: Source, bad: BadRows) -> _Part:
                 raise row
             if not isinstance(row, dict):
                 raise DataError(f"is {describe(row)}. Each row must be a JSON object")
-            part.layout = part.layout or _layout(where, row)
+            part.layout = part.layout or _layout(where, row, side)
             part.rows.append((where, part.layout.cells(row)))
             part.unused |= dict.fromkeys(column for column in row if column not in part.layout.columns.values())
         except DataError as error:
@@ -207,9 +210,9 @@ def _collect(name: str, rows: Source, bad: BadRows) -> _Part:
     return part
 
 
-def _layout(where: str, row: Row) -> Layout:
+def _layout(where: str, row: Row, side: Side | None) -> Layout:
     try:
-        return layout_of(row)
+        return layout_of(row) if side is None else layout_of(row).of_side(side)
     except DataError as error:
         header = ". Does the file lack a first line with the columns' names?" if ".csv" in where else ""
         raise DataError(f"{error}{header}") from error

@@ -63,6 +63,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         self.declared: dict[str, Mapping[str, Param]] = {}
         self.frozen_peft_weight_names = {}
         self.dense_steps = False
+        self.first_quantized = False
         self._before: list[nn.Module] = []  # a list: while it is merged, the base from before is no part of the model
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -234,9 +235,16 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         return stacked(x, self.quant.quant_weight, parts)
 
     def _as_at_first(self, x: Tensor, base: nn.Module) -> Tensor:
-        """The output of the base, plus what the active adapters started from."""
+        """The output of the base, plus what the active adapters started from.
+
+        With `first_quantized`, the output of what the first step computed with, where an adapter quantizes its base.
+        """
+        parts = self.parts()
+        if self.first_quantized and any(part.adapter.base != "codes" for part in parts):
+            product, bias = stacked(autocast(x), self.first_weight(), []), self.get_base_layer().bias
+            return product if bias is None else product + bias.to(product.dtype)  # type: ignore[operator]
         y: Tensor = base(x)
-        for part in self.parts():
+        for part in parts:
             first = part.adapter.first(part.params)
             if first is not None:
                 y = part.adapter.side(autocast(x), y, self.quant.quant_weight, first, part.scaling, same)

@@ -208,7 +208,9 @@ def tuning(config: TuneConfig, found: Sketch, *, seq_len: int, tokens: Sequence[
     trainable = memory.parameter_bytes(model, lambda parameter: parameter.requires_grad)
     if config.run.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    teacher, step = _teacher(config, found, seq_len), memory.step_bytes(model, config.run.batch_size, seq_len)
+    pairs = config.spec.method.objective.pairs
+    sequences = config.run.batch_size * (2 if pairs else 1)  # of a pair, both answers go through the model at once
+    teacher, step = _teacher(config, found, seq_len), memory.step_bytes(model, sequences, seq_len)
     extra = 0 if teacher is None else memory.taken_by_step(teacher.beyond(3 * trainable + step), device)
     return MemoryEstimate(
         libraries=memory.library_bytes(device),

@@ -15,6 +15,7 @@ from quadapt.hf.folder import Folder, find_base, open_folder
 from quadapt.hf.kinds import KINDS, Kind, kind_of, kind_of_model
 from quadapt.hf.loading import load_processor, read_config
 from quadapt.tasks import TASKS, Data, Reading, Task, task_of
+from quadapt.tasks.preference import Preferring
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def tuned_for(config: TuneConfig, kind: Kind) -> Task:
     Raises:
         ConfigError: It is not clear, or settings have no meaning for it.
     """
-    task = task_of(config.task, kind)
+    task, objective = task_of(config.task, kind), config.spec.method.objective
+    if objective.pairs:
+        task = _of_pairs(config, task)
     labelled = any(KINDS[name].labels for name in task.kinds if name in KINDS)
     wrong = [name for name in _OF_LABELS if getattr(config, name) and not labelled]
     wrong += ["problem"] if config.problem != "auto" and not labelled else []
@@ -134,13 +137,40 @@ def tuned_for(config: TuneConfig, kind: Kind) -> Task:
             "part='vision': the data are text, of which nothing reaches that part. Use --part all, or train on "
             "pictures (--task image-text-to-text)"
         )
-    objective = config.spec.method.objective
     if objective.targets is not None and task.name != "causal-lm":
         raise ConfigError(
             f"objective={objective.name!r} compares what two models say about each token, and the task is {task.name}. "
             "Use --objective cross-entropy"
         )
     return task
+
+
+def _of_pairs(config: TuneConfig, task: Task) -> Task:
+    """What a language model is trained for by an objective that is about pairs of answers.
+
+    Raises:
+        ConfigError: It is no language model, or settings have no meaning for pairs.
+    """
+    objective = f"objective={config.spec.method.objective.name!r}"
+    if task.name != Preferring.name:
+        raise ConfigError(
+            f"{objective} compares two answers of a language model, and the task is {task.name}. Use --objective "
+            "cross-entropy"
+        )
+    if config.packing:
+        raise ConfigError(f"{objective} compares answers sequence by sequence. Leave packing out")
+    if not config.completion_only:
+        raise ConfigError(f"{objective} compares answers, and prompts bear no loss. Leave completion_only as it is")
+    if config.spec.method.tune_first.tunes:
+        raise ConfigError(
+            f"{objective}: tune_first={config.spec.method.tune_first.name!r} would tune the dense model on single "
+            "answers. Tune it by itself, then give what came of it, and --tune-first none"
+        )
+    if config.spec.method.recipe.dense_steps:
+        raise ConfigError(
+            f"{objective}: the model that it compares with quantizes from the first step. Leave dense_steps out"
+        )
+    return Preferring()
 
 
 def with_head(config: TuneConfig, task: Task, about: Any, kind: Kind, folder: Folder, data: Data) -> TuneConfig:

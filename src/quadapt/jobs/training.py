@@ -80,7 +80,9 @@ def fit(
     _say_recipe(chosen.recipe, ui)
     about: Any = model.peft_config["default"]
     ui.say(f"{trainable_parameters(model):,} trainable parameters over {identity_of(about)['base_fingerprint'][:12]}")
-    objective = chosen.objective.bind(model, _teacher(config, space, over, model, lesson.data, collate, ui))
+    objective: Any = chosen.objective
+    if not objective.pairs:
+        objective = objective.bind(model, _teacher(config, space, over, model, lesson.data, collate, ui))
     with ui.working("training") as tick, measured_peak(device) as peak:
         trained = train(
             model,

@@ -122,7 +122,7 @@ def _settled(
     about = read_config(folder.name, trust_remote_code=config.trust_remote_code)
     kind = kind_of(about)
     if earlier is None:
-        writes = task_of(config.task, kind).name == "causal-lm"
+        writes = task_of(config.task, kind).name == "causal-lm" and not config.prefers
         config = config.usual(quantized=folder.kind == "quantized", whole=_whole(config, folder), writes=writes)
         _check(config, folder)
     task = tuned_for(config, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -86,6 +87,9 @@ class Objective:
     summary: ClassVar[str] = ""
     """A few words that say what it lowers, for `--help`."""
 
+    pairs: ClassVar[bool] = False
+    """Whether it is about pairs of answers, of which one is preferred; see :class:`PairObjective`."""
+
     keep_targets: ClassVar[bool] = False
     """Whether what the teacher says is computed once and kept on disk."""
 
@@ -103,6 +107,22 @@ class Objective:
                 a model, whichever is to be learnt from; None where nothing needs it.
         """
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairObjective(Objective, ABC):
+    """What training on pairs of answers lowers: a function of how much more the chosen one has gained."""
+
+    pairs: ClassVar[bool] = True
+
+    @abstractmethod
+    def losses(self, margins: Tensor) -> Tensor:
+        """The loss of each pair, `[pairs]` in nats.
+
+        Args:
+            margins: `[pairs]`, float: by how much the log-likelihood of the chosen answer has grown since before
+                training, less what that of the rejected one has.
+        """
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "quadapt.nn", "quadapt.objectives")

@@ -19,8 +19,9 @@ from quadapt.errors import ConfigError
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
 from quadapt.hf.workspace import remove, write_json
 from quadapt.methods import Run
-from quadapt.nn.objective import Bound
+from quadapt.nn.objective import Bound, PairObjective
 from quadapt.train.best import Best
+from quadapt.train.preference import PairTrainer
 from quadapt.train.trainer import AdapterTrainer
 
 log = logging.getLogger("quadapt")
@@ -120,7 +121,7 @@ def train(  # noqa: PLR0913 - what it is given stands apart by name
     collate: Callable[[Sequence[Any]], Any],
     losses: Callable[[Tensor, Tensor], Tensor] | None = None,
     eval_data: Any = None,
-    objective: Bound | None = None,
+    objective: Bound | PairObjective | None = None,
     tick: Tick = lambda *_: None,
 ) -> Trained:
     """Train the trainable parameters of `model`, in place.
@@ -134,7 +135,7 @@ def train(  # noqa: PLR0913 - what it is given stands apart by name
         losses: The loss of each example, where the task is another than to go on with text, see
             :class:`AdapterTrainer`.
         eval_data: Held-out sequences, or None.
-        objective: What to lower besides the loss on the data.
+        objective: What to lower besides the loss on the data, or, of data that are pairs of answers, instead of it.
         tick: A function that is called after each step.
 
     Raises:
@@ -151,7 +152,7 @@ def train(  # noqa: PLR0913 - what it is given stands apart by name
     if "position_ids" in getattr(data, "column_names", ()):
         check_packing(model)
     best = Best(model, first=run.recipe.dense_steps, keep=run.keep == "best", patience=run.early_stopping)
-    trainer = AdapterTrainer(
+    trainer = (PairTrainer if isinstance(objective, PairObjective) else AdapterTrainer)(
         model=model,
         args=_arguments(run, steps, folder, has_eval=eval_data is not None),
         train_dataset=data,
@@ -171,7 +172,12 @@ def train(  # noqa: PLR0913 - what it is given stands apart by name
         ]
         trainer.add_callback(_DenseSteps(layers, run.recipe.dense_steps))
     trainer.train_by(losses)
-    trainer.objective = objective
+    if isinstance(trainer, PairTrainer):
+        assert isinstance(objective, PairObjective)
+        trainer.prefer_by(objective)
+    else:
+        assert not isinstance(objective, PairObjective)
+        trainer.objective = objective
     trainer.grid_learning_rate = run.recipe.grid_learning_rate
     trainer.also_learning_rate = run.recipe.also_learning_rate
     trainer.remove_callback(PrinterCallback)  # results alone go to stdout

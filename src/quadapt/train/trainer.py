@@ -153,9 +153,13 @@ class AdapterTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not prediction_loss_only:
             return output
-        losses, tokens = np.asarray(output.predictions).T
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": math.fsum(losses) / float(tokens.sum())}
-        return output._replace(metrics=metrics)
+        found = {f"{metric_key_prefix}_{name}": value for name, value in self.figures(output.predictions).items()}
+        return output._replace(metrics={**(output.metrics or {}), **found})
+
+    def figures(self, predictions: Any) -> dict[str, float]:
+        """What held-out data show, by name, of all that `prediction_step` gave."""
+        losses, tokens = np.asarray(predictions).T
+        return {"loss": math.fsum(losses) / float(tokens.sum())}
 
 
 def losses_by_sequence(logits: Tensor, labels: Tensor) -> Tensor:
