@@ -36,7 +36,7 @@ class Pairs:
     """Prompts with the answers that people prefer."""
 
     rejected: Rows
-    """The same prompts with the answers that people like less."""
+    """Prompts in the same order, with the answers that people like less."""
 
     def __len__(self) -> int:
         return len(self.chosen)
