@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from quadapt.errors import MissingDependency
 from quadapt.report.choice import front, recommended
 from quadapt.report.page import page
+from quadapt.report.page.charts import COLOURS, SYMBOLS
 from quadapt.report.weights import Place
 
 VOID = {"meta", "link", "br", "option"}
@@ -170,6 +172,12 @@ def test_the_same_figures_give_the_same_page(result: dict[str, Any]) -> None:
     other = copy.deepcopy(result)
     other["points"][2]["losses"][0] += 0.25
     assert page(other) != first
+
+
+def test_every_colour_has_a_lighter_one_for_dark_pages() -> None:
+    script = (files("quadapt.report.page") / "page.js").read_text()
+    assert all(f'"{colour}": "#' in script for colour in COLOURS)
+    assert len(COLOURS) == len(set(COLOURS)) == len(SYMBOLS)
 
 
 def test_a_run_without_data_shows_what_there_is(result: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from commands import quadapt
 
 from quadapt.config import read_job
-from quadapt.jobs.run import _stages
+from quadapt.jobs.run import stages_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -43,7 +43,7 @@ def test_there_are_recipes_of_five_papers() -> None:
 def test_a_recipe_is_complete(path: Path, tmp_path: Path) -> None:
     """All of its settings are checked as a run would, and nothing that decides the result is left to a default."""
     job = read_job(str(path), [f"output={tmp_path}"])
-    stages = {stage.name: stage.settings for stage in _stages(job, tmp_path, str(path))}
+    stages = {stage.name: stage.settings for stage in stages_of(job, tmp_path, str(path))}
     assert {"tune", "eval"} <= set(stages)
     assert {"method", "bits", "group_size", "learning_rate", "rank", "alpha", "batch_size", "seq_len", "seed"} <= set(
         job.tune

@@ -24,6 +24,11 @@ from quadapt.limits import limit_of
 from quadapt.report.ui import UI
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "init": (
+        "InitConfig",
+        "quadapt.jobs.init:init",
+        "Write a commented job file for `quadapt run`, by four questions; options answer them without a terminal.",
+    ),
     "quantize": ("QuantizeConfig", "quadapt.jobs.quantize:quantize", "Quantize a model to low bits."),
     "convert": (
         "ConvertConfig",

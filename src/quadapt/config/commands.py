@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -233,6 +234,40 @@ class DemoConfig(Settings):
 
     seed: Annotated[Seed, Flag()] = 0
     """The seed of stories, initialization and data order."""
+
+
+class InitConfig(Settings):
+    """Write a commented job file for `quadapt run`, by four questions; options answer them without a terminal."""
+
+    model: Annotated[Location | None, Flag()] = None
+    """Folder or hub name of the dense model."""
+
+    data: Annotated[Sources, Flag()] = ()
+    """Data to tune on, of the kinds that tune takes."""
+
+    target: Annotated[
+        Literal["llama-cpp", "vllm", "mlx", "onnx", "openvino", "transformers", "dense"] | None, Flag()
+    ] = None
+    """Where it will run. llama-cpp: llama.cpp, Ollama, LM Studio. vllm: also SGLang. mlx: Macs. onnx: ONNX Runtime.
+    openvino: OpenVINO. transformers: with quadapt installed. dense: whatever loads dense weights."""
+
+    size: Annotated[str | None, Flag()] = None
+    """How large it may be: bits of a weight (2, 3, 4, 5 or 6), or of the whole (3GB, 700MB), for which the largest
+    width that fits is taken."""
+
+    output: Annotated[Location, Flag(("-o",), "Output", idle=True)] = "job.yaml"
+    """The job file to write."""
+
+    overwrite: Annotated[bool, Flag((), "Output", idle=True)] = False
+    """Replace the file if it exists."""
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _a_size(cls, value: Any) -> Any:
+        text = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
+        if value is not None and not re.fullmatch(r"[2-6]|\d+(\.\d+)? ?(GB|MB)", text, re.IGNORECASE):
+            raise ValueError("must be bits of a weight (2, 3, 4, 5 or 6), or a size such as 3GB or 700MB")
+        return None if value is None else text.upper().replace(" ", "")
 
 
 class RunConfig(Settings):

@@ -208,7 +208,8 @@ class Runs:
         """Remove the weights of a run that was tried and not chosen; its figures stay."""
         place = self.place(cell)
         if (place / "tuned.json").exists():
-            remove(place / "adapter")
+            for name in ("adapter", "merged"):
+                remove(place / name)
 
     def measured(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """Figures of what a run leads to, by route: `merged`, or `as trained` and `requantized`, or `dense`."""
@@ -221,8 +222,7 @@ class Runs:
             routes = self._routes(cell, place)
             write_json(note, {"routes": routes, "wall": time.monotonic() - start})
             if cell.seed and cell.method != LORA:  # of the anchor, files of few bits are made yet
-                for name in ("adapter", "merged"):
-                    remove(place / name)
+                self.discard(cell)
         return dict(self._used(place, note)["routes"])
 
     def _routes(self, cell: Cell, place: Path) -> dict[str, dict[str, Any]]:

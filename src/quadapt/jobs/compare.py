@@ -185,7 +185,7 @@ def _affordable(config: CompareConfig, runs: Runs, cells: Sequence[tuple[str, in
     fixed, each = runs.untuned()["wall"], 0.0
     for name, bits in [(LORA, WHOLE), *{name: (name, bits) for name, bits in cells}.values()]:
         cell = Cell(name, bits, middle, PILOT, 0)
-        tuned = runs.tuned(cell, kept=True)
+        tuned = runs.tuned(cell)
         before = runs.spent
         runs.measured(cell)
         widths = 1 if name == LORA else sum(other == name for other, _ in cells)
@@ -276,7 +276,7 @@ class _Grid:
             ]
             last = Cell(method, bits, alive[0], steps, 0)
             for rate in losses:
-                if rate not in alive or turn + 1 < len(rounds):
+                if rate not in alive or steps != self.steps:
                     self.runs.discard(Cell(method, bits, rate, steps, 0))
         if losses[last.rate] == math.inf:
             raise ConfigError(
@@ -288,7 +288,7 @@ class _Grid:
         return last
 
     def _loss(self, cell: Cell, trail: dict[Any, Any]) -> float:
-        found = self.runs.tuned(cell, kept=cell.steps == self.steps)["choose"]
+        found = self.runs.tuned(cell)["choose"]
         trail[cell.rate, cell.steps] = {"rate": cell.rate, "steps": cell.steps, "choose": found}
         return math.inf if found is None else float(found)
 

@@ -82,7 +82,7 @@ def _of_a_run(config: ReportConfig, ui: UI) -> dict[str, Any]:
         **_weights(folder, left_out, ui),
     }
     if folder.kind == "adapter":
-        point |= training_of(note)
+        point |= {name: value for name, value in training_of(note).items() if name != "bits"}
         point["rate"] = note.get("recipe", {}).get("learning_rate")
     if note.get("certificate"):
         layers = note["certificate"]["layers"]

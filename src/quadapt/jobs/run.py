@@ -86,7 +86,7 @@ def run(config: RunConfig, where: str, ui: UI) -> dict[str, Any]:
         QuadaptError: A setting is wrong (named with its section), or a stage cannot be done.
     """
     folder = Path(config.output)
-    stages = _stages(config, folder, where)
+    stages = stages_of(config, folder, where)
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     if config.overwrite and all(stage.result() is not None for stage in stages):
@@ -95,7 +95,17 @@ def run(config: RunConfig, where: str, ui: UI) -> dict[str, Any]:
     return {stage.name: _done(stage, config, ui) for stage in stages}
 
 
-def _stages(config: RunConfig, folder: Path, where: str) -> list[Stage]:
+def stages_of(config: RunConfig, folder: Path, where: str) -> list[Stage]:
+    """The stages of a job, with all of their settings checked.
+
+    Args:
+        config: The job.
+        folder: The folder that the stages write into.
+        where: The name of the job file, for what is said of wrong settings.
+
+    Raises:
+        ConfigError: A setting is wrong; the message has its section.
+    """
     adapter, merged = folder / "adapter", folder / "merged"
     model = str(merged if config.merge is not None else adapter)
     format = (config.export or {}).get("format", "gguf")

@@ -9,7 +9,7 @@ from typing import Any
 from quadapt.errors import require
 from quadapt.report.choice import Point, front, spread
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a5195", "#8c8c8c")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#3a9ad0", "#7a5195", "#8c8c8c")
 """Colours that people who do not see all colours can tell apart (Okabe and Ito's, darkened where text needs it)."""
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
@@ -88,7 +88,7 @@ def time_and_memory(points: Sequence[Point]) -> Figure:
     """Seconds of training, and the peak of memory, as bars for each run."""
     subplots = require("plotly.subplots", "report")
     runs = [point for point in points if point.get("seconds") is not None and point["route"] != "requantized"]
-    figure = subplots.make_subplots(rows=2, cols=1, vertical_spacing=0.16)
+    figure = subplots.make_subplots(rows=2, cols=1, vertical_spacing=min(0.35, 90 / (180 + 50 * len(runs))))
     names = [_run_name(point) for point in runs]
     figure.add_bar(
         x=[point["seconds"] for point in runs], y=names, orientation="h", row=1, col=1, marker_color=COLOURS[0]
@@ -136,7 +136,7 @@ def curves(points: Sequence[Point]) -> Figure:
             )
     figure.update_layout(
         xaxis={"title": {"text": "optimizer step"}},
-        yaxis={"title": {"text": "loss, nats per token"}, "type": "log"},
+        yaxis={"title": {"text": "loss, nats per token"}, "type": "log", "dtick": "D2"},
         height=460,
     )
     return _done(figure)
@@ -162,8 +162,8 @@ def search(trails: Sequence[Mapping[str, Any]]) -> Figure:
             hovertemplate="rate %{x:g}, %{text}: %{y:.4f}<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(
-        xaxis={"title": {"text": "learning rate"}, "type": "log"},
-        yaxis={"title": {"text": "loss where rates are chosen"}, "type": "log"},
+        xaxis={"title": {"text": "learning rate"}, "type": "log", "dtick": "D2"},
+        yaxis={"title": {"text": "loss where rates are chosen"}, "type": "log", "dtick": "D2"},
         height=420,
     )
     return _done(figure)

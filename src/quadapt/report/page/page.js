@@ -4,6 +4,11 @@
   const narrow = matchMedia("(max-width: 600px)");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const figures = new Map();
+  // The colours of charts.py, lighter, for a dark page.
+  const lighter = {
+    "#0072b2": "#4ea8e0", "#d55e00": "#f08c3a", "#009e73": "#2fc79a", "#cc79a7": "#e29ac1",
+    "#b8860b": "#e0b040", "#3a9ad0": "#8fd0f5", "#7a5195": "#b48ad0", "#8c8c8c": "#a8a8a8",
+  };
 
   const coloured = (layout) => {
     const style = getComputedStyle(document.documentElement);
@@ -24,10 +29,13 @@
     }
     if (!figures.has(chart)) {
       const source = chart.querySelector("script");
-      figures.set(chart, JSON.parse(source.textContent));
+      figures.set(chart, source.textContent);
       source.remove();
     }
-    const { data, layout } = figures.get(chart);
+    const text = figures.get(chart);
+    const { data, layout } = JSON.parse(
+      dark.matches ? text.replace(/"(#[0-9a-f]{6})"/g, (all, colour) => `"${lighter[colour] || colour}"`) : text,
+    );
     Plotly.react(chart, data, coloured(layout), { displayModeBar: false, responsive: true, scrollZoom: false });
   };
 
