@@ -174,7 +174,7 @@ def test_a_fresh_config_gives_a_fresh_adapter(make: Callable[..., Any]) -> None:
         (Elastic(), "cat", "trains more"),
         (method_named("peqa").adapter, "cat", "trains more"),
         (method_named("lota-qaf").adapter, "cat", "what does not add"),
-        (Pooled(), "svd", "Use 'cat' or 'linear'"),
+        (Pooled(), "svd", "Use 'cat'"),
     ],
     ids=["elastic", "peqa", "lota", "pooled"],
 )
@@ -194,3 +194,66 @@ def test_pooled_adapters_add_up_by_concatenation(make: Callable[..., Any]) -> No
     before = logits(model)
     model.set_adapter("sum")
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [LoRA(), Pooled(offsets="fp32")], ids=["lora", "pooled"])
+@pytest.mark.parametrize("how", ["cat", "svd", "linear", "ties", "dare_linear", "magnitude_prune", "ties_svd"])
+def test_a_weighted_sum_is_one_or_is_refused_or_said_to_be_none(
+    kind: Adapter, how: str, make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(kind)
+    model.add_adapter("second", lora_config(kind, rank=2, alpha=6, target_modules=["q_proj", "down_proj"]))
+    for layer in adapted_layers(model).values():
+        nn.init.normal_(layer.lora_B["second"].weight, std=0.05)
+    density = {} if how in ("cat", "svd", "linear") else {"density": 1.0}
+
+    def add() -> None:
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.4], "sum", how, svd_rank=4, **density)
+
+    if how.endswith("svd") and isinstance(kind, Pooled):
+        with pytest.raises(ConfigError, match=rf"combination_type='{how}' makes factors over all inputs.*Use 'cat'"):
+            add()
+        return
+    add()
+    for layer in adapted_layers(model).values():
+        want = 0.7 * layer.get_delta_weight("default") + 0.4 * layer.get_delta_weight("second")
+        equal = torch.allclose(layer.get_delta_weight("sum"), want, atol=1e-6)
+        assert equal == (how in ("cat", "svd"))
+    assert ("is not the weighted sum" in caplog.text) == (how not in ("cat", "svd", "ties_svd"))
+
+
+def test_mixed_kinds_over_one_base_stay_apart(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Pooled, over all inputs, with elastic connections: each computes and loads as it did alone."""
+    kinds: dict[str, Adapter] = {"pooled": Pooled(), "lora": LoRA(), "elastic": Elastic()}
+    alone = {}
+    for at, (name, kind) in enumerate(kinds.items()):
+        single = make(kind)
+        move(single, seed=10 + at)
+        alone[name] = logits(single)
+        single.save_pretrained(tmp_path / name)
+    base = make(Pooled()).unload()
+    names = list(kinds)
+    model = PeftModel.from_pretrained(base, tmp_path / names[0], adapter_name=names[0]).eval()
+    for name in names[1:]:
+        model.load_adapter(str(tmp_path / name), name)
+    for name in (*names, *reversed(names)):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), alone[name])
+    model.base_model.set_adapter(["pooled", "lora"])
+    both = logits(model)
+    assert not torch.equal(both, alone["pooled"])
+    model.delete_adapter("elastic")
+    assert torch.equal(logits(model), both)
+
+
+def test_hot_swapping_puts_another_adapter_of_the_kind_into_the_place(make: Callable[..., Any], tmp_path: Path) -> None:
+    from peft.utils.hotswap import hotswap_adapter
+
+    other = make(Pooled())
+    move(other, seed=21)
+    wanted = logits(other)
+    other.save_pretrained(tmp_path / "other")
+    model = make(Pooled())
+    assert not torch.equal(logits(model), wanted)
+    hotswap_adapter(model, str(tmp_path / "other"), "default")
+    assert torch.equal(logits(model), wanted)

@@ -64,11 +64,23 @@ class Settings(BaseModel):
         return getattr(self, name)
 
     @field_validator(
-        "target_modules", "skip", "train_also", "text_column", "labels", "tasks", mode="before", check_fields=False
+        "target_modules",
+        "skip",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "train_also",
+        "text_column",
+        "labels",
+        "tasks",
+        mode="before",
+        check_fields=False,
     )
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         """`a,b` and repeated flags are the same."""
+        if isinstance(value, dict):  # from Python and YAML: {"q_proj": 16}
+            value = [f"{name}={each}" for name, each in value.items()]
         parts = [value] if isinstance(value, str) else () if value is None else value
         if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
             raise ValueError("must be a name, or a list of names. Put numbers in quotes")

@@ -14,7 +14,7 @@ from quadapt.config.check import checked
 from quadapt.config.derive import adding, choice, fields_of, of_pieces
 from quadapt.config.fields import Columns, Target, Walk
 from quadapt.config.grid import METHOD_WORDS, Grid, MethodName, with_planned_method
-from quadapt.config.spec import Spec
+from quadapt.config.spec import Shape, Spec, by_layer
 from quadapt.config.values import Location, Sources
 from quadapt.errors import ConfigError
 from quadapt.hf.head import PROBLEMS, Head
@@ -62,7 +62,20 @@ class Adapting(Grid):
     """What is trained over the quantized weights, and how. What is not given is the method's own choice."""
 
     target_modules: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
-    """Layers that get adapters, by name or a part of it. Default: all quantized layers."""
+    """Layers that get adapters: names, parts of names (q_proj), a regular expression for whole names
+    ('.*layers.[0-3]\\..*'), or all-linear. Default: all quantized layers."""
+
+    exclude_modules: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
+    """Layers that get no adapter, in the same words; they are quantized all the same."""
+
+    rank_pattern: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
+    """Another rank for some layers, as NAME=RANK: q_proj=16,layers.0.mlp=8; the last that fits a layer holds."""
+
+    alpha_pattern: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
+    """Another alpha for some layers, as NAME=ALPHA, likewise."""
+
+    use_rslora: Annotated[bool, Flag((), "Adapter")] = False
+    """Multiply adapters by alpha / sqrt(rank), not by alpha / rank (rsLoRA)."""
 
     train_tokens: Annotated[tuple[str, ...], Flag((), "Adapter")] = ()
     """Tokens whose rows of embedding and head train too, by name or id: marks of turns that are new, or that no
@@ -82,6 +95,12 @@ class Adapting(Grid):
             target_modules=self.target_modules,
             also=tuple(dict.fromkeys(self.train_also)),
             part=self.part,
+            shape=Shape(
+                excluded=self.exclude_modules,
+                ranks=by_layer("rank_pattern", self.rank_pattern),
+                alphas=by_layer("alpha_pattern", self.alpha_pattern),
+                rslora=self.use_rslora,
+            ),
         )
 
 

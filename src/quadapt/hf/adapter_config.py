@@ -159,6 +159,7 @@ def lora_config(
     base_fingerprint: str = "",
     start: str = "zero",
     task: str | None = "CAUSAL_LM",
+    **more: Any,
 ) -> LoraConfig:
     """A PEFT config for one of our adapters.
 
@@ -172,6 +173,7 @@ def lora_config(
             in when the adapter is put over a base.
         start: Name of the start, if it sets the factors: then the first ones are kept beside the trained.
         task: PEFT's name of what the model does, which decides on PEFT's class of the model; None for its general one.
+        more: Further settings of PEFT's `LoraConfig`.
     """
     about = {
         **adapter.identity(),
@@ -185,6 +187,7 @@ def lora_config(
         target_modules=target_modules,
         task_type=task,
         auto_mapping={KEY: about},
+        **more,
     )
 
 

@@ -151,7 +151,13 @@ def check_weighted(
     if adapter.begins != "factors" and found[0].endswith("svd"):
         raise ConfigError(
             f"add_weighted_adapter: combination_type={combination_type!r} makes factors over all inputs, and "
-            f"{adapter.kind} adapters have one for each group. Use 'cat' or 'linear'"
+            f"{adapter.kind} adapters have one for each group. Use 'cat', which is their weighted sum"
+        )
+    if combination_type != "cat" and not combination_type.endswith("svd"):
+        log.warning(
+            "add_weighted_adapter: combination_type=%r combines factors one by one, as PEFT does for any LoRA, and "
+            "that is not the weighted sum of the adapters. combination_type='cat' is",
+            combination_type,
         )
     return found
 

@@ -45,6 +45,11 @@ def adapt(
     chosen = spec.method
     layouts = _layouts(model, chosen.adapter, spec)
     names = matching(layouts, spec.target_modules)
+    if spec.shape.excluded:
+        without = set(matching(layouts, spec.shape.excluded))
+        names = [name for name in names if name not in without]
+        if not names:
+            raise ConfigError("exclude_modules leaves no layer that gets an adapter. Name fewer")
     recipe, inputs = chosen.recipe, chosen.adapter.inputs
     wasted = [name for name in names if 0 < inputs(layouts[name]) < recipe.rank]
     if wasted and not on_meta:
@@ -63,6 +68,7 @@ def adapt(
         target_modules=names,
         start=chosen.start.name if chosen.adapter.begins == "factors" else "zero",
         task=peft_task(model),
+        **spec.shape.layers(names),
     )
     besides = also(model, spec.also, tokens, spec.part)
     besides.configure(settings)

@@ -21,7 +21,8 @@ from quadapt.setting import settings_of
 
 _BESIDES = ("train_tokens", "train_also")
 _OF_STARTS = ("start", "fisher", "train_start")
-_OF_ADAPTER = ("target_modules", "rank", "alpha", "pooling", "init", "form", *_OF_STARTS, *_BESIDES)
+_BY_LAYER = ("exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+_OF_ADAPTER = ("target_modules", *_BY_LAYER, "rank", "alpha", "pooling", "init", "form", *_OF_STARTS, *_BESIDES)
 _OF_BASE = ("plan", "offload", *(name for name in Grid.model_fields if name.startswith("calibration")))
 """Settings of quantizing alone; here they have no meaning."""
 
@@ -113,7 +114,7 @@ def _refuse_others(config: TuneConfig, old: TuneConfig) -> None:
 
 def _same(old: TuneConfig, name: str, value: Any) -> bool:
     """Whether the value only says what is the case anyway: the default, say."""
-    if name in ("target_modules", "skip", *_BESIDES):
+    if name in ("target_modules", "skip", *_BY_LAYER, *_BESIDES):
         return False
     try:
         one, other = (each.spec.method for each in (old, old.model_copy(update={name: value})))

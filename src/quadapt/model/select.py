@@ -5,8 +5,10 @@ Every parameter with two axes or more is either selected or listed with a reason
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -42,8 +44,7 @@ def select(
 
     Args:
         model: May be on the meta device.
-        target_modules: Quantize only these: full names, or runs of their dotted parts (`q_proj`, `layers.0.mlp`).
-            Empty: all.
+        target_modules: Quantize only these: by name, see :func:`matches`. Empty: all.
         skip: Leave these as they are.
         part: Of a model with several towers, quantize only this part.
 
@@ -94,9 +95,37 @@ def _full(name: str, parameter: str) -> str:
     return name if parameter == "weight" else f"{name}.{parameter}".removeprefix(".")
 
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
+
+
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` is a run of the dotted parts of `name`: `q_proj` and `layers.0` match `a.layers.0.q_proj`."""
-    return f".{pattern}." in f".{name}."
+    """Whether a layer's name is meant by a pattern.
+
+    A run of the dotted parts of a name means it (`q_proj` and `layers.0` mean `a.layers.0.q_proj`), so does a regular
+    expression that describes the whole name, as in PEFT, and `all-linear` means every name.
+
+    Raises:
+        ConfigError: It has signs of a regular expression, and is none.
+    """
+    if pattern == ALL_LINEAR or f".{pattern}." in f".{name}.":
+        return True
+    return bool(_SIGNS.search(pattern)) and _regular(pattern).fullmatch(name) is not None
+
+
+_SIGNS = re.compile(r"[*+?^$|\\()\[\]{}]")
+"""Signs that no name of a layer has, and most regular expressions."""
+
+
+@cache
+def _regular(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{pattern!r} is no regular expression ({error}). Give names of layers, parts of them, a regular "
+            f"expression for whole names, or {ALL_LINEAR}"
+        ) from None
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
