@@ -10,6 +10,7 @@ import pytest
 import torch
 from expert_models import tiny_of
 from export_models import check_in_steps, logits, quantized, story, tiny, trained, with_adapter
+from torch import nn
 
 import quadapt
 from quadapt.errors import ExportError
@@ -85,10 +86,24 @@ def test_what_was_tuned_and_merged_is_what_transformers_runs(bits: int, tokenize
     EXPORTERS["torchao"].made(dtype="float32").write(merged, tokenizer, tmp_path / "out")
     assert (logits(theirs(tmp_path / "out"), IDS) - tuned).norm() < 1e-5 * tuned.norm()
     again, _ = quadapt.load(tmp_path / "out", dtype="float32")
-    if bits < 8:  # whose offsets are float16
-        assert torch.equal(logits(again, IDS), tuned)
-    else:
-        torch.testing.assert_close(logits(again, IDS), tuned)
+    assert torch.equal(logits(again, IDS), tuned)
+
+
+@pytest.mark.parametrize("zero", ["float", "none", "integer"])
+def test_its_packed_codes_for_cpus_mean_the_very_weights_and_have_no_safetensors(zero: Any) -> None:
+    """What the guide says: once torchao can write them, they are worth a format."""
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    model = quantized(tiny(), Format(bits=4, group_size=32, zero=zero))
+    weight = model.model.layers[0].mlp.up_proj.quant_weight
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes().int(), 1)
+    constants = torch.stack([weight.scales.T, (weight.offsets + 8 * weight.scales).T], -1).contiguous()
+    theirs = Int4OpaqueTensor(codes, constants, [1, 32], torch.Size((weight.layout.out, weight.layout.columns)))
+    unit = torch.eye(weight.layout.columns)
+    assert torch.equal(nn.functional.linear(unit, theirs).T, weight.dequantize())
+    with pytest.raises(ValueError, match="Unsupported tensor type"):
+        flatten_tensor_state_dict({"weight": theirs})
 
 
 def test_a_real_model_goes_on_with_a_story(tmp_path: Path) -> None:
