@@ -19,23 +19,39 @@ def test_eight_bits_with_offsets_take_two_files(tmp_path: Path) -> None:
     model, path, beside = tmp_path / "eight", tmp_path / "eight.gguf", tmp_path / "eight-offsets.gguf"
     quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "8", "--output", model)
     (answer,) = [row for row in quadapt("export", model, "--format", "?")["formats"] if row["format"] == "gguf"]
-    assert answer["words"].startswith("dense F32")  # scales are float32 by default
-    said = quadapt("export", model, "--gguf-type", "fast", "--output", path)
+    assert answer["words"].startswith("Q8_0, codes as they are, offsets in a file beside it")
+    said = quadapt("export", model, "--output", path)
     (report,) = said["reports"]
     assert types(path) == {"Q8_0"}
     assert 8.5 < report["bits_per_weight"] < 16
     assert any("eight-offsets.gguf has the offsets" in note for note in report["notes"])
     assert sorted(each.name for each in tmp_path.iterdir()) == ["eight", "eight-offsets.gguf", "eight.gguf"]
-    assert "exists" in give("export", model, "--gguf-type", "fast", "--output", path, code=2).error
+    assert "exists" in give("export", model, "--output", path, code=2).error
     before = beside.read_bytes()
-    quadapt("export", model, "--gguf-type", "fast", "--output", path, "--overwrite")
+    quadapt("export", model, "--output", path, "--overwrite")
     assert beside.read_bytes() == before
-    beside.unlink()
-    exact = tmp_path / "halves"
-    quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "8", "--scales", "fp16", "--output", exact)
-    quadapt("export", exact, "--output", path, "--overwrite")
+
+
+def test_eight_bits_with_scales_in_float32_are_dense_unless_rounded(tmp_path: Path) -> None:
+    model, path, beside = tmp_path / "wide", tmp_path / "wide.gguf", tmp_path / "wide-offsets.gguf"
+    quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "8", "--scales", "fp32", "--output", model)
+    quadapt("export", model, "--output", path)
+    assert types(path) == {"F32"}
+    assert not beside.exists()
+    quadapt("export", model, "--gguf-type", "fast", "--output", path, "--overwrite")
     assert types(path) == {"Q8_0"}
     assert beside.exists()
+
+
+def test_symmetric_eight_bits_take_one_file(tmp_path: Path) -> None:
+    model, path = tmp_path / "eight", tmp_path / "eight.gguf"
+    quadapt("quantize", "dense", "--rounding", "nearest", "--bits", "8", "--zero", "none", "--output", model)
+    (answer,) = [row for row in quadapt("export", model, "--format", "?")["formats"] if row["format"] == "gguf"]
+    assert (answer["holds"], answer["words"]) == ("exactly", "codes as they are")
+    (report,) = quadapt("export", model, "--output", path)["reports"]
+    assert types(path) == {"Q8_0"}
+    assert report["bits_per_weight"] == 8.5
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["eight", "eight.gguf"]
 
 
 def test_eight_bits_that_were_trained_over_a_dense_base(place: Path, tmp_path: Path) -> None:

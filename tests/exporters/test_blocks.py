@@ -86,7 +86,7 @@ NOT_HELD = [
     (weight(Format(levels="iq4-nl", bits=4, zero="float")), "iq4-nl-shift-g32 has offsets, and IQ4_NL none"),
     (weight(Format(bits=8)), "8-bit codes with offsets fit no block (without offsets they do: --zero none)"),
     (weight(Format(bits=6, zero="integer")), "6-bit codes with offsets"),
-    (weight(Format(bits=8, zero="none")), "scales (fp32)"),
+    (weight(Format(bits=8, zero="none"), storage=Storage(scales="fp32", offsets="absent")), "scales (fp32)"),
     (weight(Format(bits=4, group_size=16)), "groups of 16"),
     (weight(Format(bits=4), columns=172), "172 inputs"),
     (weight(Format(bits=4, group_size=-1), columns=172), "172 inputs"),

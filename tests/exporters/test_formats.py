@@ -47,7 +47,10 @@ MODELS: dict[str, tuple[Format, Storage | None]] = {
     "int4 with zero-points": (Format(bits=4, group_size=32, zero="integer"), None),
     "int4 symmetric": (Format(bits=4, group_size=32, zero="none"), None),
     "int4 in short groups": (Format(bits=4, group_size=80, zero="none"), None),
-    "int8 with zero-points": (Format(bits=8, group_size=32, zero="integer"), None),
+    "int8 with zero-points": (
+        Format(bits=8, group_size=32, zero="integer"),
+        Storage(scales="fp32", offsets="integer"),
+    ),
     "nf4": (Format(levels="nf", bits=4, group_size=64), Storage(scales="double", offsets="absent")),
     "nf4 of bitsandbytes": (
         Format(levels="nf-qlora", bits=4, group_size=32),

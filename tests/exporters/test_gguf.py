@@ -23,6 +23,7 @@ from quadapt.importers.gguf_family import Family
 from quadapt.model.quantize import quantized_layers
 from quadapt.nn.adapters import Pooled
 from quadapt.quant.format import Format, Zero
+from quadapt.quant.storage import Storage
 from quadapt.quant.weight import QuantWeight
 
 
@@ -160,7 +161,7 @@ def test_without_the_row_order_it_would_be_another_model(
 
 @pytest.mark.parametrize("format", [Format(levels="nf", bits=4), Format(bits=8)], ids=["nf4", "int8"])
 def test_what_blocks_cannot_hold_leaves_as_f32_and_is_listed(format: Format, tokenizer: Any, tmp_path: Path) -> None:
-    model = quantized(tiny(), format)
+    model = quantized(tiny(), format, Storage.floating("fp32", format.zero))
     report = export_gguf(model, tokenizer, tmp_path / "model.gguf")
     linear = [row for row in report.tensors if row.linear]
     assert {row.type for row in linear} == {"F32"}

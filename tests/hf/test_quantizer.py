@@ -171,7 +171,7 @@ def test_adapters_may_train_over_a_loaded_model(saved: Path) -> None:
     [
         ({"bits": 4}, Format(bits=4), Storage()),
         ({"bits": 2, "group_size": 16, "range": "mse"}, Format(bits=2, group_size=16), Storage()),
-        ({"bits": 8, "group_size": -1}, Format(bits=8, group_size=-1), Storage(scales="fp32", offsets="fp32")),
+        ({"bits": 8, "group_size": -1}, Format(bits=8, group_size=-1), Storage()),
         ({"bits": 3, "zero": "integer"}, Format(bits=3, zero="integer"), Storage(offsets="integer")),
         (
             {"bits": 4, "levels": "nf", "group_size": 64, "scales": "double"},

@@ -45,7 +45,7 @@ def levels_of(format: Format) -> list[float] | None:
 
 
 def textbook(weight: Tensor, moment: Tensor, format: Format, **settings: object) -> tuple[np.ndarray, ...]:
-    stored = np.float32 if format.bits == 8 else np.float16
+    stored = np.float16
     return gptq(
         weight.numpy(),
         moment.numpy(),

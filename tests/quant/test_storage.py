@@ -215,7 +215,7 @@ def test_every_format_has_a_default_storage_that_holds_it() -> None:
             format = Format(levels=levels, bits=bits, zero=zero)
             default = Storage.default(format)
             default.check(format)
-            assert default.scales == ("fp32" if bits == 8 else "fp16")
+            assert default.scales == "fp16"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class Floats(ValueStorage):
 
 
 FP16 = register(Floats("fp16"))
-"""Plain float16 numbers, which are the default below 8 bits."""
+"""Plain float16 numbers, which are the default."""
 
 FP32 = register(Floats("fp32"))
-"""Plain float32 numbers, for 8-bit codes and where fp16 is too narrow."""
+"""Plain float32 numbers, where fp16 is too narrow."""
