@@ -13,12 +13,14 @@ from export_models import logits, quantized, tiny
 from gguf.quants import dequantize
 from gguf_models import MODELS
 
+from quadapt import load, merge, prepare
 from quadapt.exporters.formats import EXPORTERS
 from quadapt.exporters.ggml import ASIDE, Held, bytes_of, ways, why_not, why_not_layout
 from quadapt.exporters.gguf import export_gguf
 from quadapt.exporters.llama_cpp import LlamaCpp, differences
 from quadapt.exporters.survey import Subject, survey
 from quadapt.kernels import expand
+from quadapt.methods import peqa
 from quadapt.model.quantize import quantized_layers
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.rounding import Nearest
@@ -202,3 +204,43 @@ def test_the_survey_says_what_fast_changes() -> None:
     assert "Q4_K, codes as they are" in answer.words
     (answer,) = survey(Subject(matrices={"layer": lambda: stored}), [EXPORTERS["gguf"]()])
     assert answer.holds == "exactly"
+
+
+def test_scales_over_the_levels_of_iq4_nl_train_merge_and_go_out_exactly(tokenizer: Any, tmp_path: Path) -> None:
+    method = peqa(group_size=32).having(levels="iq4-nl")
+    assert (method.format.name, method.format.zero) == ("iq4-nl-g32", "none")
+    adapted = prepare(tiny(), method=method)
+    ids = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    optimizer = torch.optim.Adam([each for each in adapted.parameters() if each.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted.train()(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    tuned = logits(adapted.eval(), ids)
+    merged, certificate = merge(adapted)
+    assert certificate.verdict == "exact"
+    report = export_gguf(merged, tokenizer, tmp_path / "model.gguf")
+    assert {row.type for row in report.tensors if row.linear} == {"IQ4_NL"}
+    assert report.bits_per_weight == 4.5
+    again, _ = load(tmp_path / "model.gguf", dtype="float32")
+    assert {layer.layout.format.name for layer in quantized_layers(again).values()} == {"iq4-nl-g32"}
+    assert torch.equal(logits(again, ids), tuned)
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp (pip install 'quadapt[demo]')")
+    assert differences(tmp_path / "model.gguf", merged, ids).mean() < 0.1  # it rounds activations to 8 bits
+
+
+def test_fast_rounds_scales_of_iq4_nl_and_keeps_codes() -> None:
+    torch.manual_seed(0)
+    layout = Layout(
+        format=Format(levels="iq4-nl", bits=4), storage=Storage(scales="fp32", offsets="absent"), out=8, columns=64
+    )
+    stored = Nearest()(torch.randn(8, 64) * 0.02, layout)
+    assert ways(stored) == []
+    (held,) = ways(stored, "fast")
+    assert (held.block.name, torch.equal(held.weight.codes(), stored.codes())) == ("IQ4_NL", True)
+    assert held.change is not None
+    assert held.change.moved.mean < 0.05
