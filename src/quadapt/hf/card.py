@@ -244,6 +244,7 @@ def hub_name(name: str | None, kind: Literal["model", "dataset"] = "model") -> s
         kind: What is called so.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     if not name:
@@ -253,7 +254,11 @@ def hub_name(name: str | None, kind: Literal["model", "dataset"] = "model") -> s
             return part.removeprefix(f"{kind}s--").replace("--", "/")
     if Path(name).exists() or name.startswith((".", "/", "~")):
         return None
-    return name if Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind)).is_dir() else None
+    try:
+        folder = repo_folder_name(repo_id=name, repo_type=kind)
+    except HFValidationError:  # words of people, or a folder that is gone
+        return None
+    return name if Path(HF_HUB_CACHE, folder).is_dir() else None
 
 
 def _license(source: str | None) -> dict[str, Any]:
