@@ -9,7 +9,8 @@ llama.cpp, of log-probabilities). Then each engine reads and writes tokens with 
 time on the CPU, in one thread.
 
 Each cell is kept in `benchmarks/results/formats.json`; given again, the script goes on with what is missing. Engines
-that are not installed are named and left out: `pip install 'quadapt[mlx,onnx,openvino,torchao,serve]' hqq gptqmodel`.
+that are not installed are named and left out; all of them: `pip install 'quadapt[mlx,onnx,openvino,torchao,serve]' hqq
+gptqmodel optimum`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quadapt
 from benchmarks.engines import ENGINES, Engine, Running, of_torch
-from benchmarks.measure import Kept
+from benchmarks.measure import Kept, environment
 from quadapt.config import ExportConfig, MergeConfig, TuneConfig, checked
 from quadapt.demo.stories import stories
 from quadapt.errors import QuadaptError
@@ -57,7 +58,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "l4q --bits 8 --zero none": {"method": "l4q", "bits": 8, "zero": "none"},
     "l4q --zero integer": {"method": "l4q", "zero": "integer"},
     "l4q --scales k-quant": {"method": "l4q", "scales": "k-quant"},
-    "qlora --quant-type nf-qlora": {"method": "qlora", "levels": "nf-qlora"},
+    "peqa --quant-type nf": {"method": "peqa", "levels": "nf", "group_size": 64},
+    "peqa --quant-type nf-qlora": {"method": "peqa", "levels": "nf-qlora", "group_size": 64},
+    "peqa --quant-type iq4-nl": {"method": "peqa", "levels": "iq4-nl", "group_size": 32},
 }
 """What is tuned: every method at its defaults, and some forms that are made for a format."""
 
@@ -136,13 +139,14 @@ class Formats:
     def tuned(self, row: str) -> Tuned:
         """The model of a row, tuned if it was not yet; only the last is kept on the disk."""
         if row not in self.made:
-            for old in self.made.values():
-                shutil.rmtree(old.adapter.parent)
-            self.made = {row: self._tuned(row)}
+            for old in self.folder.glob("row-*"):
+                shutil.rmtree(old)
+            self.made = {}
+            self.made[row] = self._tuned(row)
         return self.made[row]
 
     def _tuned(self, row: str) -> Tuned:
-        place = Path(tempfile.mkdtemp(dir=self.folder))
+        place = Path(tempfile.mkdtemp(prefix="row-", dir=self.folder))
         adapter, merged = place / "adapter", place / "merged"
         settings = {
             "model": str(self.folder / "dense"),
@@ -245,7 +249,7 @@ class Formats:
         format = key[-1]
         found = self.speed(format) if kind == "speed" else self.cell(*key)
         engine = ENGINES.get(format)
-        return {**found, "versions": engine.versions() if engine else ""}
+        return {**found, "versions": engine.versions() if engine else "", "commit": environment()["commit"]}
 
 
 _OURS = {"bf16": "transformers, bfloat16", "quadapt": "quadapt, float32"}

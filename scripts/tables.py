@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed
 from architecture_tables import architectures
 from benchmarks.gpu.rows import shown
 from compared import RESULTS, ROOT, compared, table
+from format_tables import engines_table, formats_table, levels_table
 from served_tables import roundtrip_table, served_table
 
 NOT_MEASURED = "Not measured yet.\n"
@@ -192,6 +193,8 @@ MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         for made in (demo, step, decode, saved, quantize, icq, memory, experts, imported, kill, fuzz)
     },
     "architectures": ("architectures", architectures),
+    "formats": ("formats", formats_table),
+    "engines": ("formats", engines_table),
 }
 """Tables by the name of their marks: what is stored, and what makes a table of it."""
 
@@ -202,7 +205,7 @@ def marked(name: str) -> str:
         where, made = MEASURED[name]
         found = stored(where)
         return made(found) if found else NOT_MEASURED
-    by_model = {"served": served_table, "roundtrip": roundtrip_table}
+    by_model = {"served": served_table, "roundtrip": roundtrip_table, "levels": levels_table}
     made_of = by_model.get(name.partition("-")[0])
     if made_of is not None:
         found = stored(name)
