@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from quadapt.config import CompareConfig, EvalConfig, MergeConfig, TuneConfig, checked
 from quadapt.errors import ConfigError, ExportError, QuadaptError
 from quadapt.files import remove, sweep, write_json
+from quadapt.hf.loading import read_config
 from quadapt.hf.notes import partial_of
 from quadapt.hf.reading import read_json
 from quadapt.jobs.anchors import DENSE, quantize_as_usual, tune_dense
@@ -229,12 +231,18 @@ class Runs:
         adapter, merged = place / "adapter", place / "merged"
         if cell.method == LORA:
             dense = adapter / DENSE
-            return {"dense": {**self._eval(dense), "bytes": _bytes(dense)}}
-        bits = self.tuned(cell)["bits"]
+            return {
+                "dense": {
+                    **self._eval(dense),
+                    "bits": _dense_bits(str(dense), self.config.trust_remote_code),
+                    "bytes": _bytes(dense),
+                }
+            }
+        stored = self.tuned(cell)["bits"]
         if self.settings(cell).spec.method.adapter.exactness != "none":
             return {"merged": self._merged(adapter, merged, cell, requantize=False)}
         size = _bytes(adapter) + _bytes(adapter / "base")
-        trained = {**self._eval(adapter), "bits": bits["with_adapter"], "bytes": size}
+        trained = {**self._eval(adapter), "bits": stored["with_adapter"], "bytes": size}
         return {"as trained": trained, "requantized": self._merged(adapter, merged, cell, requantize=True)}
 
     def _merged(self, adapter: Path, merged: Path, cell: Cell, *, requantize: bool) -> dict[str, Any]:
@@ -242,7 +250,7 @@ class Runs:
         shared = {name: getattr(self.config, name) for name in ("dtype", "device", "trust_remote_code")}
         values = {"adapter": str(adapter), "output": str(merged), "requantize": requantize, **shared}
         said = merge(checked(MergeConfig, values), self.inner)
-        certificate = {name: value for name, value in said["certificate"].items() if name != "layers"}
+        certificate = {name: value for name, value in said["certificate"].items() if name not in ("layers", "probe")}
         certificate["codes_changed"] = sum(layer["codes_changed"] for layer in said["certificate"]["layers"])
         found = {
             **self._eval(merged),
@@ -283,8 +291,9 @@ class Runs:
         if not note.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
-            size = _bytes(dense_folder(self.config.model).path)
-            write_json(note, {**self._eval(self.config.model), "bytes": size, "wall": time.monotonic() - start})
+            given = dense_folder(self.config.model)
+            sizes = {"bits": _dense_bits(given.name, self.config.trust_remote_code), "bytes": _bytes(given.path)}
+            write_json(note, {**self._eval(self.config.model), **sizes, "wall": time.monotonic() - start})
         return self._used(self.folder, note)
 
     def _asked(self) -> str:
@@ -337,6 +346,12 @@ def training_of(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _dense_bits(name: str, trust_remote_code: bool = False) -> float:
+    """Bits of a weight of a dense model, as it lies on the disk."""
+    dtype = getattr(read_config(name, trust_remote_code=trust_remote_code), "dtype", None)
+    return float(8 * dtype.itemsize) if isinstance(dtype, torch.dtype) else float(WHOLE)
 
 
 def _bytes(folder: Path) -> int:

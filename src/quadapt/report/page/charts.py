@@ -80,7 +80,9 @@ def loss_by_bits(points: Sequence[Point]) -> Figure:
         "type": "log",
         "tickvals": [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24],
     }
-    figure.update_layout(xaxis=bits, yaxis={"title": {"text": "loss, nats per token"}}, height=460)
+    losses = [loss for point in served for loss in point["losses"]]
+    wide = {"type": "log", "dtick": "D1"} if max(losses) > 3 * min(losses) > 0 else {}
+    figure.update_layout(xaxis=bits, yaxis={"title": {"text": "loss, nats per token"}, **wide}, height=460)
     return _done(figure)
 
 
