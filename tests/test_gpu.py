@@ -94,7 +94,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "elapsed", elapsed)
     monkeypatch.setattr(speed, "graph", graph)
     monkeypatch.setattr(speed, "find_spec", lambda _: None)
-    monkeypatch.setattr(speed, "few", lambda *_: True)
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)

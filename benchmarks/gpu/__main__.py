@@ -88,6 +88,7 @@ def on_card(output: Path | None, wanted: list[str] | None = None) -> None:
     from benchmarks.gpu.checking import checks
     from benchmarks.gpu.rows import ratios, shown
     from benchmarks.gpu.sections import SECTIONS, by_default, sections
+    from benchmarks.gpu.steps import compiles
     from benchmarks.measure import RESULTS, environment, table
 
     unknown = sorted({*(wanted or ())} - SECTIONS.keys())
@@ -97,6 +98,8 @@ def on_card(output: Path | None, wanted: list[str] | None = None) -> None:
     path = output or RESULTS / "gpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = _kept(path, card()) if wanted else {"rows": {}}
+    if not compiles():
+        print(f"torch {torch.__version__} is older than quadapt declares: torch.compile is not checked", flush=True)
     if wanted is None:
         counts, failed = checks(torch.device("cuda"), min(MOST_PROCESSES, os.cpu_count() or 1))
         total = sum(counts.values())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from quadapt.kernels.dispatch import MOST_TOKENS
+
 
 @dataclass(frozen=True)
 class Row:
@@ -76,7 +78,9 @@ ROWS: dict[str, Row] = {
     "decode_bnb": Row("decoding bitsandbytes nf4, likewise", "times bf16"),
     **{
         f"product_{tokens}": Row(
-            f"fused product of {tokens} token{'s' * (tokens > 1)} with int4 4096 x 4096", "of dequantize + product", 1.0
+            f"fused product of {tokens} token{'s' * (tokens > 1)} with int4 4096 x 4096",
+            "of dequantize + product",
+            1.0 if tokens <= MOST_TOKENS["cuda"] else None,
         )
         for tokens in (1, 2, 4, 8, 16)
     },

@@ -15,9 +15,8 @@ from benchmarks.gpu.models import adapted, llama, stock
 from benchmarks.gpu.steps import graph
 from benchmarks.peers import Int4Pack, bitsandbytes
 from quadapt.budget import candidates, measure
-from quadapt.kernels import few
+from quadapt.kernels import product
 from quadapt.methods import method_named
-from quadapt.quant.autograd import quant_matmul
 from quadapt.quant.format import Format
 from quadapt.quant.gptq import GPTQ
 from quadapt.quant.icq import shifted_range
@@ -229,15 +228,21 @@ def _token(model: Any) -> Callable[[], Tensor]:
     return work
 
 
+def multiplied(x: Tensor, weight: QuantWeight) -> Tensor:
+    """The fused product, for more tokens than the rule allows too."""
+    format, columns = weight.format, weight.layout.columns
+    held = weight.held("scales"), weight.held("offsets")
+    return product(x, weight.packed, *held, format.table(x), format.bits, format.width(columns), columns)
+
+
 def products() -> Measured:
     """The fused product beside dequantize and a dense product: where the rule for few tokens should end."""
     found: Measured = {}
     sets = [quantized(INT4, out=SQUARE, columns=SQUARE) for _ in range(8)]  # 67 MB: more than the cache
     for count in (1, 2, 4, 8, 16):
         x = torch.randn(count, SQUARE, device=CARD, dtype=torch.bfloat16)
-        assert few(x, INT4.width(SQUARE), SQUARE)
         with torch.no_grad():
-            fused, _ = graph(lambda x=x: [quant_matmul(x, each) for each in sets][-1])
+            fused, _ = graph(lambda x=x: [multiplied(x, each) for each in sets][-1])
             plain, _ = graph(
                 lambda x=x: [nn.functional.linear(x, each.dequantize(torch.bfloat16)) for each in sets][-1]
             )

@@ -23,13 +23,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.speed import CARD, INT4, NF4, quantized, seconds
+from benchmarks.gpu.speed import CARD, INT4, NF4, multiplied, quantized, seconds
 from benchmarks.gpu.steps import graph
 from benchmarks.measure import environment, table
 from quadapt.kernels import cuda, fake_cuda, product_cuda
 from quadapt.kernels.fake_reference import Grid
 from quadapt.kernels.tiles import launch
-from quadapt.quant.autograd import quant_matmul
 
 OUT, IN, RANK = 4096, 11008, 16
 MODULES = {"dequantize": cuda, "compensate": cuda, "product": product_cuda, "fake": fake_cuda}
@@ -57,11 +56,15 @@ class Trial:
         with ExitStack() as stack:
             warps = sizes.pop("warps", None)
             if warps is not None:
-                stack.enter_context(mock.patch.object(module, "launch", partial(launch, num_warps=warps)))
+                stack.enter_context(mock.patch.object(module, "launch", partial(_launch, warps)))
             for name, value in sizes.items():
                 there = value if isinstance(getattr(module, name), int) else (lambda *_, value=value: value)
                 stack.enter_context(mock.patch.object(module, name, there))
             yield
+
+
+def _launch(warps: int, *arguments: Any, **constants: Any) -> None:
+    launch(*arguments, **{**constants, "num_warps": warps})
 
 
 def _dequantize(format: Any) -> Callable[[], object]:
@@ -72,7 +75,7 @@ def _dequantize(format: Any) -> Callable[[], object]:
 def _product(format: Any, tokens: int) -> Callable[[], object]:
     sets = [quantized(format, out=4096, columns=4096) for _ in range(8)]
     x = torch.randn(tokens, 4096, device=CARD, dtype=torch.bfloat16)
-    return lambda: [quant_matmul(x, each) for each in sets]
+    return lambda: [multiplied(x, each) for each in sets]
 
 
 def _fake(gradients: bool) -> Callable[[], object]:

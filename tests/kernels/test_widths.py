@@ -89,7 +89,7 @@ def test_all_of_them_are_here() -> None:
     plain = ("dequantize", "nearest_codes", "group_error", "compensate")
     wanted = {
         *("kernels.pack", "kernels.unpack", "kernels.dequantize", "kernels.product", "kernels.product_cuda.product"),
-        *("kernels.product_cpu.product", "kernels.product_now"),
+        *("kernels.product_cpu.product",),
         *(f"kernels.{device}.{name}" for device in DEVICES for name in plain),
         *(f"kernels.fake_{device}.{name}" for device in DEVICES for name in ("quantize", "gradients")),
         *(f"kernels.entropy_{device}.group_crowding" for device in DEVICES),

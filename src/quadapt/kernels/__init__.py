@@ -1,7 +1,7 @@
 """The compute-heavy steps, each written once per kind of device, behind one dispatch (`dispatch.py`).
 
 What runs in a training step is an opaque operator with a fake kernel: `torch.compile` traces past it, and CUDA graphs
-record what it launches.
+record what it launches. Where nothing is traced, kernels are called without the operator (`dispatch.at_once`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quadapt.kernels.dispatch import few, kernels_for
+from quadapt.kernels.dispatch import at_once, few, kernels_for
 from quadapt.kernels.reference import as_floats, expand, midpoints, pack, pool, unpack
 
-__all__ = ["dequantize", "expand", "few", "kernels_for", "midpoints", "pack", "pool", "product", "unpack", "widen"]
+__all__ = [
+    "dequantize",
+    "expand",
+    "few",
+    "kernels_for",
+    "midpoints",
+    "narrow",
+    "pack",
+    "pool",
+    "product",
+    "unpack",
+    "widen",
+]
 
 
-@torch.library.custom_op("quadapt::dequantize", mutates_args=())
 def dequantize(
     packed: Tensor,
     scales: Tensor,
@@ -45,6 +56,20 @@ def dequantize(
     Returns:
         `[out, columns]`, on the device of `packed`.
     """
+    compute = _dequantize if at_once(packed) else _dequantize_operator
+    return compute(packed, scales, offsets, levels, bits, group_size, columns, dtype)
+
+
+def _dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    levels: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     groups = -(-columns // group_size)
     scales, offsets = _floats(scales, groups), None if offsets is None else _floats(offsets, groups)
     return kernels_for(packed.device).dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
@@ -57,7 +82,10 @@ def _floats(stored: Tensor, groups: int) -> Tensor:
     return as_floats(stored, {2: torch.float16, 4: torch.float32}[stored.shape[-1] // groups])
 
 
-@dequantize.register_fake
+_dequantize_operator = torch.library.custom_op("quadapt::dequantize", _dequantize, mutates_args=())
+
+
+@_dequantize_operator.register_fake
 def _(
     packed: Tensor,
     scales: Tensor,
@@ -71,7 +99,6 @@ def _(
     return packed.new_empty(packed.shape[0], columns, dtype=dtype)
 
 
-@torch.library.custom_op("quadapt::widen", mutates_args=())
 def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     """Doubly quantized scales or offsets, float32 `[out, groups]`: `unit[codes] * absmax + mean`, each rounded.
 
@@ -81,10 +108,17 @@ def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
         mean: uint8 `[1, 4]`, the bytes of a float32 number.
         unit: float32 `[256]`, the levels.
     """
+    return (_widen if at_once(codes) else _widen_operator)(codes, absmax, mean, unit)
+
+
+def _widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return kernels_for(codes.device).widen(codes, *(_floats(each, 1).flatten() for each in (absmax, mean)), unit)
 
 
-@widen.register_fake
+_widen_operator = torch.library.custom_op("quadapt::widen", _widen, mutates_args=())
+
+
+@_widen_operator.register_fake
 def _(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
@@ -115,13 +149,11 @@ def product(
     Returns:
         `[tokens, out]`, in the dtype of `x`.
     """
-    plain = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-    # Outside of traced programs the operator would cost as much again as the product of a small matrix.
-    compute = product_now if plain else product_operator
+    compute = _product if at_once(x) else _product_operator
     return compute(x, packed, scales, offsets, levels, bits, group_size, columns)
 
 
-def product_now(
+def _product(
     x: Tensor,
     packed: Tensor,
     scales: Sequence[Tensor],
@@ -131,7 +163,6 @@ def product_now(
     group_size: int,
     columns: int,
 ) -> Tensor:
-    """Compute :func:`product` at once, without torch's dispatcher."""
     groups = -(-columns // group_size)
     scales, offsets = _held(scales, groups), _held(offsets, groups)
     return kernels_for(x.device, "product").product(x, packed, scales, offsets, levels, bits, group_size, columns)
@@ -145,10 +176,10 @@ def _held(tensors: Sequence[Tensor], groups: int) -> list[Tensor]:
     return [each if each.shape[-1] == groups else _floats(each, groups) for each in tensors]
 
 
-product_operator = torch.library.custom_op("quadapt::product", product_now, mutates_args=())
+_product_operator = torch.library.custom_op("quadapt::product", _product, mutates_args=())
 
 
-@product_operator.register_fake
+@_product_operator.register_fake
 def _(
     x: Tensor,
     packed: Tensor,
@@ -160,3 +191,24 @@ def _(
     columns: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
+
+
+def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` as floats of a narrower dtype, which a program that `torch.compile` makes rounds to that dtype, too.
+
+    A compiler leaves numbers wide that are made narrow and widened again in one program, and would train with scales
+    that no merge stores: for it this is an operator that it cannot see into.
+    """
+    return _narrow_operator(values, dtype) if torch.compiler.is_compiling() else values.to(dtype)
+
+
+def _narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype, copy=True)  # an operator may not give back what it was given
+
+
+_narrow_operator = torch.library.custom_op("quadapt::narrow", _narrow, mutates_args=())
+
+
+@_narrow_operator.register_fake
+def _(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(values, dtype=dtype)

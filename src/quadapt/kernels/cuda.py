@@ -32,8 +32,9 @@ from quadapt.kernels.tiles import (
 
 __all__ = ["compensate", "dequantize", "group_error", "group_range", "nearest_codes", "widen"]
 
-_WORDS = 512
-"""Words of a program that decodes: four for each of its threads, 64 bytes of bfloat16."""
+_WORDS, _WARPS = 128, 2
+"""Words and warps of a program that decodes: two words for each thread, 32 bytes of bfloat16. Measured on an H200, as
+the fastest of thirteen (`python -m benchmarks.gpu.tuning`): 0.93 of the time that 512 words and four warps took."""
 
 _CHUNK = 256
 """Most columns of a group that a program takes at once."""
@@ -251,6 +252,7 @@ def dequantize(
         SHIFTED=offsets is not None,
         ROWS=tile,
         WORDS=size,
+        num_warps=_WARPS,
     )
     return weight
 

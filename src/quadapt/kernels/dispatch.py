@@ -14,10 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 16
-"""Most tokens of the fused product. One multiply-add for each weight and token goes beyond the time in which a dense
-matrix is made and multiplied, by counting operations on an H100 or H200, between 16 and 32 tokens; on a CPU (measured:
-`python -m benchmarks decode`) beyond 16."""
+MOST_TOKENS = {"cpu": 16, "cuda": 1}
+"""Most tokens of the fused product on each device: measured with `python -m benchmarks decode`, and with `make gpu`.
+
+One multiply-add for each weight and token goes, beyond these, over the time in which a dense matrix is made and
+multiplied. An H200 took 0.7 of that time for one token, and 1.2 of it for two."""
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -50,8 +51,25 @@ def few(x: Tensor, group_size: int, columns: int) -> bool:
     A rule, not a timing: the same model must take the same path, and give the same bits, each time.
     """
     return (
-        set_for(x.device) != "reference"
-        and 1 <= x.numel() // columns <= MOST_TOKENS
+        1 <= x.numel() // columns <= MOST_TOKENS.get(set_for(x.device), 0)
         and x.dtype != torch.float64
         and (group_size % 8 == 0 or group_size >= columns)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def at_once(tensor: Tensor) -> bool:
+    """Whether a kernel on such a tensor may be called past torch's dispatcher, which costs as much as a small product.
+
+    Nothing may be recorded meanwhile, neither a graph of gradients nor a program; and there must be numbers, which fake
+    tensors lack.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and tensor.device.type in ("cpu", "cuda")
+        and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )

@@ -34,7 +34,8 @@ SUPER = tl.constexpr(256)
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fuse: bool = False, **constants: Any) -> None:
     """Run a kernel on the device of its first tensor; `fuse` allows fused multiply-add."""
     device = next(each.device for each in arguments if isinstance(each, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*arguments, enable_fp_fusion=fuse, **constants)
 
 

@@ -1,8 +1,9 @@
 """The product with a quantized matrix, differentiable, without ever keeping the dense matrix.
 
 Forward dequantizes, multiplies, and drops the dense weight; backward dequantizes again. What is saved is the stored
-form itself (which exists anyway) and, where offsets are trained, the inputs pooled over groups, `1 / group_size` of the
-inputs, or less. Few tokens under `torch.no_grad()` (decoding) are multiplied with the codes themselves.
+form itself (which exists anyway) and, where offsets are trained, these as they would be stored, and the inputs pooled
+over groups, `1 / group_size` of the inputs, or less. Few tokens under `torch.no_grad()` (decoding) are multiplied with
+the codes themselves.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 
 from quadapt.kernels import few, pool, product
-from quadapt.quant.products import add_product, operand_dtype, product_dtype
+from quadapt.quant.products import add_product, operand_dtype, product_dtype, unrounded
 from quadapt.quant.weight import Layout, QuantWeight
 
 
 class Move(Protocol):
-    """How trained parameters move the offsets of a quantized matrix during training (hashable; holds no tensors).
-
-    It is called in forward and again in backward, so that what it computes need not be kept.
-    """
+    """How trained parameters move the offsets of a quantized matrix during training (hashable; holds no tensors)."""
 
     def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:
-        """Offsets `[out, groups]` to compute with: those that a merge would store, rounded to their stored dtype."""
+        """Offsets to compute with, as :meth:`QuantWeight.operand` gives them: those that a merge would store.
+
+        Called in forward; backward computes with what it gave.
+        """
 
     def keep(
         self, layout: Layout, pooled: Tensor, params: tuple[Tensor, ...], needed: tuple[bool, ...]
@@ -61,28 +62,31 @@ class QuantMatmul(torch.autograd.Function):
         needed = ctx.needs_input_grad[3 + len(layout.shapes) :]
         kept = move.keep(layout, _pooled(x, layout), params, needed) if move is not None and any(needed) else ()
         ctx.layout, ctx.move, ctx.kept = layout, move, len(kept)
-        ctx.save_for_backward(*tensors, *kept)
+        offsets = weight.operand("offsets") if move is None else move.offsets(weight, params)
+        moved = offsets if move is not None and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(*tensors, *kept, moved)
         wide = product_dtype(x)
-        dense = _dense(weight, move, params, wide)
-        with torch.autocast(x.device.type, enabled=False):  # it would round float32 again
+        dense = weight.decode(offsets, wide)
+        with unrounded(x.device.type, wide):
             return torch.nn.functional.linear(x.to(wide), dense).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        layout, move, saved = ctx.layout, ctx.move, ctx.saved_tensors
-        tensors, kept = saved[: len(saved) - ctx.kept], saved[len(saved) - ctx.kept :]
+        layout, move = ctx.layout, ctx.move
+        *saved, moved = ctx.saved_tensors
+        tensors, kept = tuple(saved[: len(saved) - ctx.kept]), tuple(saved[len(saved) - ctx.kept :])
         weight, params = _split(layout, tensors)
         needed = ctx.needs_input_grad[3 + len(layout.shapes) :]
         dx = None
         if ctx.needs_input_grad[0]:
             wide = product_dtype(dy)
-            dense = _dense(weight, move, params, wide)
-            with torch.autocast(dy.device.type, enabled=False):  # backward may run inside of it
+            dense = weight.decode(weight.operand("offsets") if move is None else moved, wide)
+            with unrounded(dy.device.type, wide):  # backward may run inside of autocast
                 dx = weight.layer_order((dy.to(wide) @ dense).to(dy.dtype))
-        moved: tuple[Tensor | None, ...] = (None,) * len(params)
+        gradients: tuple[Tensor | None, ...] = (None,) * len(params)
         if kept:
-            moved = move.gradients(layout, params, dy.reshape(-1, layout.out), kept, needed)
-        return dx, None, None, *((None,) * len(layout.shapes)), *moved
+            gradients = move.gradients(layout, params, dy.reshape(-1, layout.out), kept, needed)
+        return dx, None, None, *((None,) * len(layout.shapes)), *gradients
 
 
 def _pooled(x: Tensor, layout: Layout) -> Tensor:
@@ -110,10 +114,6 @@ def offset_gradient(dy: Tensor, pooled: Tensor) -> Tensor:
 def _split(layout: Layout, tensors: tuple[Tensor, ...]) -> tuple[QuantWeight, tuple[Tensor, ...]]:
     count = len(layout.shapes)
     return QuantWeight(layout, dict(zip(layout.shapes, tensors, strict=False))), tensors[count:]
-
-
-def _dense(weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    return weight.decode(weight.operand("offsets") if move is None else move.offsets(weight, params), dtype)
 
 
 def _few(x: Tensor, weight: QuantWeight, move: Move | None, params: tuple[Tensor, ...]) -> Tensor:

@@ -27,10 +27,10 @@ from quadapt.errors import ConfigError, ShapeError
 from quadapt.kernels import few, pack, product, unpack
 from quadapt.kernels.fake import Grid, fake_gradients, fake_quantize
 from quadapt.quant.format import Format
-from quadapt.quant.products import add_product, large_operand_dtype, product_dtype
+from quadapt.quant.products import add_product, large_operand_dtype, product_dtype, unrounded
 
 _TILE = {"cpu": 1 << 20}
-"""Weights whose gradient exists at once (4 MB on a CPU, else 64 MB): enough for a product to run at full speed."""
+"""Weights whose gradient exists at once (4 MB on a CPU, else 256 MB, which is a whole matrix of most models)."""
 
 _LEAST_ROWS = 512
 """Rows of the matrix that such a tile has at least, if there are so many. What each tile adds to the gradient of the
@@ -122,7 +122,7 @@ class FakeQuantMatmul(torch.autograd.Function):
         ctx.save_for_backward(x if trains else None, *tensors)
         wide = product_dtype(x)
         dense = fake_quantize(*_operands(how, scaling, base, scales, offsets, A, B), wide)
-        with torch.autocast(x.device.type, enabled=False):
+        with unrounded(x.device.type, wide):
             return torch.nn.functional.linear(x.to(wide), dense).to(x.dtype)
 
     @staticmethod
@@ -136,15 +136,17 @@ class FakeQuantMatmul(torch.autograd.Function):
                 return (dy.to(wide) @ fake_quantize(*operands, wide)).to(dy.dtype), *(None,) * 7
             rows = x.reshape(-1, x.shape[-1])
             needs_x, _, _, needs_base, _, _, needs_A, needs_B = ctx.needs_input_grad
+            step = _rows_at_once(dy.device.type, operands[-1].columns)
+            whole = len(base) <= step  # else what each tile adds to the gradient of the inputs is summed in float32
             wanted = Gradients(
                 base=torch.empty_like(base) if needs_base else None,
                 scales=torch.empty_like(scales),
                 offsets=torch.empty_like(offsets),
                 A=torch.zeros_like(A, dtype=scales.dtype) if needs_A else None,
                 B=torch.empty_like(B, dtype=scales.dtype) if needs_B else None,
-                x=torch.empty_like(rows, dtype=scales.dtype) if needs_x else None,
+                x=torch.empty_like(rows, dtype=_working(dy, scales) if whole else scales.dtype) if needs_x else None,
             )
-            _fill(wanted, dy.reshape(-1, dy.shape[-1]), rows, operands, ctx.how.slack)
+            _fill(wanted, dy.reshape(-1, dy.shape[-1]), rows, operands, ctx.how.slack, step)
         dx = None if wanted.x is None else wanted.x.view(x.shape).to(x.dtype)
         dA = None if wanted.A is None else wanted.A.to(A.dtype)
         dB = None if wanted.B is None else (ctx.scaling * wanted.B).to(B.dtype)
@@ -180,15 +182,24 @@ def _operands(
     return base, A, B, scales, offsets, how.format.table(base), how.grid
 
 
-def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: float | None) -> None:
+def _rows_at_once(device_type: str, columns: int) -> int:
+    """How many rows of a matrix a tile of the gradient has."""
+    return max(_LEAST_ROWS, _TILE.get(device_type, 1 << 26) // columns)
+
+
+def _working(dy: Tensor, scales: Tensor) -> torch.dtype:
+    """The dtype of the operands of products of the matrix's size."""
+    return large_operand_dtype(dy, scales.dtype)
+
+
+def _fill(wanted: Gradients, dy: Tensor, x: Tensor, operands: Operands, slack: float | None, step: int) -> None:
     """Compute gradients tile by tile, given `dy [tokens, out]` and `x [tokens, in]`.
 
     The pass that masks the gradient of a tile gives its weights too, for that of `x`; where these are float32, they are
     not rounded as forward rounds them.
     """
     base, A, B, scales, offsets, levels, grid = operands
-    step = max(_LEAST_ROWS, _TILE.get(dy.device.type, 1 << 24) // grid.columns)
-    work = large_operand_dtype(dy, scales.dtype)
+    work = _working(dy, scales)
     tile = scales.new_empty(min(step, len(base)), grid.columns)
     weights = None if wanted.x is None else torch.empty_like(tile, dtype=work)
     size = _TOKENS.get(dy.device.type, max(1, len(x)))
@@ -310,7 +321,7 @@ def fake_quant_sums(
     unit = torch.ones(len(base), -(-columns // group), device=base.device)
     how.check(base, unit, unit, A, B)
     packed, A, B, scales, offsets, levels, grid = _operands(how, scaling, base, unit, unit, A, B)
-    step = max(1, _TILE.get(base.device.type, 1 << 24) // columns)
+    step = _rows_at_once(base.device.type, columns)
     tile, sums = unit.new_empty(min(step, len(base)), columns), torch.empty_like(unit)
     for start in range(0, len(base), step):
         rows = slice(start, start + step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -29,6 +30,12 @@ def product_dtype(like: Tensor) -> torch.dtype:
     if like.device.type != "cpu" or not short or (like.dtype == torch.bfloat16 and _multiplies_bfloat16()):
         return like.dtype
     return torch.float32
+
+
+def unrounded(device_type: str, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Inside, autocast does not round operands of a product in `dtype`; nothing is switched where it would not."""
+    rounds = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != dtype
+    return torch.autocast(device_type, enabled=False) if rounds else nullcontext()
 
 
 def large_operand_dtype(like: Tensor, wide: torch.dtype) -> torch.dtype:

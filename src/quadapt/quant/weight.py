@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -71,19 +71,31 @@ class Layout:
         """The short name of the grid that reports use: `int4-g32`, `nf4-g64`, `int4-q4k`."""
         return self.storage.label(self.format)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """How many groups a row has."""
         return self.format.groups(self.columns)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every tensor of the stored form, in a fixed order; all are uint8, but `perm` is int32.
 
         Eight-bit codes have a third axis of one: a loader that does not know this form must fail on the shape of
         `weight`, and at eight bits only that axis tells it from the dense matrix.
         """
-        return _shapes(self)
+        return _shapes(self)  # shared by all equal layouts; and found again without asking whether they are equal
+
+    @cached_property
+    def _with_offsets(self) -> dict[str, Layout]:
+        """Layouts with other offsets, by the storage of these: a training step asks for one again and again."""
+        return {}
+
+    def with_offsets(self, storage: str) -> Layout:
+        """This layout with float offsets, held in `storage`."""
+        if storage not in self._with_offsets:
+            format, both = replace(self.format, zero="float"), replace(self.storage, offsets=storage)
+            self._with_offsets[storage] = replace(self, format=format, storage=both)
+        return self._with_offsets[storage]
 
     @property
     def bits(self) -> int:
@@ -230,8 +242,7 @@ class QuantWeight:
 
     def with_offsets(self, offsets: Tensor, storage: str) -> QuantWeight:
         """A weight with the same codes, and other offsets (float32 `[out, groups]`) in `storage` (fp16 or fp32)."""
-        format, both = replace(self.format, zero="float"), replace(self.layout.storage, offsets=storage)
-        layout = replace(self.layout, format=format, storage=both)
+        layout = self.layout.with_offsets(storage)
         kept = {name: tensor for name, tensor in self.tensors.items() if name in layout.shapes and name != "offsets"}
         encoded = layout.storage.of_offsets.encode(offsets, centre=False)
         moved = {"offsets" + suffix: tensor for suffix, tensor in encoded.items()}

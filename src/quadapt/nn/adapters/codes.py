@@ -99,10 +99,10 @@ class MergedForm:
     """Names of the parameters of each part, in the order in which they are given. Default: `A` and `B` of each."""
 
     def offsets(self, weight: QuantWeight, params: tuple[Tensor, ...]) -> Tensor | None:
-        """Offsets of the merged matrix, `[out, groups]`."""
+        """Offsets of the merged matrix, as they would be stored."""
         for adapter, scaling, own, _ in self._split(params, ()):
             weight = adapter.merge(weight, own, scaling)
-        return weight.offsets
+        return weight.operand("offsets")
 
     def keep(
         self, layout: Layout, pooled: Tensor, params: tuple[Tensor, ...], needed: tuple[bool, ...]

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quadapt.kernels import narrow
 from quadapt.kernels.reference import as_floats
 from quadapt.quant.storage.base import ValueStorage, as_bytes, register
 
@@ -56,10 +57,10 @@ class Floats(ValueStorage):
         return {"": (out, groups * self.dtype.itemsize)}
 
     def rounded(self, values: Tensor) -> Tensor:
-        return values.float().to(self.dtype).to(values.dtype)
+        return narrow(values.float(), self.dtype).to(values.dtype)
 
     def above(self, values: Tensor) -> Tensor:
-        kept = values.to(self.dtype)
+        kept = narrow(values, self.dtype)
         return torch.where(kept.float() < values, kept * (1 + torch.finfo(self.dtype).eps), kept).float()
 
     def fits_scales(self, least: float, most: float) -> bool:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quadapt.kernels import pack, unpack
+from quadapt.kernels import narrow, pack, unpack
 from quadapt.kernels.reference import as_floats
 from quadapt.quant.storage.base import ValueStorage, as_bytes, register
 from quadapt.quant.storage.floats import FLOATS, LARGEST, SMALLEST_SCALE
@@ -65,7 +65,7 @@ class Linear(ValueStorage):
         smallest, top = values.min(), 2**self.bits - 1
         above = torch.nn.functional.pad((values - smallest).flatten(), (0, -values.numel() % self.block))
         above = above.view(-1, self.block)
-        largest = above.amax(1, keepdim=True).to(FLOATS[self.constant])
+        largest = narrow(above.amax(1, keepdim=True), FLOATS[self.constant])
         unit = largest.float()
         # A constant of zero (equal scales, or below fp16's smallest number) leaves all codes zero. One that fp16 has
         # rounded down would give codes above the top.

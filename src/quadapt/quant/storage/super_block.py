@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quadapt.errors import ConfigError
-from quadapt.kernels import pack, unpack
+from quadapt.kernels import narrow, pack, unpack
 from quadapt.kernels.reference import as_floats
 from quadapt.quant.format import Format, Zero
 from quadapt.quant.storage.base import ValueStorage, as_bytes, register
@@ -266,7 +266,7 @@ def _whole(values: Tensor, *, up: bool) -> Tensor:
 def _half(values: Tensor, *, up: bool) -> Tensor:
     """Positive numbers as float16 holds them, rounded towards zero (or up), within its range; float32."""
     values = values.clamp(_LEAST, LARGEST)
-    half = values.half()
+    half = narrow(values, torch.float16)
     step = torch.where(half.float() < values, 1, 0) if up else torch.where(half.float() > values, -1, 0)
     return (half.view(torch.int16) + step.to(torch.int16)).view(torch.float16).float()
 
