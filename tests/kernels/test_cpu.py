@@ -362,3 +362,12 @@ def test_kernels_are_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels_for(torch.device("cuda"), "entropy").__name__ == "quadapt.kernels.entropy_cuda"
     monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
     assert kernels_for(torch.device("cuda")) is reference
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 100), (8, 256), (7, 1371)])
+def test_doubly_quantized_values_are_those_of_the_reference(shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
+    constants = torch.rand(-(-codes.numel() // 256)), torch.randn(1), torch.linspace(-1, 1, 256)
+    torch.testing.assert_close(cpu.widen(codes, *constants), reference.widen(codes, *constants), rtol=0, atol=0)
+    beside = torch.nn.functional.pad(codes, (0, 3))[:, :-3]  # a view with gaps
+    torch.testing.assert_close(cpu.widen(beside, *constants), reference.widen(codes, *constants), rtol=0, atol=0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from quadapt.kernels import reference
 from quadapt.kernels.compiled import jit
 from quadapt.kernels.lanes import BF16, FP16, FP32, LANES, decode16, pointer
-from quadapt.kernels.reference import widen
+from quadapt.kernels.reference import SUPER
 from quadapt.kernels.threads import over_rows
 
 __all__ = ["compensate", "dequantize", "group_error", "group_range", "nearest_codes", "widen"]
@@ -211,6 +211,26 @@ def _compensate_rows(weight, upper, scales, offsets, shifted, mids, levels, bits
             weight[row, i] = miss
             for j in range(i + 1, columns):
                 weight[row, j] -= miss * upper[i, j]
+
+
+@jit
+def _widen_blocks(codes, absmax, mean, unit, values, count, first, last):
+    """Blocks `first` to `last` of values that share a constant."""
+    code, value = numba.carray(_u8(codes), count), numba.carray(_f32(values), count)
+    constant, level = numba.carray(_f32(absmax), last), numba.carray(_f32(unit), 256)
+    middle = numba.carray(_f32(mean), 1)[0]
+    for block in range(first, last):
+        for i in range(block * SUPER, min((block + 1) * SUPER, count)):
+            value[i] = level[code[i]] * constant[block] + middle
+
+
+def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    """Decode doubly quantized values on the CPU, float32, bit for bit as `reference.widen` does."""
+    codes, values = codes.contiguous(), torch.empty(codes.shape)
+    constants = [each.contiguous() for each in (absmax, mean, unit)]
+    arrays = codes.data_ptr(), *(each.data_ptr() for each in constants), values.data_ptr(), codes.numel()
+    over_rows(lambda first, last: _widen_blocks(*arrays, first, last), -(-codes.numel() // SUPER), SUPER)
+    return values
 
 
 def dequantize(
