@@ -1,4 +1,4 @@
-"""What is rounded stays rounded in a compiled program; kernels are called past the dispatcher where nothing is traced."""
+"""What is rounded stays rounded in a compiled program; kernels are called past the dispatcher if nothing is traced."""
 
 from __future__ import annotations
 
