@@ -221,15 +221,19 @@ def test_backward_keeps_the_stored_form_and_nothing_else(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_training_offsets_keeps_pooled_inputs_alone(dtype: torch.dtype, permuted: bool, quant_weight: Make) -> None:
+def test_training_offsets_keeps_pooled_inputs_and_the_merged_offsets_alone(
+    dtype: torch.dtype, permuted: bool, quant_weight: Make
+) -> None:
     weight = quant_weight(Format(bits=4, group_size=32), 256, 512, permuted=permuted)
     A, B = torch.randn(4, 16, requires_grad=True), torch.randn(256, 4, requires_grad=True)
     x = torch.randn(4, 8, 512, dtype=dtype, requires_grad=True)
     saved = Saved(*weight.tensors.values(), A, B)
     with saved():
         y = merged_form(x, weight, A, B, Pooled(), 1.0)
-    assert [tuple(tensor.shape) for tensor in saved.tensors] == [(32, 16)]
-    assert sum(tensor.nbytes for tensor in saved.tensors) == 4 * 8 * 512 // 32 * 4  # float32
+    assert [tuple(tensor.shape) for tensor in saved.tensors] == [(32, 16), (256, 16 * 2)]
+    pooled, offsets = saved.tensors
+    assert pooled.nbytes == 4 * 8 * 512 // 32 * 4  # float32
+    assert offsets.dtype == torch.uint8  # the bytes of float16, as a merge would store them
     y.sum().backward()
     assert A.grad is not None
 
