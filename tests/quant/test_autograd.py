@@ -221,9 +221,7 @@ def test_backward_keeps_the_stored_form_and_nothing_else(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_training_offsets_keeps_pooled_inputs_and_the_merged_offsets_alone(
-    dtype: torch.dtype, permuted: bool, quant_weight: Make
-) -> None:
+def test_training_offsets_keeps_little(dtype: torch.dtype, permuted: bool, quant_weight: Make) -> None:
     weight = quant_weight(Format(bits=4, group_size=32), 256, 512, permuted=permuted)
     A, B = torch.randn(4, 16, requires_grad=True), torch.randn(256, 4, requires_grad=True)
     x = torch.randn(4, 8, 512, dtype=dtype, requires_grad=True)
