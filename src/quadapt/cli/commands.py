@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from quadapt import cli, config
 from quadapt.config import Flag, Settings, checked
-from quadapt.errors import QuadaptError
+from quadapt.errors import ConfigError, QuadaptError
 from quadapt.limits import limit_of
 from quadapt.report.ui import UI
 
@@ -196,6 +196,7 @@ def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool)
     _quiet(debug)
     cli.begun = True
     try:
+        _refuse_several()
         ui.result(work(ui))
         sys.stdout.flush()  # a full disk behind it is noticed here
     except KeyboardInterrupt:
@@ -206,6 +207,17 @@ def guarded(work: Callable[[UI], dict[str, Any]], *, as_json: bool, debug: bool)
         if isinstance(error, (SystemExit, typer.Exit, GeneratorExit)):
             raise
         _fail(*_said(error), as_json=as_json, debug=debug)
+
+
+def _refuse_several() -> None:
+    """Raise ConfigError if a launcher has started this command in several processes, which would each do all of it."""
+    if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise ConfigError(
+            f"this command was started in {os.environ['WORLD_SIZE']} processes (by torchrun or accelerate launch), and "
+            "does its work in one. Give it by itself. To train in several, quantize first (quadapt quantize), and put "
+            "the adapter on in a script of your own with a trainer (quadapt.AdapterConfig), as the guide to trainers "
+            "shows"
+        )
 
 
 def _said(error: BaseException) -> tuple[str, int]:
