@@ -264,7 +264,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _timed(running: Running, ids: list[int], rounds: int = 5) -> dict[str, float]:
+def _timed(running: Running, ids: list[int], rounds: int = 3) -> dict[str, float]:
     """Tokens per second: medians of some rounds, each on other tokens, which no cache holds."""
     found: dict[str, list[float]] = {"read": [], "written": []}
 

@@ -130,6 +130,24 @@ def test_the_error_of_integers_is_at_most_half_a_step(bits: int, zero: str) -> N
     assert float((error / step).max()) > 0.4
 
 
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("zero", ["float", "integer", "none"])
+def test_scales_in_float16_cost_codes_of_eight_bits_next_to_nothing(zero: str, group_size: int) -> None:
+    """Which is why they are the default there too: it was measured at 0.04 % of the error at most."""
+    weight, format = 0.05 * torch.randn(256, 512), Format(bits=8, zero=zero, group_size=group_size)
+    layouts = [layout_of(format, (256, 512), scales) for scales in ("fp32", "")]
+    wide, halves = (float((Nearest()(weight, layout).dequantize() - weight).norm()) for layout in layouts)
+    assert layouts[1].storage.scales == "fp16"
+    assert halves < 1.001 * wide
+
+
+def test_iq4_nl_errs_less_than_symmetric_integers_of_as_many_bits() -> None:
+    weight, formats = torch.randn(128, 512), (Format(levels="iq4-nl", bits=4), Format(bits=4, zero="none"))
+    table, even = (Nearest(range="mse")(weight, layout_of(format, (128, 512))) for format in formats)
+    assert table.layout.bits_per_weight == even.layout.bits_per_weight == 4.5
+    assert (table.dequantize() - weight).norm() < 0.95 * (even.dequantize() - weight).norm()
+
+
 @pytest.mark.parametrize("zero", ["none", "float"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_error_of_quantiles_is_at_most_half_the_local_gap(bits: int, zero: str) -> None:
