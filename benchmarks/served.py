@@ -56,11 +56,15 @@ SEQUENCES, EPOCHS = 64, {4: 2, 3: 4, 2: 8}
 
 METHODS: dict[str, dict[str, Any]] = {
     "recover": {"method": "recover", "keep_targets": False},
+    "recover-gptq": {"method": "recover", "rounding": "gptq", "keep_targets": False},
     "l4q": {"method": "l4q"},
     "qa-lora": {"method": "qa-lora"},
     "lota-qaf": {"method": "lota-qaf", "omega": 0.5},
 }
-"""Ours, each over the grid of llama.cpp's K-quants of its width."""
+"""Ours, each over the grid of llama.cpp's K-quants of its width. `recover-gptq` rounds the tuned model by GPTQ, which is
+no training: all steps are left for tuning."""
+
+TUNED_FIRST = ("recover", "recover-gptq")
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Served:
         more, start = METHODS[name], time.process_time()
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             adapter, merged, file = (str(Path(place) / each) for each in ("adapter", "merged", "model.gguf"))
-            first = {"first_learning_rate": self.best_lora()} if name == "recover" else {}
+            first = {"first_learning_rate": self.best_lora()} if name in TUNED_FIRST else {}
             block_ap = {"calibration_epochs": epochs} if epochs else {}
             with self.stages.shared(f"{name}-{bits}-{epochs}-{seed}"):
                 said = tune(
@@ -281,7 +285,7 @@ def make(served: Served, widths: Sequence[int], names: Sequence[str]) -> None:
     for name in names:
         for bits in widths:
             own = ("ours", name, bits, EPOCHS[bits] if name == "recover" else 0)
-            found = best(kept, FINISH_RATES if name == "recover" else RATES, *own)
+            found = best(kept, FINISH_RATES if name in TUNED_FIRST else RATES, *own)
             for seed in seeds:
                 kept.get(*own, found, seed)
 
