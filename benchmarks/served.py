@@ -61,8 +61,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "qa-lora": {"method": "qa-lora"},
     "lota-qaf": {"method": "lota-qaf", "omega": 0.5},
 }
-"""Ours, each over the grid of llama.cpp's K-quants of its width. `recover-gptq` rounds the tuned model by GPTQ, which is
-no training: all steps are left for tuning."""
+"""Ours, each over the grid of llama.cpp's K-quants of its width. `recover-gptq` rounds the tuned model by GPTQ, which
+trains nothing: all steps are left for tuning."""
 
 TUNED_FIRST = ("recover", "recover-gptq")
 
