@@ -105,7 +105,7 @@ def _flags(_shelf: Path, _scratch: Path, example: tuple[str, list[tuple[str, Any
 
 def _yaml(shelf: Path, scratch: Path, changes: Any) -> bool:
     """A job file: read, and the settings of all its stages checked."""
-    from quadapt.jobs.run import _stages
+    from quadapt.jobs.run import stages_of
 
     job = scratch / "job.yaml"
     text = (shelf / "job.yaml").read_bytes()
@@ -114,7 +114,7 @@ def _yaml(shelf: Path, scratch: Path, changes: Any) -> bool:
     else:
         text = damaged_bytes(text, changes)
     job.write_bytes(text)
-    return not _refused(lambda: _stages(read_job(str(job)), scratch / "out", str(job)))
+    return not _refused(lambda: stages_of(read_job(str(job)), scratch / "out", str(job)))
 
 
 sections = st.dictionaries(

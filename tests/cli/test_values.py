@@ -19,7 +19,7 @@ from quadapt.config import EvalConfig, ExportConfig, Settings, TuneConfig, check
 from quadapt.config.values import Location, allowed, types_in
 from quadapt.errors import CheckpointError, ConfigError
 
-NEEDED = {"model": "m", "data": "d", "output": "o", "adapter": "a", "budget": 3}
+NEEDED = {"model": "m", "data": "d", "output": "o", "adapter": "a", "budget": 3, "run": "r"}
 
 WRONG: list[tuple[str, Any, str]] = [
     ("eval_split", float("nan"), "must be a number, at least 0 and below 1"),
@@ -69,7 +69,7 @@ def needed_by(kind: type[Settings], name: str = "") -> dict[str, Any]:
     """What a command needs, whatever else is given, or beside the setting of that name."""
     found = {each: NEEDED[each] for each, about in kind.model_fields.items() if about.is_required()}
     if kind is EvalConfig:  # data, or tasks, which may have files
-        found |= {"tasks": ("piqa",)} if name == "task_files" else {"data": NEEDED["data"]}
+        found |= {"tasks": ("piqa",)} if name == "task_files" else {} if name == "tasks" else {"data": NEEDED["data"]}
     return found
 
 
@@ -92,13 +92,19 @@ FIELDS = [
 
 @pytest.mark.parametrize(("kind", "name", "field"), FIELDS)
 def test_no_field_takes_what_cannot_be_meant(kind: type[Settings], name: str, field: FieldInfo) -> None:
-    needed = needed_by(kind)
+    needed = needed_by(kind, name)
     bad: list[Any] = [float("nan"), float("inf"), -(2**70), 2**70, "\0", "\ud800", {"a": 1}, [[1]], b"x", object()]
     for value in bad if bool in types_in(field.annotation) else [*bad, True]:
         if isinstance(value, int) and value > 1 and float in types_in(field.annotation):
             continue
+        if name in BY_NAME and value == {"a": 1}:
+            continue
         with pytest.raises(ConfigError, match=f"^{name}"):
             checked(kind, {**needed, name: value})
+
+
+BY_NAME = ("rank_pattern", "alpha_pattern")
+"""Settings that from Python are numbers by name."""
 
 
 def test_numbers_say_their_range_and_paths_are_paths() -> None:
@@ -126,6 +132,13 @@ PLAIN_TEXT = (
     "name",
     "push_to_hub",
     "tasks",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "size",
+    "methods",
+    "rates",
+    "settings",
 )
 """Settings that are text, and neither a path nor a choice."""
 

@@ -144,8 +144,8 @@ class TestFewTokens:
         ("shape", "dtype", "group", "taken"),
         [
             ((1, 64), torch.bfloat16, 16, True),
-            ((1, 16, 64), torch.float16, 64, True),
-            ((1, 17, 64), torch.float16, 64, False),
+            ((1, 1, 64), torch.float16, 64, True),
+            ((1, 2, 64), torch.float16, 64, False),
             ((0, 64), torch.float32, 16, False),
             ((1, 64), torch.float64, 16, False),
             ((1, 60), torch.float32, 60, True),
@@ -156,7 +156,7 @@ class TestFewTokens:
             assert few(torch.zeros(shape, dtype=dtype), group, shape[-1]) == taken
 
     def test_gradients_take_the_other(self, quant_weight: Callable[..., QuantWeight], launched: list[str]) -> None:
-        weight, x = quant_weight(Format(bits=4, group_size=16)), torch.randn(2, 80, requires_grad=True)
+        weight, x = quant_weight(Format(bits=4, group_size=16)), torch.randn(1, 80, requires_grad=True)
         with triton_on(CPU):
             quant_matmul(x, weight).sum().backward()
             assert "_product" not in launched
@@ -166,10 +166,10 @@ class TestFewTokens:
         torch.testing.assert_close(found, x.detach() @ weight.dequantize().T)
 
     def test_axes_and_order_of_inputs(self, quant_weight: Callable[..., QuantWeight]) -> None:
-        weight, x = quant_weight(Format(bits=3, group_size=16), permuted=True), torch.randn(2, 3, 80)
+        weight, x = quant_weight(Format(bits=3, group_size=16), permuted=True), torch.randn(1, 1, 80)
         with triton_on(CPU), torch.no_grad():
             found = quant_matmul(x, weight)
-        assert found.shape == (2, 3, 24)
+        assert found.shape == (1, 1, 24)
         torch.testing.assert_close(found, x @ weight.dequantize().T)
 
     def test_operator(self, quant_weight: Callable[..., QuantWeight]) -> None:

@@ -48,7 +48,8 @@ def candidates(method: Method) -> list[Candidate]:
     """The ways among which a plan for `method` chooses.
 
     NormalFloat: LQ-LoRA's grid, 4 widths of codes, 3 groups, and for scales 4 widths, 3 blocks and 2 constants.
-    Integers: 6 widths and 4 groups, with the method's own zero and storage.
+    Integers: 6 widths and 4 groups, with the method's own zero and storage; the widest also with fp32 scales, for matrices
+    whose scales fp16 cannot hold.
 
     Source: LQ-LoRA (arXiv 2311.12023) section 3.2 and its code, whose 432 have a third kind of constant, bfloat16.
     Differs: that kind costs what fp16 does and is coarser, so these are 288.
@@ -62,7 +63,11 @@ def candidates(method: Method) -> list[Candidate]:
             method.with_format(replace(method.format, bits=bits, group_size=group))
             for bits, group in product(INTEGER_WIDTHS, INT_GROUPS)
         ]
-        return [Candidate(grid.format, grid.storage) for grid in grids]
+        found = [Candidate(grid.format, grid.storage) for grid in grids]
+        wide = [
+            Candidate(grid.format, grid.storage.widened()) for grid in grids if grid.format.bits == INTEGER_WIDTHS[-1]
+        ]
+        return found + [each for each in wide if each not in found]
     if method.format.levels != "nf":
         raise ConfigError(
             f"levels={method.format.levels!r} have {method.format.bits} bits alone: there is nothing to plan. Use "

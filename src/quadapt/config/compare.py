@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from quadapt.config.fields import Machine, RowsOfData, Settings
 from quadapt.config.values import Location, Sources
@@ -117,7 +117,10 @@ class CompareConfig(RowsOfData, Machine):
 
     @field_validator("methods", "bits", "rates", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> tuple[str, ...]:
+    def _listed(cls, value: Any, info: ValidationInfo) -> tuple[str, ...]:
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if info.field_name == "methods" and not all(isinstance(part, str) for part in parts):
+            raise ValueError("must be names of methods, such as qa-lora,l4q")
         return tuple(dict.fromkeys(_names(value)))
 
     @field_validator("rates")
@@ -135,7 +138,7 @@ class CompareConfig(RowsOfData, Machine):
     @field_validator("settings", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> tuple[str, ...]:
-        parts = (value,) if isinstance(value, str) else tuple(value)
+        parts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (value,)
         for part in parts:
             if not isinstance(part, str) or "=" not in part or not part.partition("=")[0].strip():
                 raise ValueError("must be a setting and its value, such as dropout=0.05 or recover.dropout=0.05")

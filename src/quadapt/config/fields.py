@@ -67,8 +67,6 @@ class Settings(BaseModel):
         "target_modules",
         "skip",
         "exclude_modules",
-        "rank_pattern",
-        "alpha_pattern",
         "train_also",
         "text_column",
         "labels",
@@ -79,12 +77,18 @@ class Settings(BaseModel):
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         """`a,b` and repeated flags are the same."""
-        if isinstance(value, dict):  # from Python and YAML: {"q_proj": 16}
-            value = [f"{name}={each}" for name, each in value.items()]
         parts = [value] if isinstance(value, str) else () if value is None else value
         if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
             raise ValueError("must be a name, or a list of names. Put numbers in quotes")
         return tuple(name for part in parts for name in part.split(",") if name)
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before", check_fields=False)
+    @classmethod
+    def _split_patterns(cls, value: Any) -> Any:
+        """Likewise, and from Python and YAML also `{"q_proj": 16}`."""
+        if isinstance(value, dict):
+            value = [f"{name}={each}" for name, each in value.items()]
+        return cls._split_commas(value)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -35,17 +35,14 @@ from quadapt.kernels.tiles import (
     words_of,
 )
 
-_WORDS = 256
-"""Words of a row that a program takes at once: four for each thread. Measured on an H200 with one token, as is that a
-program of one row and two warps is the fastest (`python -m benchmarks.gpu.tuning`): 0.89 of the time that four warps
-with eight rows and 128 words took."""
 
-_WARPS = 2
+def _sizes(tokens: int) -> tuple[int, int, int]:
+    """Rows of a program, words of a row that it takes at once, and its warps.
 
-
-def _tile(tokens: int) -> int:
-    """How many rows a program has: where there are several tokens, rows share the inputs that it has read."""
-    return 1 if tokens == 1 else max(1, 8 // tokens)
+    For one token they are the fastest of 24 on an H200 (`python -m benchmarks.gpu.tuning`): 0.89 of the time that eight
+    rows, 128 words and four warps took. Of several tokens, rows share the inputs that a program has read.
+    """
+    return (1, 256, 2) if tokens == 1 else (max(1, min(4, 32 // tokens)), 128, 4)
 
 
 @triton.jit
@@ -134,7 +131,7 @@ def product(
     words, wide = words_of(packed, bits)
     y = x.new_empty(tokens, rows)
     size = power(tokens)
-    tile = _tile(size)
+    tile, chunk, warps = _sizes(size)
     unit = next((each[3] for each in (scales, offsets) if len(each) == 4), scales[0])
     launch(
         _product,
@@ -153,7 +150,7 @@ def product(
         parts(columns, group_size),
         group_size,
         fuse=True,
-        num_warps=_WARPS,
+        num_warps=warps,
         BITS=bits,
         CODES=word_codes(bits),
         WIDE=wide,
@@ -162,7 +159,7 @@ def product(
         OFFSETS=_storage(offsets),
         TOKENS=size,
         ROWS=tile,
-        WORDS=min(_WORDS, power(parts(columns, word_codes(bits)))),
+        WORDS=min(chunk, power(parts(columns, word_codes(bits)))),
     )
     return y
 
