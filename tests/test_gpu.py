@@ -139,6 +139,7 @@ def test_sections_of_a_full_model_are_added_to_what_was_measured(
         gpu.on_card(tmp_path / "gpu.json", ["ceiling"])
 
 
+@pytest.mark.deep
 def test_checks_are_shared_out_over_processes() -> None:
     cpu, done = torch.device("cpu"), []
     with pytest.MonkeyPatch.context() as patch:

@@ -56,7 +56,7 @@ class Trial:
         with ExitStack() as stack:
             if module is product_cuda and sizes:
                 chosen = sizes["rows"], sizes["words"], sizes["warps"]
-                stack.enter_context(mock.patch.object(module, "_sizes", lambda _: chosen))
+                stack.enter_context(mock.patch.object(module, "_sizes", return_value=chosen))
                 sizes = {}
             warps = sizes.pop("warps", None)
             if warps is not None:

@@ -11,7 +11,13 @@ from quadapt.kernels.dispatch import MOST_TOKENS, at_once, few
 from quadapt.quant.storage import STORAGES
 
 
-@pytest.mark.parametrize("name", ["fp16", "q4_k", "q3_k", "q2_k-min", "linear8-256-fp16", "fp16-shared4"])
+FURTHER = [
+    pytest.param(name, marks=pytest.mark.deep)
+    for name in ("q4_k", "q3_k", "q2_k-min", "linear8-256-fp16", "fp16-shared4")
+]
+
+
+@pytest.mark.parametrize("name", ["fp16", *FURTHER])
 def test_a_compiled_program_rounds_scales_as_they_are_stored(name: str) -> None:
     storage, values = STORAGES[name], torch.rand(4, 32).add_(0.1)
     if storage.never_positive:

@@ -48,8 +48,8 @@ def candidates(method: Method) -> list[Candidate]:
     """The ways among which a plan for `method` chooses.
 
     NormalFloat: LQ-LoRA's grid, 4 widths of codes, 3 groups, and for scales 4 widths, 3 blocks and 2 constants.
-    Integers: 6 widths and 4 groups, with the method's own zero and storage; the widest also with fp32 scales, for matrices
-    whose scales fp16 cannot hold.
+    Integers: 6 widths and 4 groups, with the method's own zero and storage; the widest also with fp32 scales, for
+    matrices whose scales fp16 cannot hold.
 
     Source: LQ-LoRA (arXiv 2311.12023) section 3.2 and its code, whose 432 have a third kind of constant, bfloat16.
     Differs: that kind costs what fp16 does and is coarser, so these are 288.
