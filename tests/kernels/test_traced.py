@@ -10,7 +10,6 @@ from quadapt.kernels import dequantize, narrow
 from quadapt.kernels.dispatch import MOST_TOKENS, at_once, few
 from quadapt.quant.storage import STORAGES
 
-
 FURTHER = [
     pytest.param(name, marks=pytest.mark.deep)
     for name in ("q4_k", "q3_k", "q2_k-min", "linear8-256-fp16", "fp16-shared4")
