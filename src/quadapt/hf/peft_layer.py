@@ -7,21 +7,20 @@ this layer by `hf/plug.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from quadapt.errors import ConfigError, MergeError, locate
-from quadapt.hf.adapter_config import STOCK, identity_of
 from quadapt.hf.adapter_config import adapter_of as adapter_of
+from quadapt.hf.adapter_config import identity_of
 from quadapt.hf.adapter_config import lora_config as lora_config
 from quadapt.hf.also import stored_bias
-from quadapt.model.select import refuse_foreign
 from quadapt.nn.adapters import Adapter, Param, Source
 from quadapt.nn.adapters.base import Dropout, Part, same
 from quadapt.nn.adapters.codes import stacked, stacked_dense
@@ -372,19 +371,6 @@ def _copy(layer: QuantLinear) -> QuantLinear:
     other = QuantLinear.of(layer.quant_weight)
     other.bias = layer.bias
     return other
-
-
-def create(
-    stock: Callable[..., nn.Module], lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-) -> nn.Module:
-    """PEFT's choice of a layer: ours over quantized layers, and for adapters that quantize dense ones."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, QuantLinear) and identity_of(lora_config)["kind"] == STOCK:
-        return stock(lora_config, adapter_name, target, **kwargs)
-    kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
-    with locate(kwargs.get("target_name") or "layer"):
-        refuse_foreign(base)
-    return QuantLoraLinear(target, adapter_name, lora_config, **kwargs)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, QuantLoraLinear]:

@@ -19,7 +19,7 @@ def plug_into_peft() -> None:
 
     import quadapt.hf.adapter_config  # noqa: F401 - makes PEFT know our type of config
 
-    wrap(LoraModel, "_create_new_module", "quadapt.hf.peft_layer:create")
+    wrap(LoraModel, "_create_new_module", "quadapt.hf.tuner:create")
     wrap(BaseTuner, "inject_adapter", "quadapt.hf.tuner:inject")
     wrap(LoraModel, "_unload_and_optionally_merge", "quadapt.hf.tuner:unload")
     wrap(LoraModel, "merge_adapter", "quadapt.hf.tuner:merge")

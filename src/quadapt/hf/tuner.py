@@ -1,4 +1,4 @@
-"""What PEFT does to a whole model at once, where our layers need more than its walk over them gives.
+"""What PEFT does to a model: which layer it puts over each of its own, and what it does to the whole at once.
 
 A model that is merged stays known to transformers as what it now is: quantized, with the fingerprint of the weights it
 has, so that an adapter trained over it is not taken for one of the base.
@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from quadapt.errors import ConfigError, locate
-from quadapt.hf.adapter_config import KEY, identity_of, settings_of
+from quadapt.hf.adapter_config import KEY, STOCK, identity_of, settings_of
 from quadapt.hf.also import settle
 from quadapt.hf.identity import admit
 from quadapt.hf.peft_layer import QuantLoraLinear, adapted_layers
@@ -24,7 +25,7 @@ from quadapt.hf.quantizer import adopt, base_config, disown
 from quadapt.hf.trained import Part, changed_besides, merge_parts, parts_of, settle_ties
 from quadapt.model.linear_form import linear_form
 from quadapt.model.quantize import quantized_layers
-from quadapt.model.select import left_over
+from quadapt.model.select import left_over, refuse_foreign
 from quadapt.nn.adapters import adapter_from
 from quadapt.nn.quant_linear import QuantLinear
 
@@ -32,6 +33,19 @@ log = logging.getLogger("quadapt")
 
 BEFORE = "_quadapt_before"
 """Attribute of a base model in which adapters are merged for the time being: its config from before, or None."""
+
+
+def create(
+    stock: Callable[..., nn.Module], lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+) -> nn.Module:
+    """PEFT's choice of a layer: ours over quantized layers, and for adapters that quantize dense ones."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, QuantLinear) and identity_of(lora_config)["kind"] == STOCK:
+        return stock(lora_config, adapter_name, target, **kwargs)
+    kwargs = {name: kwargs[name] for name in ("r", "lora_alpha", "target_name") if name in kwargs}
+    with locate(kwargs.get("target_name") or "layer"):
+        refuse_foreign(base)
+    return QuantLoraLinear(target, adapter_name, lora_config, **kwargs)
 
 
 def inject(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quadapt.kernels.dispatch import at_once, few, kernels_for
+from quadapt.kernels.dispatch import few, kernels_for, operator
 from quadapt.kernels.reference import as_floats, expand, midpoints, pack, pool, unpack
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 
+@operator("quadapt::dequantize")
 def dequantize(
     packed: Tensor,
     scales: Tensor,
@@ -56,20 +57,6 @@ def dequantize(
     Returns:
         `[out, columns]`, on the device of `packed`.
     """
-    compute = _dequantize if at_once(packed) else _dequantize_operator
-    return compute(packed, scales, offsets, levels, bits, group_size, columns, dtype)
-
-
-def _dequantize(
-    packed: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    levels: Tensor | None,
-    bits: int,
-    group_size: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
     groups = -(-columns // group_size)
     scales, offsets = _floats(scales, groups), None if offsets is None else _floats(offsets, groups)
     return kernels_for(packed.device).dequantize(packed, scales, offsets, levels, bits, group_size, columns, dtype)
@@ -82,10 +69,7 @@ def _floats(stored: Tensor, groups: int) -> Tensor:
     return as_floats(stored, {2: torch.float16, 4: torch.float32}[stored.shape[-1] // groups])
 
 
-_dequantize_operator = torch.library.custom_op("quadapt::dequantize", _dequantize, mutates_args=())
-
-
-@_dequantize_operator.register_fake
+@dequantize.register_fake
 def _(
     packed: Tensor,
     scales: Tensor,
@@ -99,6 +83,7 @@ def _(
     return packed.new_empty(packed.shape[0], columns, dtype=dtype)
 
 
+@operator("quadapt::widen")
 def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     """Doubly quantized scales or offsets, float32 `[out, groups]`: `unit[codes] * absmax + mean`, each rounded.
 
@@ -108,21 +93,15 @@ def widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
         mean: uint8 `[1, 4]`, the bytes of a float32 number.
         unit: float32 `[256]`, the levels.
     """
-    return (_widen if at_once(codes) else _widen_operator)(codes, absmax, mean, unit)
-
-
-def _widen(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return kernels_for(codes.device).widen(codes, *(_floats(each, 1).flatten() for each in (absmax, mean)), unit)
 
 
-_widen_operator = torch.library.custom_op("quadapt::widen", _widen, mutates_args=())
-
-
-@_widen_operator.register_fake
+@widen.register_fake
 def _(codes: Tensor, absmax: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+@operator("quadapt::product")
 def product(
     x: Tensor,
     packed: Tensor,
@@ -149,20 +128,6 @@ def product(
     Returns:
         `[tokens, out]`, in the dtype of `x`.
     """
-    compute = _product if at_once(x) else _product_operator
-    return compute(x, packed, scales, offsets, levels, bits, group_size, columns)
-
-
-def _product(
-    x: Tensor,
-    packed: Tensor,
-    scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    levels: Tensor | None,
-    bits: int,
-    group_size: int,
-    columns: int,
-) -> Tensor:
     groups = -(-columns // group_size)
     scales, offsets = _held(scales, groups), _held(offsets, groups)
     return kernels_for(x.device, "product").product(x, packed, scales, offsets, levels, bits, group_size, columns)
@@ -176,10 +141,7 @@ def _held(tensors: Sequence[Tensor], groups: int) -> list[Tensor]:
     return [each if each.shape[-1] == groups else _floats(each, groups) for each in tensors]
 
 
-_product_operator = torch.library.custom_op("quadapt::product", _product, mutates_args=())
-
-
-@_product_operator.register_fake
+@product.register_fake
 def _(
     x: Tensor,
     packed: Tensor,

@@ -6,10 +6,12 @@ the CPU, `*cuda.py` (Triton) CUDA devices. All have the same signatures.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,3 +75,38 @@ def at_once(tensor: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
+
+
+R = TypeVar("R", covariant=True)
+
+
+class Operator(Protocol[R]):
+    """A function that is an operator in traced programs."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> R: ...
+
+    def register_fake(self, fake: Callable[..., Any]) -> Any:
+        """Say what the result looks like, for programs that are traced without numbers."""
+
+
+def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., R]], Operator[R]]:
+    """Make a function an opaque operator of torch's, which is called as it is where nothing is traced (`at_once`).
+
+    Args:
+        name: Of the operator in `torch.ops`, with its namespace.
+        mutates: Names of the tensors that it changes in place.
+    """
+
+    def make(function: Callable[..., R]) -> Operator[R]:
+        traced: Any = torch.library.custom_op(name, function, mutates_args=tuple(mutates))
+
+        @wraps(function)
+        def call(*arguments: Any, **named: Any) -> R:
+            first = arguments[0] if arguments else next(iter(named.values()))
+            found: R = (function if at_once(first) else traced)(*arguments, **named)
+            return found
+
+        call.register_fake = traced.register_fake  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return make

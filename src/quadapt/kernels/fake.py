@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quadapt.kernels.dispatch import at_once, kernels_for
+from quadapt.kernels.dispatch import kernels_for, operator
 from quadapt.kernels.fake_reference import Grid
 
 __all__ = ["Grid", "fake_gradients", "fake_quantize"]
 
 
+@operator("quadapt::fake_quantize")
 def fake_quantize(
     base: Tensor,
     A: Tensor | None,
@@ -43,27 +44,10 @@ def fake_quantize(
     Returns:
         `[out, columns]`.
     """
-    compute = _fake_quantize if at_once(base) else _fake_quantize_operator
-    return compute(base, A, B, scales, offsets, levels, grid, dtype)
-
-
-def _fake_quantize(
-    base: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    levels: Tensor | None,
-    grid: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
     return kernels_for(base.device, "fake").quantize(base, A, B, scales, offsets, levels, Grid(*grid), dtype)
 
 
-_fake_quantize_operator = torch.library.custom_op("quadapt::fake_quantize", _fake_quantize, mutates_args=())
-
-
-@_fake_quantize_operator.register_fake
+@fake_quantize.register_fake
 def _(
     base: Tensor,
     A: Tensor | None,
@@ -77,6 +61,7 @@ def _(
     return base.new_empty(base.shape[0], grid[3], dtype=dtype)
 
 
+@operator("quadapt::fake_gradients", mutates=("G", "dense"))
 def fake_gradients(
     G: Tensor,
     base: Tensor,
@@ -112,31 +97,10 @@ def fake_gradients(
     Returns:
         Gradients of scales and offsets, `[2, rows, groups]`.
     """
-    compute = _fake_gradients if at_once(base) else _fake_gradients_operator
-    return compute(G, base, A, B, scales, offsets, levels, grid, slack, dense)
-
-
-def _fake_gradients(
-    G: Tensor,
-    base: Tensor,
-    A: Tensor | None,
-    B: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    levels: Tensor | None,
-    grid: Sequence[int],
-    slack: float | None,
-    dense: Tensor | None,
-) -> Tensor:
     return kernels_for(base.device, "fake").gradients(G, base, A, B, scales, offsets, levels, Grid(*grid), slack, dense)
 
 
-_fake_gradients_operator = torch.library.custom_op(
-    "quadapt::fake_gradients", _fake_gradients, mutates_args=("G", "dense")
-)
-
-
-@_fake_gradients_operator.register_fake
+@fake_gradients.register_fake
 def _(
     G: Tensor,
     base: Tensor,

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quadapt.data.collate import NO_LOSS
 from quadapt.errors import ConfigError
 from quadapt.hf.peft_layer import adapted_layers
 from quadapt.hf.trained import Adapting, adapters_off
 from quadapt.nn.objective import PairObjective
-from quadapt.train.trainer import AdapterTrainer
+from quadapt.train.trainer import AdapterTrainer, losses_by_sequence
 
 
 class PairTrainer(AdapterTrainer):
@@ -100,11 +98,7 @@ def log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
         logits: `[batch, length, vocabulary]`, any float dtype; log-probabilities are computed in float32.
         labels: `[batch, length]`, unshifted; `NO_LOSS` where a token bears none.
     """
-    found = []
-    for row, targets in zip(logits[:, :-1], labels[:, 1:], strict=True):  # a float32 copy of all logits may not fit
-        counted = targets != NO_LOSS
-        found.append(-F.cross_entropy(row[counted].float(), targets[counted], reduction="sum"))
-    return torch.stack(found)
+    return -losses_by_sequence(logits, labels)[:, 0].float()
 
 
 @contextmanager
