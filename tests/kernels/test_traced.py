@@ -10,10 +10,7 @@ from quadapt.kernels import dequantize, narrow
 from quadapt.kernels.dispatch import MOST_TOKENS, at_once, few
 from quadapt.quant.storage import STORAGES
 
-FURTHER = [
-    pytest.param(name, marks=pytest.mark.deep)
-    for name in ("q4_k", "q3_k", "q2_k-min", "linear8-256-fp16", "fp16-shared4")
-]
+FURTHER = [pytest.param(name, marks=pytest.mark.deep) for name in ("q4_k", "q3_k", "q2_k-min", "fp16-shared4")]
 
 
 @pytest.mark.parametrize("name", ["fp16", *FURTHER])
@@ -23,14 +20,14 @@ def test_a_compiled_program_rounds_scales_as_they_are_stored(name: str) -> None:
         values = -values
 
     def used(values: Tensor) -> Tensor:
-        return storage.rounded(values.exp().log()) * 3  # with neighbours that a compiler puts into one program
+        return storage.rounded(values * 0.5) * 3  # with neighbours that a compiler puts into one program, exact ones
 
     with torch.no_grad():
         eager = used(values)
         torch._dynamo.reset()
         compiled = torch.compile(used, fullgraph=True)(values)
     torch.testing.assert_close(compiled, eager, rtol=2e-7 if storage.dtype == torch.float32 else 1e-5, atol=0)
-    assert (eager / 3 != values).any()  # rounding does something
+    assert (eager / 3 != values * 0.5).any()  # rounding does something
 
 
 def test_narrow_is_an_operator_in_traced_programs_alone() -> None:
